@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+.PHONY: demo test lint clean
+
+demo: $(STAMP)  ## quantize the bundled model, then sample from it with plain diffusers
+	$(BIN)/accuquant calibrate recipes/dit_w8a8.yaml --overwrite
+	$(BIN)/python tools/demo.py out/dit_w8a8
+
+test: lint  ## everything that has to hold
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,train]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist out .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,3 @@
+from accuquant.cli import main
+
+main()

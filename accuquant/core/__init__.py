@@ -1,0 +1,1 @@
+"""Mathematics of the toolkit: tensors in, tensors out. Nothing here imports more than torch."""

@@ -1,0 +1,272 @@
+"""How much was lost, and where: an export against full precision, on the same noise and held-out classes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+import accuquant.model.checkpoint as checkpoint
+from accuquant import __version__
+from accuquant.console import Reporter
+from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
+from accuquant.data import held_out_samples, load_split
+from accuquant.model.digit_classifier import DigitClassifier
+from accuquant.model.families import denoiser_of, load_pipeline, pick_device, resolve
+from accuquant.model.layers import QuantizedLayer, quantized_layers
+from accuquant.model.plan import PlannedModule, count_macs, plan_modules
+from accuquant.model.rollout import Conditions, Rollout
+from accuquant.recipe import Recipe, RecipeError, load_recipe
+from accuquant.report import write_report
+
+MODULE_ERROR_STEPS = 10  # steps of the trajectory at which every module's own error is measured
+MODULE_ERROR_SAMPLES = 8
+
+
+@dataclass
+class HeldOut:
+    """Full-precision side of the comparison: inputs, conditions and latents (T + 1, B, C, H, W)."""
+
+    inputs: list[Any]
+    conditions: Conditions
+    latents: Tensor
+
+
+def held_out_reference(rollout: Rollout, recipe: Recipe, reporter: Reporter, beside: Path | None = None) -> HeldOut:
+    """Sample the held-out set in full precision."""
+    split = load_split(recipe.data, rollout.family.condition, beside)
+    samples = held_out_samples(split, recipe.data, recipe.evaluation.num_samples)
+    conditions = rollout.conditions(samples.inputs, samples.seeds)
+    return HeldOut(samples.inputs, conditions, sample(rollout, conditions, recipe, reporter, "held-out, full precision"))
+
+
+def sample(rollout: Rollout, conditions: Conditions, recipe: Recipe, reporter: Reporter, what: str) -> Tensor:
+    """Latents (T + 1, B, C, H, W) of all samples, in batches."""
+    batches = conditions.batches(recipe.evaluation.batch_size)
+    with reporter.bar(f"sampling {what}", rollout.num_steps * len(batches)) as advance:
+        return torch.cat([rollout.trajectory(b, lambda: advance(""))[0] for b in batches], 1)
+
+
+def latent_metrics(latents: Tensor, reference: Tensor) -> dict[str, Any]:
+    """Figures that need no images."""
+    final = relative_l2(latents[-1], reference[-1])
+    mean, std = trajectory_error(latents, reference)
+    spread = {"mean": final.mean(), "std": final.std(), "min": final.min(), "max": final.max()}
+    return {
+        "final_relative_l2": {k: float(v) for k, v in spread.items()},
+        "latent_psnr": latent_psnr(latents[-1], reference[-1]),
+        "relative_l2_per_step": mean.tolist(),
+        "relative_l2_per_step_std": std.tolist(),
+    }
+
+
+def image_metrics(quantized: Tensor, full: Tensor, inputs: list[Any], classifier: DigitClassifier | None) -> dict[str, Any]:
+    """PSNR, SSIM and, with a classifier, Frechet distance and agreement; images (B, C, H, W) in [0, 1].
+
+    The Frechet distance is between the classifier's features of both image sets. On few samples it is biased upwards, for
+    both sides alike; read it against another run of the same size.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    found: dict[str, Any] = {
+        "psnr": float(peak_signal_noise_ratio(quantized, full, data_range=1.0)),
+        "ssim": float(structural_similarity_index_measure(quantized, full, data_range=1.0)),  # type: ignore[arg-type]
+    }
+    if classifier is None:
+        return found
+    frechet = FrechetInceptionDistance(feature=_Features(classifier), normalize=True, antialias=False)
+    frechet.set_dtype(torch.float64)
+    frechet.update(full, real=True)
+    frechet.update(quantized, real=False)
+    predictions = [classifier(images * 2 - 1).argmax(1) for images in (full, quantized)]
+    asked = torch.tensor(inputs, device=full.device)
+    found["frechet_distance"] = float(frechet.compute())
+    found["agreement"] = {
+        "full_precision": float((predictions[0] == asked).double().mean()),
+        "quantized": float((predictions[1] == asked).double().mean()),
+        "same_prediction": float((predictions[0] == predictions[1]).double().mean()),
+    }
+    return found
+
+
+class _Features(nn.Module):
+    """What torchmetrics asks of a feature extractor: images in, features out, and their number."""
+
+    def __init__(self, classifier: DigitClassifier) -> None:
+        super().__init__()
+        self.classifier, self.num_features = classifier, 64
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W), uint8 or [0, 1] -> (B, 64)."""
+        unit = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        return self.classifier.features(unit * 2 - 1)
+
+
+@torch.no_grad()
+def module_errors(full: Rollout, quantized: nn.Module, held_out: HeldOut) -> dict[str, float]:
+    """Relative error of each quantized module's output on the inputs its float twin sees in full precision."""
+    layers = quantized_layers(quantized)
+    clock = next(iter(layers.values())).clock
+    error, energy = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+
+    def compare(name: str, layer: QuantizedLayer) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            error[name] += float((layer(args[0]) - output).double().square().sum())
+            energy[name] += float(output.double().square().sum())
+
+        return hook
+
+    handles = [full.denoiser.get_submodule(n).register_forward_hook(compare(n, q)) for n, q in layers.items()]
+    count = min(MODULE_ERROR_SAMPLES, len(held_out.conditions))
+    chosen = torch.arange(count, device=held_out.latents.device)
+    conditions = held_out.conditions.take(chosen)
+    try:
+        for i in range(0, full.num_steps, max(1, full.num_steps // MODULE_ERROR_STEPS)):
+            clock.set(float(full.timesteps[i]))
+            full.predict(i, held_out.latents[i][chosen], conditions)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {n: (error[n] / max(energy[n], 1e-30)) ** 0.5 for n in layers}
+
+
+def evaluate(
+    folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut | None = None, beside: Path | None = None
+) -> dict[str, Any]:
+    """Compare the export in ``folder`` with the recipe's full-precision model; write metrics.json and report.html there.
+
+    Args:
+        held_out: reference trajectories, if they were sampled before.
+
+    Raises:
+        RecipeError: the folder is no export.
+    """
+    checkpoint.register()
+    full_pipeline = load_pipeline(recipe.model)
+    quantized_pipeline = load_export(folder, recipe)
+    # the export carries the scheduler it was calibrated for; both sides use it
+    full_pipeline.register_modules(scheduler=quantized_pipeline.scheduler)
+    full, quantized = Rollout(full_pipeline, recipe.sampling), Rollout(quantized_pipeline, recipe.sampling)
+    held_out = held_out or held_out_reference(full, recipe, reporter, beside)
+    latents = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized")
+
+    planned = count_macs(
+        full.denoiser,
+        plan_modules(full.denoiser, recipe.quantization.rules),
+        lambda: full.predict(0, held_out.conditions.noise, held_out.conditions),
+        len(held_out.conditions),
+    )
+    errors = module_errors(full, quantized.denoiser, held_out)
+    metrics: dict[str, Any] = {
+        "accuquant": __version__,
+        "model": recipe.model.id,
+        "scheduler": type(quantized_pipeline.scheduler).__name__,
+        "num_inference_steps": recipe.sampling.num_inference_steps,
+        "guidance_scale": recipe.sampling.guidance_scale,
+        "num_samples": len(held_out.inputs),
+        "held_out": sorted(set(held_out.inputs)),
+        **latent_metrics(latents, held_out.latents),
+        **cost_metrics(planned, full.denoiser, recipe.quantization.timestep_groups),
+        "modules": [_module_row(p, errors.get(p.name), recipe.quantization.timestep_groups) for p in planned],
+    }
+    full_images, quantized_images = None, None
+    if recipe.evaluation.reconstruct:
+        full_images, quantized_images = full.decode(held_out.latents[-1]), full.decode(latents[-1])
+        with torch.no_grad():
+            metrics |= image_metrics(quantized_images, full_images, held_out.inputs, _classifier(recipe, full_images.device))
+    calibration = folder / "calibration.json"
+    if calibration.is_file():
+        metrics |= json.loads(calibration.read_text(encoding="utf-8"))
+    _write(folder / "metrics.json", json.dumps(metrics, indent=2))
+    rows = recipe.evaluation.num_images
+    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    write_report(
+        folder,
+        metrics,
+        text,
+        None if full_images is None else full_images[:rows].cpu(),
+        None if quantized_images is None else quantized_images[:rows].cpu(),
+    )
+    return metrics
+
+
+def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, timestep_groups: int) -> dict[str, Any]:
+    """Size of the whole denoiser and of its quantized layers, and bit-operations of one call, float32 against planned."""
+    inside = [p for p in planned if p.spec is not None]
+    float_layers, packed = sum(p.float_bytes for p in inside), sum(p.quantized_bytes(timestep_groups) for p in inside)
+    float_bytes = sum(4 * p.numel() for p in denoiser.parameters())
+    operations, planned_operations = sum(p.macs * 32 * 32 for p in planned), sum(p.bit_operations for p in planned)
+    return {
+        "size": {
+            "float_bytes": float_bytes,
+            "quantized_bytes": float_bytes - float_layers + packed,
+            "ratio": (float_bytes - float_layers + packed) / float_bytes,
+            "layers_ratio": packed / max(float_layers, 1),
+        },
+        "bit_operations": {
+            "float": operations,
+            "quantized": planned_operations,
+            "ratio": planned_operations / max(operations, 1),
+        },
+    }
+
+
+def load_export(folder: Path, recipe: Recipe) -> DiffusionPipeline:
+    """Load an export with plain diffusers onto the recipe's device.
+
+    Raises:
+        RecipeError: the folder is no export of this package.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise RecipeError(f"{folder} is no export: it has no model_index.json")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{folder} cannot be loaded: {error}") from error
+    if not quantized_layers(denoiser_of(pipeline)):
+        raise RecipeError(f"{folder} holds no quantized layer: it was not written by accuquant")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(pick_device(recipe.model.device))
+
+
+def recipe_of(folder: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe an export was made with.
+
+    Raises:
+        RecipeError: there is none in the folder.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{folder} is no export: it has no recipe.yaml")
+    return load_recipe(folder / "recipe.yaml", overrides)
+
+
+def _module_row(p: PlannedModule, error: float | None, timestep_groups: int) -> dict[str, Any]:
+    return {
+        "name": p.name,
+        "kind": p.kind,
+        "weight": p.spec.weight if p.spec else "float",
+        "activation": p.spec.activation if p.spec else "float",
+        "group_size": p.spec.group_size if p.spec else None,
+        "relative_error": error,
+        "float_bytes": p.float_bytes,
+        "quantized_bytes": p.quantized_bytes(timestep_groups),
+    }
+
+
+def _classifier(recipe: Recipe, device: torch.device) -> DigitClassifier | None:
+    """The judge that lies beside the bundled model; other models have none."""
+    folder = Path(resolve(recipe.model.id)) / "classifier"
+    return DigitClassifier.from_folder(folder).to(device).eval() if folder.is_dir() else None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,88 @@
+"""The finished folder: model card, and the rename that makes it appear at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accuquant.recipe import Recipe
+
+CARD = """---
+library_name: diffusers
+tags: [quantized, accuquant]
+base_model: {model}
+---
+# {model}, quantized by accuquant
+
+```python
+import accuquant  # teaches diffusers the format
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")
+```
+
+Measured on {num_samples} held-out samples against full precision, same noise ({scheduler}, {num_inference_steps} steps, guidance {guidance_scale}):
+
+| figure | value |
+|---|---|
+{rows}
+
+Types: {types}. Calibrated with M = {steps_per_group} denoising steps per group, gradient `{gradient}`,
+{network_evaluations} network evaluations in {seconds:.0f} s. `report.html` shows where the rest was lost; `recipe.yaml`
+reproduces this folder with `accuquant calibrate`.
+"""
+
+
+def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    """README.md of the export, with its figures."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures(metrics))
+    types = sorted({f"{m['weight']}/{m['activation']}" for m in metrics["modules"] if m["weight"] != "float"})
+    calibration = metrics["calibration"]
+    return CARD.format(
+        **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps", "guidance_scale")},
+        **{k: calibration[k] for k in ("steps_per_group", "gradient", "network_evaluations", "seconds")},
+        name=Path(recipe.export.output).name,
+        types=", ".join(f"`{t}`" for t in types),
+        rows=rows,
+    )
+
+
+def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """The short table: what terminal and model card show."""
+    final, size = metrics["final_relative_l2"], metrics["size"]
+    rows = []
+    if "initial" in metrics:
+        before = metrics["initial"]
+        rows.append(
+            ("before calibration", f"{before['final_relative_l2']['mean']:.4f} relative L2, {before['latent_psnr']:.2f} dB")
+        )
+    rows += [
+        ("relative L2 of the final latent", f"{final['mean']:.4f} ± {final['std']:.4f}"),
+        ("latent PSNR", f"{metrics['latent_psnr']:.2f} dB"),
+    ]
+    if "psnr" in metrics:
+        rows += [("image PSNR", f"{metrics['psnr']:.2f} dB"), ("SSIM", f"{metrics['ssim']:.4f}")]
+    if "frechet_distance" in metrics:
+        agreement = metrics["agreement"]
+        rows += [
+            ("Fréchet distance to full precision", f"{metrics['frechet_distance']:.4f}"),
+            ("classifier agrees with asked class", f"{agreement['quantized']:.1%} (full {agreement['full_precision']:.1%})"),
+        ]
+    rows += [
+        ("denoiser size", f"{size['quantized_bytes'] / 1e6:.2f} MB ({size['ratio']:.3f} of float32)"),
+        ("its quantized layers", f"{size['layers_ratio']:.3f} of float32"),
+        ("bit-operations", f"{metrics['bit_operations']['ratio']:.3f} of float32"),
+    ]
+    return rows
+
+
+def publish(staging: Path, output: Path) -> None:
+    """Rename the whole folder into place; an older one is moved aside first and deleted last."""
+    old = output.with_name(output.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        os.replace(output, old)
+    os.replace(staging, output)
+    shutil.rmtree(old, ignore_errors=True)

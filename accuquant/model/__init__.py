@@ -1,0 +1,1 @@
+"""Modules and diffusers: what turns the mathematics of `accuquant.core` into a model that runs."""

@@ -1,0 +1,165 @@
+"""Saving and loading: how a quantized denoiser becomes safetensors that diffusers' own `from_pretrained` understands.
+
+config.json carries `quantization_config`: the method's name, the file version, the timestep groups' edges and the spec of
+every quantized module. Importing accuquant adds our config and quantizer to diffusers' two tables; there is no other way
+in. On loading, each named module is replaced by an empty `QuantizedLayer` whose tensors the file must fill exactly.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from accuquant.model.clock import StepClock
+from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, quantized_layers, trainable_layers
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what its config promises."""
+
+
+class Method(str, Enum):
+    """diffusers reads ``.value`` of the method, so it has to be an Enum member."""
+
+    ACCUQUANT = "accuquant"
+
+
+class AccuQuantConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json.
+
+    Args:
+        layers: module name -> fields of `LayerSpec`.
+        timestep_edges: descending timestep values between groups of activation scales.
+        version: of the file format.
+
+    Raises:
+        CheckpointError: the version is newer than this package, or a field of a layer is unknown.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]],
+        timestep_edges: list[float],
+        version: int = FORMAT_VERSION,
+        quant_method: str = Method.ACCUQUANT.value,
+        **unknown: Any,
+    ) -> None:
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"this checkpoint has format version {version}; this accuquant reads version {FORMAT_VERSION}. "
+                "Install the accuquant that wrote it, or export the model again"
+            )
+        if unknown:
+            raise CheckpointError(f"quantization_config has unknown keys: {', '.join(sorted(unknown))}")
+        self.quant_method = Method.ACCUQUANT
+        self.version = version
+        self.timestep_edges = timestep_edges
+        self.layers = layers
+        self.specs()
+
+    def specs(self) -> dict[str, LayerSpec]:
+        try:
+            return {name: LayerSpec(**fields) for name, fields in self.layers.items()}
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"quantization_config.layers: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": self.quant_method.value,
+            "version": self.version,
+            "timestep_edges": self.timestep_edges,
+            "layers": self.layers,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class AccuQuantQuantizer(DiffusersQuantizer):
+    """Replaces modules by empty quantized layers before the weights are read, and starts the clock after."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config: AccuQuantConfig = self.quantization_config
+        clock = StepClock(list(config.timestep_edges))
+        modules = dict(model.named_modules())
+        for name, spec in config.specs().items():
+            module = modules.get(name)
+            if not isinstance(module, nn.Linear | nn.Conv2d):
+                found = "nothing" if module is None else type(module).__name__
+                raise CheckpointError(f"quantization_config names {name}, where {type(model).__name__} has {found}")
+            weight = module.weight.flatten(1)
+            with torch.device("meta"):
+                layer = QuantizedLayer(
+                    spec, weight.shape[1], weight.shape[0], Conv.of(module, name), clock, name, module.bias is not None
+                )
+            model.set_submodule(name, layer)
+        model.step_clock = clock
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        model.step_clock.attach(model)  # type: ignore[operator, union-attr]
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """diffusers would load a missing tensor as zeros and only warn."""
+        if missing_keys:
+            shown = ", ".join(sorted(missing_keys)[:5]) + (" ..." if len(missing_keys) > 5 else "")
+            raise CheckpointError(f"{len(missing_keys)} tensors are missing from the checkpoint: {shown}")
+        return missing_keys
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), QuantizedLayer)
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str | int,
+        state_dict: dict[str, Tensor],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the file's types: diffusers casts scales in ``param_value`` to the load dtype, ``state_dict`` has them whole."""
+        name, _, leaf = param_name.rpartition(".")
+        layer, value = model.get_submodule(name), state_dict[param_name]
+        setattr(layer, leaf, nn.Parameter(value.to(target_device), requires_grad=False))
+
+    def check_quantized_param_shape(self, param_name: str, expected: Tensor, found: Tensor) -> bool:
+        if expected.shape != found.shape:
+            raise CheckpointError(f"{param_name} has shape {tuple(found.shape)}, its config promises {tuple(expected.shape)}")
+        return True
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make diffusers know ``quant_method: accuquant``."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.ACCUQUANT.value] = AccuQuantConfig
+    auto.AUTO_QUANTIZER_MAPPING[Method.ACCUQUANT.value] = AccuQuantQuantizer
+
+
+def harden_model(model: Any, clock: StepClock) -> None:
+    """Turn trainable layers into exported ones in place; ``model.save_pretrained`` then writes the packed checkpoint."""
+    for name, layer in trainable_layers(model).items():
+        model.set_submodule(name, layer.harden())
+    config = AccuQuantConfig({n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.edges)
+    model.step_clock = clock
+    model.hf_quantizer = AccuQuantQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = Method.ACCUQUANT
+    model.register_to_config(quantization_config=config)

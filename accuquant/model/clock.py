@@ -1,0 +1,53 @@
+"""StepClock: which timestep group the denoiser is in. The one state that all quantized layers of a model share."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StepClock:
+    """Maps the timestep a denoiser is called with to a group of static activation scales.
+
+    Groups are keyed by the timestep's *value* (sigma for flow models), not by its index, so that sampling with another
+    number of steps than calibration still finds the scales measured at that noise level.
+
+    Args:
+        edges: descending timestep values between neighbouring groups; ``len(edges) + 1`` groups.
+    """
+
+    def __init__(self, edges: list[float]) -> None:
+        if any(a <= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise ValueError(f"timestep edges must descend strictly, found {edges}")
+        self.edges = edges
+        self.group = 0
+
+    @classmethod
+    def from_timesteps(cls, timesteps: Tensor, num_groups: int) -> StepClock:
+        """Cut a descending schedule of T timesteps into ``num_groups`` runs of nearly equal length."""
+        values = [float(t) for t in timesteps]
+        starts = [round(k * len(values) / num_groups) for k in range(1, num_groups)]
+        return cls([(values[s - 1] + values[s]) / 2 for s in starts])
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.edges) + 1
+
+    def set(self, timestep: float) -> None:
+        self.group = sum(timestep < edge for edge in self.edges)
+
+    def attach(self, denoiser: nn.Module) -> None:
+        """Follow the denoiser's calls: reads the argument named ``timestep`` before each forward pass."""
+        parameters = list(inspect.signature(denoiser.forward).parameters)
+        if "timestep" not in parameters:
+            raise ValueError(f"{type(denoiser).__name__}.forward has no argument 'timestep': it cannot be followed")
+        position = parameters.index("timestep")
+
+        def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[position]
+            self.set(float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep))
+
+        denoiser.register_forward_pre_hook(follow, with_kwargs=True)

@@ -1,0 +1,146 @@
+"""One row per pipeline family, and the loading of a pipeline a recipe names. A new family is a row."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
+
+from accuquant.recipe import Model, RecipeError
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one diffusers pipeline drives its denoiser.
+
+    Attributes:
+        pipeline: class name in diffusers.
+        denoiser: attribute that holds the denoising network.
+        condition: what a sample is conditioned on, ``class_id`` or ``prompt``; a key of the calibration data.
+        conditional_first: in the guidance batch the conditional half comes first.
+        steps_scaled_input: the solver's update starts from ``scale_model_input(x)`` and not from x.
+    """
+
+    pipeline: str
+    denoiser: str
+    condition: str
+    conditional_first: bool
+    steps_scaled_input: bool
+
+
+FAMILIES = (
+    # DiTPipeline overwrites its latent with the scaled model input: no difference for DDIM and DPM-Solver++, but with
+    # EulerDiscreteScheduler its images are not what the sampler means. We calibrate what the pipeline really runs.
+    Family("DiTPipeline", "transformer", "class_id", conditional_first=True, steps_scaled_input=True),
+    Family("PixArtAlphaPipeline", "transformer", "prompt", conditional_first=False, steps_scaled_input=False),
+)
+
+
+def family_of(pipeline: DiffusionPipeline) -> Family:
+    """The row of a pipeline.
+
+    Raises:
+        RecipeError: no row; the message lists the supported pipelines.
+    """
+    name = type(pipeline).__name__
+    for family in FAMILIES:
+        if family.pipeline == name:
+            return family
+    raise RecipeError(f"model.id: {name} is not supported; supported pipelines: {', '.join(f.pipeline for f in FAMILIES)}")
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
+    module: nn.Module = getattr(pipeline, family_of(pipeline).denoiser)
+    return module
+
+
+def load_pipeline(model: Model) -> DiffusionPipeline:
+    """Load what ``model.id`` names: ``bundled:NAME``, a local folder, or a hub id (the only case that uses the network).
+
+    Only safetensors are read.
+
+    Raises:
+        RecipeError: no such model, it cannot be reached, or it holds no safetensors.
+    """
+    source = resolve(model.id)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            source, revision=model.revision, dtype=getattr(torch, model.dtype), use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        hint = "" if Path(source).is_dir() else "; it is no local folder either. Download it first and give its folder"
+        raise RecipeError(f"model.id: cannot load {model.id!r} ({_first_line(error)}){hint}") from error
+    family_of(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(pick_device(model.device))
+
+
+def resolve(model_id: str) -> str:
+    """Folder or hub id behind ``model.id``.
+
+    Raises:
+        RecipeError: unknown bundled model, or a path that does not exist.
+    """
+    if model_id.startswith("bundled:"):
+        name = model_id.removeprefix("bundled:")
+        known = sorted(p.name for p in BUNDLED.iterdir() if (p / "model_index.json").is_file()) if BUNDLED.is_dir() else []
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise RecipeError(
+                f"model.id: no bundled model {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; "
+                f"bundled models: {', '.join(known)}"
+            )
+        return str(BUNDLED / name)
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+        folder = Path(model_id).expanduser()
+        if not (folder / "model_index.json").is_file():
+            raise RecipeError(f"model.id: {model_id!r} is not a diffusers pipeline folder (no model_index.json in it)")
+        return str(folder)
+    return model_id
+
+
+def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
+    """Replace the pipeline's scheduler by another class with the same configuration.
+
+    Raises:
+        RecipeError: diffusers has no scheduler of that name.
+    """
+    if name is None:
+        return
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        raise RecipeError(
+            f"sampling.scheduler: diffusers has no scheduler {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}"
+        )
+    scheduler: Any = found
+    pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        RecipeError: the device does not exist here.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        picked = torch.device(name)
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"model.device: {device!r} is not available here ({_first_line(error)})") from error
+    return picked
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

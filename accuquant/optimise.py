@@ -1,0 +1,239 @@
+"""The tuning loop: which group is visited when, at what rate, and how an interrupted run goes on.
+
+Everything random is drawn from (seed, update number), so a run that resumes at update n does what it would have done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from accuquant.core import rounding
+from accuquant.core.objective import group_gradient, groups
+from accuquant.model.clock import StepClock
+from accuquant.model.layers import TrainableLayer
+from accuquant.model.rollout import Conditions, Rollout
+from accuquant.recipe import Objective, RecipeError
+
+SAVE_EVERY_SECONDS = 20.0
+ROUNDING_WEIGHT = 0.01  # of AdaRound's regulariser against the normalised group loss
+REFRESHES = 10  # how often inputs from the quantized trajectory are sampled anew
+ADAM_BETAS = (0.9, 0.99)
+
+
+@dataclass
+class Reference:
+    """Full-precision trajectories of the calibration samples.
+
+    Attributes:
+        latents: (T + 1, B, C, H, W); predictions: (T, B, C, H, W).
+        conditions: their noise and conditioning.
+    """
+
+    latents: Tensor
+    predictions: Tensor
+    conditions: Conditions
+
+    @property
+    def variances(self) -> Tensor:
+        """(T + 1,) mean square of the latents, the marginal variance that `gradient: variance` scales by."""
+        return self.latents.double().square().flatten(1).mean(1)
+
+    def take(self, index: Tensor) -> Reference:
+        return Reference(self.latents[:, index], self.predictions[:, index], self.conditions.take(index))
+
+
+@dataclass
+class Tuner:
+    """Calibrates the trainable layers of a rollout's denoiser against a reference.
+
+    Attributes:
+        history: one entry an update: iteration, loss, steps_per_group, network_evaluations so far, seconds.
+    """
+
+    rollout: Rollout
+    clock: StepClock
+    layers: dict[str, TrainableLayer]
+    reference: Reference
+    objective: Objective
+    seed: int = 0
+    steps_per_group: int = 1
+    history: list[dict[str, Any]] = field(default_factory=list)
+    network_evaluations: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.parameters = self._choose_parameters()
+        rates = self.objective.learning_rates.model_dump()
+        self.rates = [rates[kind] for kind in self.parameters]
+        self.optimizer = torch.optim.Adam(
+            [{"params": list(p.values()), "lr": rates[kind]} for kind, p in self.parameters.items()], betas=ADAM_BETAS, eps=1e-15
+        )
+        self.drifted: Tensor | None = None  # latents of the quantized trajectory, for inputs: quantized
+
+    def run(self, state: Path | None = None, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Make the remaining updates; with ``state``, save there now and then and when interrupted."""
+        if not self.parameters:
+            return
+        saved = time.monotonic()
+        try:
+            while len(self.history) < self.objective.iterations:
+                entry = self._update(len(self.history))
+                self.history.append(entry)
+                if progress is not None:
+                    progress(entry)
+                if state is not None and time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                    self.save(state)
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            if state is not None:
+                self.save(state)
+            raise
+
+    def _update(self, iteration: int) -> dict[str, Any]:
+        started = time.monotonic()
+        start, stop = self._group(iteration)
+        batch = self._batch(iteration)
+        reference = self.reference.take(batch)
+        if self.objective.inputs == "quantized":
+            self._refresh(iteration)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        def denoise(i: int, x: Tensor) -> Tensor:
+            self.network_evaluations += 1
+            return self.rollout.predict(i, x, reference.conditions)
+
+        loss = group_gradient(
+            denoise,
+            self.rollout.solver,
+            reference.latents,
+            reference.predictions,
+            start,
+            stop,
+            gradient=self.objective.gradient,
+            loss=self.objective.loss,
+            variances=self.reference.variances,
+            initial=None if self.drifted is None else self.drifted[start][batch],
+        )
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of update {iteration} (steps {start} to {stop - 1}) is {loss}; "
+                "lower objective.learning_rates or start from quantization.initialization: mse"
+            )
+        self._regularise(iteration)
+        decay = 0.5 * (1 + math.cos(math.pi * iteration / self.objective.iterations))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * decay
+        self.optimizer.step()
+        self.seconds += time.monotonic() - started
+        return {
+            "iteration": iteration,
+            "loss": loss,
+            "steps_per_group": stop - start,
+            "network_evaluations": self.network_evaluations,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def _group(self, iteration: int) -> tuple[int, int]:
+        """Groups in random order, each once before any comes again; M = 1 during the warm-up."""
+        warm = iteration < self.objective.warmup_fraction * self.objective.iterations
+        cut = groups(self.rollout.num_steps, 1 if warm else self.steps_per_group)
+        epoch, position = divmod(iteration, len(cut))
+        return cut[int(torch.randperm(len(cut), generator=self._generator(1, epoch))[position])]
+
+    def _batch(self, iteration: int) -> Tensor:
+        total = len(self.reference.conditions)
+        chosen = torch.randperm(total, generator=self._generator(2, iteration))[: self.objective.batch_size]
+        return chosen.to(self.reference.latents.device)
+
+    def _generator(self, stream: int, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 4 + stream) * 10_000_019 + number)
+
+    def _refresh(self, iteration: int) -> None:
+        """Sample the calibration set with the model as it is now."""
+        if self.drifted is None or iteration % max(1, self.objective.iterations // REFRESHES) == 0:
+            parts = []
+            for conditions in self.reference.conditions.batches(self.objective.batch_size):
+                parts.append(self.rollout.trajectory(conditions)[0])
+            # a batch's step costs what an update's evaluation costs
+            self.network_evaluations += self.rollout.num_steps * len(parts)
+            self.drifted = torch.cat(parts, 1)
+
+    def _regularise(self, iteration: int) -> None:
+        logits = self.parameters.get("rounding")
+        beta = rounding.annealed_beta(iteration / self.objective.iterations)
+        if logits and beta is not None:
+            (ROUNDING_WEIGHT * torch.stack([rounding.regulariser(v, beta) for v in logits.values()]).mean()).backward()
+
+    def _choose_parameters(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Kind -> layer name -> parameter; everything else is frozen."""
+        for parameter in self.rollout.denoiser.parameters():
+            parameter.requires_grad_(False)
+        chosen: dict[str, dict[str, nn.Parameter]] = {}
+        for kind in self.objective.learn:
+            found = {n: p for n, layer in self.layers.items() if (p := layer.learnable(kind)) is not None}
+            if not found:
+                raise RecipeError(f"objective.learn: {kind!r} names no parameter of any tuned module; take it out")
+            chosen[kind] = found
+        for parameters in chosen.values():
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+        return chosen
+
+    def save(self, path: Path) -> None:
+        """Write parameters, optimizer moments and history; the file is replaced when it is whole."""
+        tensors: dict[str, Tensor] = {}
+        for kind, parameters in self.parameters.items():
+            for name, parameter in parameters.items():
+                tensors[f"{kind}/{name}/value"] = parameter.detach()
+                for moment, value in self.optimizer.state.get(parameter, {}).items():
+                    tensors[f"{kind}/{name}/{moment}"] = value
+        if self.drifted is not None:
+            tensors["drifted"] = self.drifted
+        about = {
+            "history": self.history,
+            "network_evaluations": self.network_evaluations,
+            "seconds": self.seconds,
+            "steps_per_group": self.steps_per_group,
+        }
+        temporary = path.with_suffix(".tmp")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"tuner": json.dumps(about)})
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        """Continue where `save` was.
+
+        Raises:
+            RecipeError: the file belongs to another recipe (its tensors do not fit).
+        """
+        device = self.reference.latents.device
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            about = json.loads(file.metadata()["tuner"])
+            keys = set(file.keys())
+            for kind, parameters in self.parameters.items():
+                for name, parameter in parameters.items():
+                    base = f"{kind}/{name}/"
+                    if base + "value" not in keys or file.get_tensor(base + "value").shape != parameter.shape:
+                        raise RecipeError(f"{path} does not fit this recipe ({base[:-1]}); start over with --overwrite")
+                    parameter.data.copy_(file.get_tensor(base + "value"))
+                    moments = [k for k in keys if k.startswith(base) and k != base + "value"]
+                    if moments:
+                        # Adam keeps its step counter on the CPU
+                        self.optimizer.state[parameter] = {
+                            k.removeprefix(base): t.cpu() if (t := file.get_tensor(k)).dim() == 0 else t for k in moments
+                        }
+            self.drifted = file.get_tensor("drifted") if "drifted" in keys else None
+        self.history = about["history"]
+        self.network_evaluations, self.seconds = about["network_evaluations"], about["seconds"]
+        self.steps_per_group = about["steps_per_group"]

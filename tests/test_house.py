@@ -1,0 +1,181 @@
+"""The rules of the house: small files, imports that go downward, no pickles, declared dependencies."""
+
+import ast
+import graphlib
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAX_LINES = 400
+PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PACKAGE = {module_name(path): path for path in sources("accuquant")}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(tree: ast.Module, module: str = "", is_package: bool = False) -> Iterator[str]:
+    """Dotted names of all imported modules, also of imports inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield inner if inner in PACKAGE else base
+
+
+def imports_of(module: str) -> set[str]:
+    path = PACKAGE[module]
+    return set(imports(parse(path), module, path.name == "__init__.py"))
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def is_stdlib(name: str) -> bool:
+    return name.split(".")[0] in sys.stdlib_module_names
+
+
+def band_error(module: str, imported: str) -> str | None:
+    """Why ``module`` may not import ``imported``, or None."""
+    ours = within(imported, "accuquant")
+    if ours and imported not in PACKAGE:
+        return "there is no such module"
+    if module == "accuquant.recipe" and ours:
+        return "the recipe stands alone"
+    if within(module, "accuquant.core") and not (within(imported, "torch", "accuquant.core") or is_stdlib(imported)):
+        return "core imports torch, the standard library and core"
+    below_programs = within(imported, "accuquant.core", "accuquant.model", "accuquant.recipe")
+    if within(module, "accuquant.model") and ours and not below_programs:
+        return "model imports core, model and the recipe"
+    if imported == "accuquant.cli" and module != "accuquant.__main__":
+        return "nothing imports the command line"
+    return None
+
+
+def forbidden(tree: ast.Module) -> Iterator[str]:
+    """Everything that could read a pickle or let a wrong checkpoint pass."""
+    for name in imports(tree):
+        if name.split(".")[0] in PICKLES:
+            yield f"import of {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in {"torch", "yaml"}:
+            loaders = {"load", "unsafe_load", "full_load"} & {alias.name for alias in node.names}
+            yield from (f"line {node.lineno}: {name} from {node.module}" for name in loaders)
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}:
+            yield f"line {node.lineno}: {called}"
+        if called.split(".")[-1] in {"load_state_dict", "load_model"}:
+            strict = [k.value for k in node.keywords if k.arg == "strict"] + node.args[1:]
+            if any(isinstance(value, ast.Constant) and value.value is False for value in strict):
+                yield f"line {node.lineno}: {called} with strict=False"
+
+
+def normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def declared(*extras: str) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = project["optional-dependencies"]
+    lines = project["dependencies"] + [line for extra in extras for line in optional[extra]]
+    return {normalised(re.match(r"[\w.-]+", line)[0]) for line in lines}
+
+
+def test_sources_are_found():
+    assert {"accuquant", "accuquant.recipe", "accuquant.core.numerics", "accuquant.model.layers"} <= set(PACKAGE)
+
+
+@pytest.mark.parametrize("path", sources("accuquant", "tools"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_is_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("module", PACKAGE)
+def test_imports_go_downward(module):
+    reasons = {imported: band_error(module, imported) for imported in imports_of(module)}
+    assert {imported: reason for imported, reason in reasons.items() if reason} == {}
+
+
+def test_no_import_cycles():
+    graph = {module: {name for name in imports_of(module) if name in PACKAGE} for module in PACKAGE}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+@pytest.mark.parametrize("path", sources("accuquant", "tools"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_pickles(path):
+    assert list(forbidden(parse(path))) == []
+
+
+@pytest.mark.parametrize(("folder", "extras"), [("accuquant", []), ("tools", ["train"]), ("tests", ["train", "dev"])])
+def test_imports_are_declared(folder, extras):
+    local = {"accuquant", "tools", "tests", "conftest"} | {path.stem for path in sources(folder)}
+    names = {name.split(".")[0] for path in sources(folder) for name in imports(parse(path))} - {""}
+    distributions = packages_distributions()
+    missing = {
+        name
+        for name in names - local
+        if not is_stdlib(name) and not declared(*extras) & {normalised(d) for d in distributions.get(name, [name])}
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("accuquant.recipe", "accuquant.core.numerics"),
+        ("accuquant.core.numerics", "accuquant.model.layers"),
+        ("accuquant.core.numerics", "diffusers"),
+        ("accuquant.model.layers", "accuquant.evaluate"),
+        ("accuquant.model.layers", "accuquant"),
+        ("accuquant.evaluate", "accuquant.cli"),
+        ("accuquant.evaluate", "accuquant.no_such_module"),
+    ],
+)
+def test_rule_notices_an_upward_import(module, imported):
+    assert band_error(module, imported)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from dill import loads",
+        "torch.load('a.pt')",
+        "from torch import load",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "model.load_state_dict(state, strict=False)",
+        "model.load_state_dict(state, False)",
+    ],
+)
+def test_rule_notices_a_pickle(code):
+    assert list(forbidden(ast.parse(code)))
+
+
+def test_rule_lets_safe_code_pass():
+    code = "yaml.safe_load(t); zip(a, b, strict=False); m.load_state_dict(s, strict=True)"
+    assert list(forbidden(ast.parse(code))) == []
