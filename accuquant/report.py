@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import statistics
 from collections import Counter
 from collections.abc import Callable
@@ -55,10 +54,12 @@ def write_report(
         ValueError: a required key is missing (the message names it), or the images or curves do not fit each other.
     """
     _check(metrics)
+    calibration = metrics.get("calibration") or {}
+    if calibration.get("history") == []:  # nothing was tuned: before is after
+        metrics = {k: v for k, v in metrics.items() if k != "initial"}
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
     environment.filters |= {f.__name__: f for f in (percent, decibel, size, si, duration, plain)}
-    calibration = metrics.get("calibration") or {}
     page = environment.get_template("report.html.j2").render(
         m={k: v for k, v in metrics.items() if v is not None},
         types=_types(metrics),
@@ -74,10 +75,9 @@ def write_report(
         recipe_yaml=recipe_yaml,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    path, temporary = folder / "report.html", folder / "report.html.tmp"
+    temporary = folder / "report.html.tmp"
     temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return temporary.replace(folder / "report.html")
 
 
 def percent(fraction: float | None, digits: int = 3) -> str:

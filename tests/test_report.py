@@ -163,6 +163,11 @@ def test_calibration_that_harms_is_not_sold_as_a_success(tmp_path: Path) -> None
     assert "23 % more: it did not help here" in page
 
 
+def test_without_updates_nothing_is_called_calibrated(tmp_path: Path) -> None:
+    page = report.write_report(tmp_path, plausible(updates=0), "", None, None).read_text(encoding="utf-8")
+    assert "before calibration" not in page and "Calibration took" not in page and 'id="no-calibration"' in page
+
+
 def test_a_run_that_blew_up_still_gets_its_report(tmp_path: Path) -> None:
     metrics = plausible(updates=1)
     metrics["final_relative_l2"] = dict.fromkeys(("mean", "std", "min", "max"), math.nan)
