@@ -11,4 +11,12 @@ from accuquant.recipe import Recipe, RecipeError, load_recipe
 
 register()
 
-__all__ = ["AccuQuantConfig", "CheckpointError", "Recipe", "RecipeError", "__version__", "load_recipe", "set_arithmetic"]
+__all__ = [
+    "AccuQuantConfig",
+    "CheckpointError",
+    "Recipe",
+    "RecipeError",
+    "__version__",
+    "load_recipe",
+    "set_arithmetic",
+]

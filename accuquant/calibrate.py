@@ -1,5 +1,5 @@
-"""The main job, top to bottom: recipe -> pipeline -> full-precision trajectories -> quantized modules -> first scales ->
-AccuQuant updates -> packed safetensors -> evaluation -> one folder that diffusers loads.
+"""The main job, top to bottom: recipe -> pipeline -> full-precision trajectories -> quantized modules -> first scales
+-> AccuQuant updates -> packed safetensors -> evaluation -> one folder that diffusers loads.
 
 Everything is written to `<output>.partial` and renamed when it is whole. An interrupted run leaves its state there.
 """
@@ -52,9 +52,17 @@ class Session:
 
     def tuner(self, objective: Objective, steps_per_group: int) -> Tuner:
         tuned = {p.name: self.layers[p.name] for p in self.planned if p.tune}
-        return Tuner(
-            self.rollout, self.clock, tuned, self.reference, objective, self.recipe.data.seed, steps_per_group
-        )
+        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, self.recipe.data.seed, steps_per_group)
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """Everything calibration may change."""
+        return {n: {k: v.clone() for k, v in layer.state_dict().items()} for n, layer in self.layers.items()}
+
+    def restore(self, snapshot: dict[str, dict[str, Tensor]]) -> None:
+        for name, layer in self.layers.items():
+            if "rounding_logits" not in snapshot[name]:
+                layer.rounding_logits = None
+            layer.load_state_dict(snapshot[name])
 
 
 def calibrate(
@@ -131,7 +139,12 @@ def open_model(recipe: Recipe, beside: Path | None = None) -> tuple[Rollout, lis
 
 
 def prepare(
-    recipe: Recipe, rollout: Rollout, planned: list[PlannedModule], split: Split, reporter: Reporter, kept: Path | None = None
+    recipe: Recipe,
+    rollout: Rollout,
+    planned: list[PlannedModule],
+    split: Split,
+    reporter: Reporter,
+    kept: Path | None = None,
 ) -> Session:
     """Sample the references in full precision, replace the modules, and find the initial scales.
 
@@ -149,7 +162,13 @@ def prepare(
     reporter.detail(f"initial weight scales of {len(specs)} modules ({recipe.quantization.initialization})")
     layers = quantize_model(rollout.denoiser, specs, clock, search)
     session = Session(
-        recipe, rollout, clock, planned, layers, reference.take(index[: len(samples)]), reference.take(index[len(samples) :])
+        recipe,
+        rollout,
+        clock,
+        planned,
+        layers,
+        reference.take(index[: len(samples)]),
+        reference.take(index[len(samples) :]),
     )
     _activation_scales(session, search, reporter)
     return session
@@ -168,7 +187,9 @@ def tune(session: Session, reporter: Reporter, partial: Path, resume: bool) -> t
             tried = try_steps_per_group(session, reporter)
             chosen.write_text(json.dumps(tried), encoding="utf-8")
         steps = int(min(tried, key=lambda m: tried[m]))
-        reporter.say(f"steps_per_group: {steps} (validation error {', '.join(f'M={m}: {e:.4f}' for m, e in tried.items())})")
+        reporter.say(
+            f"steps_per_group: {steps} (validation error {', '.join(f'M={m}: {e:.4f}' for m, e in tried.items())})"
+        )
         objective = equal_cost(objective, steps)
     tuner = session.tuner(objective, steps)
     if resume and state.is_file():
@@ -187,8 +208,7 @@ def equal_cost(objective: Objective, steps_per_group: int) -> Objective:
 
 def try_steps_per_group(session: Session, reporter: Reporter) -> dict[str, float]:
     """Short trials of each M at equal cost from the same start; relative L2 of the final latent on validation noise."""
-    start = {n: {k: v.clone() for k, v in layer.state_dict().items()} for n, layer in session.layers.items()}
-    objective = session.recipe.objective
+    start, objective = session.snapshot(), session.recipe.objective
     budget = max(1, round(AUTO_SHARE * objective.iterations))
     tried: dict[str, float] = {}
     candidates = [m for m in AUTO_CANDIDATES if m <= session.rollout.num_steps]
@@ -197,9 +217,7 @@ def try_steps_per_group(session: Session, reporter: Reporter) -> dict[str, float
             trial = equal_cost(objective.model_copy(update={"iterations": budget}), m)
             session.tuner(trial, m).run()
             tried[str(m)] = validation_error(session)
-            for name, layer in session.layers.items():
-                layer.rounding_logits = None if "rounding_logits" not in start[name] else layer.rounding_logits
-                layer.load_state_dict(start[name])
+            session.restore(start)
             advance(f"M = {m}: {tried[str(m)]:.4f}")
     return tried
 
@@ -236,7 +254,8 @@ def describe(recipe: Recipe, beside: Path | None = None) -> tuple[list[PlannedMo
     latents = (data.num_samples + VALIDATION_SAMPLES + recipe.evaluation.num_samples) * conditions.noise[0].numel()
     return planned, {
         "network_evaluations": {"tuning": tuning, "sampling": sampling},
-        "seconds": seconds * (sampling + 3.5 * tuning),  # a backward pass and the fake quantization cost about 2.5 calls
+        "seconds": seconds
+        * (sampling + 3.5 * tuning),  # a backward pass and the fake quantization cost about 2.5 calls
         "memory_bytes": 4 * (5 * trainable + 2 * rollout.num_steps * latents),
     }
 
@@ -271,7 +290,9 @@ def _activation_scales(session: Session, search: bool, reporter: Reporter) -> No
     rollout, reference, clock = session.rollout, session.reference, session.clock
     groups = torch.tensor([sum(float(t) < e for e in clock.edges) for t in rollout.timesteps])
     values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(clock.num_groups)] for n in observed}
-    chosen = torch.arange(min(len(reference.conditions), session.recipe.objective.batch_size), device=reference.latents.device)
+    chosen = torch.arange(
+        min(len(reference.conditions), session.recipe.objective.batch_size), device=reference.latents.device
+    )
     conditions = reference.conditions.take(chosen)
 
     def observe(layer: TrainableLayer, tokens: Tensor) -> None:

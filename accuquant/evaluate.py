@@ -43,7 +43,9 @@ def held_out_reference(rollout: Rollout, recipe: Recipe, reporter: Reporter, bes
     split = load_split(recipe.data, rollout.family.condition, beside)
     samples = held_out_samples(split, recipe.data, recipe.evaluation.num_samples)
     conditions = rollout.conditions(samples.inputs, samples.seeds)
-    return HeldOut(samples.inputs, conditions, sample(rollout, conditions, recipe, reporter, "held-out, full precision"))
+    return HeldOut(
+        samples.inputs, conditions, sample(rollout, conditions, recipe, reporter, "held-out, full precision")
+    )
 
 
 def sample(rollout: Rollout, conditions: Conditions, recipe: Recipe, reporter: Reporter, what: str) -> Tensor:
@@ -66,11 +68,13 @@ def latent_metrics(latents: Tensor, reference: Tensor) -> dict[str, Any]:
     }
 
 
-def image_metrics(quantized: Tensor, full: Tensor, inputs: list[Any], classifier: DigitClassifier | None) -> dict[str, Any]:
+def image_metrics(
+    quantized: Tensor, full: Tensor, inputs: list[Any], classifier: DigitClassifier | None
+) -> dict[str, Any]:
     """PSNR, SSIM and, with a classifier, Frechet distance and agreement; images (B, C, H, W) in [0, 1].
 
-    The Frechet distance is between the classifier's features of both image sets. On few samples it is biased upwards, for
-    both sides alike; read it against another run of the same size.
+    The Frechet distance is between the classifier's features of both image sets. On few samples it is biased upwards,
+    for both sides alike; read it against another run of the same size.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -140,7 +144,7 @@ def module_errors(full: Rollout, quantized: nn.Module, held_out: HeldOut) -> dic
 def evaluate(
     folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut | None = None, beside: Path | None = None
 ) -> dict[str, Any]:
-    """Compare the export in ``folder`` with the recipe's full-precision model; write metrics.json and report.html there.
+    """Compare the export in ``folder`` with the recipe's full-precision model; write metrics.json and report.html.
 
     Args:
         held_out: reference trajectories, if they were sampled before.
@@ -180,7 +184,9 @@ def evaluate(
     if recipe.evaluation.reconstruct:
         full_images, quantized_images = full.decode(held_out.latents[-1]), full.decode(latents[-1])
         with torch.no_grad():
-            metrics |= image_metrics(quantized_images, full_images, held_out.inputs, _classifier(recipe, full_images.device))
+            metrics |= image_metrics(
+                quantized_images, full_images, held_out.inputs, _classifier(recipe, full_images.device)
+            )
     calibration = folder / "calibration.json"
     if calibration.is_file():
         metrics |= json.loads(calibration.read_text(encoding="utf-8"))
@@ -198,7 +204,7 @@ def evaluate(
 
 
 def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, timestep_groups: int) -> dict[str, Any]:
-    """Size of the whole denoiser and of its quantized layers, and bit-operations of one call, float32 against planned."""
+    """Size of the whole denoiser and of its quantized layers, and bit-operations of one call."""
     inside = [p for p in planned if p.spec is not None]
     float_layers, packed = sum(p.float_bytes for p in inside), sum(p.quantized_bytes(timestep_groups) for p in inside)
     float_bytes = sum(4 * p.numel() for p in denoiser.parameters())

@@ -28,7 +28,7 @@ from accuquant.recipe import Objective, RecipeError
 
 SAVE_EVERY_SECONDS = 20.0
 ROUNDING_WEIGHT = 0.01  # of AdaRound's regulariser against the normalised group loss
-REFRESHES = 10  # how often inputs from the quantized trajectory are sampled anew
+REFRESHES = 3  # how often inputs from the quantized trajectory are sampled anew
 ADAM_BETAS = (0.9, 0.99)
 
 
@@ -78,7 +78,9 @@ class Tuner:
         rates = self.objective.learning_rates.model_dump()
         self.rates = [rates[kind] for kind in self.parameters]
         self.optimizer = torch.optim.Adam(
-            [{"params": list(p.values()), "lr": rates[kind]} for kind, p in self.parameters.items()], betas=ADAM_BETAS, eps=1e-15
+            [{"params": list(p.values()), "lr": rates[kind]} for kind, p in self.parameters.items()],
+            betas=ADAM_BETAS,
+            eps=1e-15,
         )
         self.drifted: Tensor | None = None  # latents of the quantized trajectory, for inputs: quantized
 
@@ -231,7 +233,8 @@ class Tuner:
                     if moments:
                         # Adam keeps its step counter on the CPU
                         self.optimizer.state[parameter] = {
-                            k.removeprefix(base): t.cpu() if (t := file.get_tensor(k)).dim() == 0 else t for k in moments
+                            k.removeprefix(base): t.cpu() if (t := file.get_tensor(k)).dim() == 0 else t
+                            for k in moments
                         }
             self.drifted = file.get_tensor("drifted") if "drifted" in keys else None
         self.history = about["history"]

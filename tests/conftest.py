@@ -12,7 +12,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 torch.set_num_threads(2)
 
 
-def make_pipeline(seed: int = 0, learned_variance: bool = False, layers: int = 2, dtype: torch.dtype = torch.float32) -> DiTPipeline:
+def make_pipeline(
+    seed: int = 0, learned_variance: bool = False, layers: int = 2, dtype: torch.dtype = torch.float32
+) -> DiTPipeline:
     """DiT of random weights, 8x8 latents, with adaLN that is not zero: every module matters."""
     torch.manual_seed(seed)
     transformer = DiTTransformer2DModel(
@@ -45,7 +47,9 @@ def make_pipeline(seed: int = 0, learned_variance: bool = False, layers: int = 2
         scaling_factor=1.0,
     )
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
-    pipeline = DiTPipeline(transformer.eval().to(dtype), vae.eval(), scheduler, id2label={i: f"class {i}" for i in range(10)})
+    pipeline = DiTPipeline(
+        transformer.eval().to(dtype), vae.eval(), scheduler, id2label={i: f"class {i}" for i in range(10)}
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -66,8 +70,13 @@ def recipe_tree(model: Path | str, output: Path | str, **changes: Any) -> dict[s
         "quantization": {
             "timestep_groups": 3,
             "rules": [
-                {"modules": r"transformer_blocks\.\d+\.(attn1|ff)\..*", "weight": "int4", "activation": "int8",
-                 "granularity": "group", "group_size": 16},
+                {
+                    "modules": r"transformer_blocks\.\d+\.(attn1|ff)\..*",
+                    "weight": "int4",
+                    "activation": "int8",
+                    "granularity": "group",
+                    "group_size": 16,
+                },
                 {"modules": r"transformer_blocks\.\d+\.norm1\.linear", "weight": "int8", "tune": False},
             ],
         },

@@ -4,7 +4,7 @@ With q the stored integers, z zero points and s scales, a linear layer is
 
     y[b, o] = s_x[b] * sum_g s_w[o, g] * sum_{i in g} (q_x[b, i] - z_x) * (q_w[o, i] - z_w[o, g])  + bias[o].
 
-The inner sum is expanded into one integer product and two integer corrections, so no rounding happens before the scales.
+The inner sum is expanded into one integer product and two integer corrections, so nothing is rounded before the scales.
 """
 
 from __future__ import annotations

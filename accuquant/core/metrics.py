@@ -9,7 +9,8 @@ from torch import Tensor
 def relative_l2(x: Tensor, reference: Tensor) -> Tensor:
     """(B, ...) and (B, ...) -> (B,): ||x - reference|| / ||reference|| of each sample."""
     difference = (x.double() - reference.double()).flatten(1).norm(dim=1)
-    return difference / reference.double().flatten(1).norm(dim=1).clamp_min(1e-30)
+    relative: Tensor = difference / reference.double().flatten(1).norm(dim=1).clamp_min(1e-30)
+    return relative
 
 
 def latent_psnr(x: Tensor, reference: Tensor) -> float:

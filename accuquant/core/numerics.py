@@ -67,14 +67,14 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         qmin, qmax = ctx.range
         v = x / scale
-        rounded = torch.round(v) + zero_point
-        q = rounded.clamp(qmin, qmax)
+        rounded = torch.round(v)
+        q = rounded.clamp(qmin - zero_point, qmax - zero_point)  # zero point already taken off
         inside = rounded == q
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            # v is zero where clipped, so the one expression serves both cases of LSQ's eq. 3
-            grad_scale = (grad * ((q - zero_point) - v * inside)).sum_to_size(scale.shape)
+            # v counts only where it was not clipped: the one expression is both cases of LSQ's eq. 3
+            grad_scale = q.sub_(v.mul_(inside)).mul_(grad).sum_to_size(scale.shape)
         return grad_x, grad_scale, None, None, None
 
 
@@ -104,8 +104,8 @@ def dynamic_scale(x: Tensor, qtype: QType, clip_ratio: Tensor | float = 1.0) -> 
 def range_to_scale(low: Tensor, high: Tensor, qtype: QType, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point that cover ``[low, high]`` (which is widened to contain zero).
 
-    Symmetric: zero_point = 0 and scale = max(-low, high) / qmax. Asymmetric: scale = (high - low) / (2^bits - 1) and the
-    zero point is the integer that stands for 0.
+    Symmetric: zero_point = 0 and scale = max(-low, high) / qmax. Asymmetric: scale = (high - low) / (2^bits - 1) and
+    the zero point is the integer that stands for 0.
     """
     low, high = low.clamp_max(0), high.clamp_min(0)
     if symmetric:

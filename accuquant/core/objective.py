@@ -1,7 +1,7 @@
 """The AccuQuant objective: match a group of M denoising steps at its end, in the memory of one step.
 
-Full precision gives the latents x_s ... x_e of a group (e = s + M). The quantized model starts from the same x_s, runs M
-steps to x~_e, and the loss compares the ends (AccuQuant, NeurIPS 2025, arXiv 2510.20348):
+Full precision gives the latents x_s ... x_e of a group (e = s + M). The quantized model starts from the same x_s, runs
+M steps to x~_e, and the loss compares the ends (AccuQuant, NeurIPS 2025, arXiv 2510.20348):
 
     L = ||x~_e - x_e||^2 / ||x_e - x_s||^2,         g = dL/dx~_e.
 
@@ -12,9 +12,9 @@ own gradient against a cotangent c_i = sum_k B_ki v_{k+1}, where v_k = dL/dx~_k.
     variance   v_k = sqrt(var_e / var_k) g          the same, scaled by how much a latent shrinks on the way
     exact      v_k = sum_i A_ik v_{i+1} + J_k' c_k  the true one, J_k = d eps_k / d x~_k
 
-Each step's network is differentiated alone, from a latent that was kept from a rollout without gradient. So memory holds
-one step's graph and M small latents, whatever M is. `exact` costs a backward pass into x at each step and equals full
-back-propagation to rounding error: it is a mode and the test oracle's counterpart.
+Each step's network is differentiated alone, from a latent that was kept from a rollout without gradient. So memory
+holds one step's graph and M small latents, whatever M is. `exact` costs a backward pass into x at each step and equals
+full back-propagation to rounding error: it is a mode and the test oracle's counterpart.
 
 `dense` compares the trajectories after every step of the group: L = 1/M sum_k ||x~_k - x_k||^2 / ||x_e - x_s||^2.
 """

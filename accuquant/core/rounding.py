@@ -25,12 +25,12 @@ def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def regulariser(logits: Tensor, beta: float) -> Tensor:
-    """``mean(1 - |2 h(V) - 1|^beta)``: 0 when every rounding is decided, per weight so that layers weigh alike (eq. 24)."""
+    """``mean(1 - |2 h(V) - 1|^beta)`` (eq. 24): 0 when every rounding is decided."""
     return (1 - (2 * rectified_sigmoid(logits) - 1).abs().pow(beta)).mean()
 
 
 def annealed_beta(progress: float, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float | None:
-    """Exponent of the regulariser at ``progress`` in [0, 1]; None while the regulariser is off (the first ``warmup``)."""
+    """Exponent of the regulariser at ``progress`` in [0, 1]; None during the first ``warmup``, without it."""
     if progress < warmup:
         return None
     return end + (start - end) * (1 - (progress - warmup) / (1 - warmup))

@@ -1,13 +1,13 @@
 """Saving and loading: how a quantized denoiser becomes safetensors that diffusers' own `from_pretrained` understands.
 
-config.json carries `quantization_config`: the method's name, the file version, the timestep groups' edges and the spec of
-every quantized module. Importing accuquant adds our config and quantizer to diffusers' two tables; there is no other way
-in. On loading, each named module is replaced by an empty `QuantizedLayer` whose tensors the file must fill exactly.
+config.json carries `quantization_config`: the method's name, the file version, the timestep groups' edges and the spec
+of every quantized module. Importing accuquant adds our config and quantizer to diffusers' two tables; there is no other
+way in. On loading, each named module is replaced by an empty `QuantizedLayer` whose tensors the file must fill exactly.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class CheckpointError(ValueError):
     """A checkpoint that is not what its config promises."""
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """diffusers reads ``.value`` of the method, so it has to be an Enum member."""
 
     ACCUQUANT = "accuquant"
@@ -86,7 +86,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
 class AccuQuantQuantizer(DiffusersQuantizer):
     """Replaces modules by empty quantized layers before the weights are read, and starts the clock after."""
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config: AccuQuantConfig = self.quantization_config
         clock = StepClock(list(config.timestep_edges))
         modules = dict(model.named_modules())
@@ -103,8 +103,8 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             model.set_submodule(name, layer)
         model.step_clock = clock
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        model.step_clock.attach(model)  # type: ignore[operator, union-attr]
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        model.step_clock.attach(model)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """diffusers would load a missing tensor as zeros and only warn."""
@@ -128,14 +128,16 @@ class AccuQuantQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep the file's types: diffusers casts scales in ``param_value`` to the load dtype, ``state_dict`` has them whole."""
+        """Keep the file's types: diffusers casts scales in ``param_value`` to the load dtype, ``state_dict`` not."""
         name, _, leaf = param_name.rpartition(".")
         layer, value = model.get_submodule(name), state_dict[param_name]
         setattr(layer, leaf, nn.Parameter(value.to(target_device), requires_grad=False))
 
     def check_quantized_param_shape(self, param_name: str, expected: Tensor, found: Tensor) -> bool:
         if expected.shape != found.shape:
-            raise CheckpointError(f"{param_name} has shape {tuple(found.shape)}, its config promises {tuple(expected.shape)}")
+            raise CheckpointError(
+                f"{param_name} has shape {tuple(found.shape)}, its config promises {tuple(expected.shape)}"
+            )
         return True
 
     @property
@@ -154,7 +156,7 @@ def register() -> None:
 
 
 def harden_model(model: Any, clock: StepClock) -> None:
-    """Turn trainable layers into exported ones in place; ``model.save_pretrained`` then writes the packed checkpoint."""
+    """Turn trainable layers into exported ones in place; ``model.save_pretrained`` then writes them packed."""
     for name, layer in trainable_layers(model).items():
         model.set_submodule(name, layer.harden())
     config = AccuQuantConfig({n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.edges)

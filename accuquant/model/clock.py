@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class StepClock:
     """
 
     def __init__(self, edges: list[float]) -> None:
-        if any(a <= b for a, b in zip(edges, edges[1:], strict=False)):
+        if any(a <= b for a, b in itertools.pairwise(edges)):
             raise ValueError(f"timestep edges must descend strictly, found {edges}")
         self.edges = edges
         self.group = 0

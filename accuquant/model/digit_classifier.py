@@ -45,7 +45,8 @@ class DigitClassifier(nn.Module):
         """
         if images.ndim != 4 or tuple(images.shape[1:]) != IMAGE_SHAPE:
             raise ValueError(f"expected images of shape (B, 1, 32, 32), got {tuple(images.shape)}")
-        return self.body(images).mean(dim=(2, 3))
+        features: torch.Tensor = self.body(images).mean(dim=(2, 3))
+        return features
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class logits, shape (B, 10), for images of shape (B, 1, 32, 32) in [-1, 1].
@@ -53,7 +54,8 @@ class DigitClassifier(nn.Module):
         Raises:
             ValueError: if `images` is not of shape (B, 1, 32, 32).
         """
-        return self.head(self.features(images))
+        logits: torch.Tensor = self.head(self.features(images))
+        return logits
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "DigitClassifier":

@@ -55,7 +55,9 @@ def family_of(pipeline: DiffusionPipeline) -> Family:
     for family in FAMILIES:
         if family.pipeline == name:
             return family
-    raise RecipeError(f"model.id: {name} is not supported; supported pipelines: {', '.join(f.pipeline for f in FAMILIES)}")
+    raise RecipeError(
+        f"model.id: {name} is not supported; supported pipelines: {', '.join(f.pipeline for f in FAMILIES)}"
+    )
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
@@ -64,7 +66,7 @@ def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
 
 
 def load_pipeline(model: Model) -> DiffusionPipeline:
-    """Load what ``model.id`` names: ``bundled:NAME``, a local folder, or a hub id (the only case that uses the network).
+    """Load what ``model.id`` names: ``bundled:NAME``, a local folder, or a hub id (only that uses the network).
 
     Only safetensors are read.
 
@@ -92,7 +94,9 @@ def resolve(model_id: str) -> str:
     """
     if model_id.startswith("bundled:"):
         name = model_id.removeprefix("bundled:")
-        known = sorted(p.name for p in BUNDLED.iterdir() if (p / "model_index.json").is_file()) if BUNDLED.is_dir() else []
+        known = (
+            sorted(p.name for p in BUNDLED.iterdir() if (p / "model_index.json").is_file()) if BUNDLED.is_dir() else []
+        )
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise RecipeError(
@@ -120,9 +124,8 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        raise RecipeError(
-            f"sampling.scheduler: diffusers has no scheduler {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}"
-        )
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise RecipeError(f"sampling.scheduler: diffusers has no scheduler {name!r}{hint}")
     scheduler: Any = found
     pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
 

@@ -74,7 +74,9 @@ class LayerSpec:
             return 1
         if columns % self.group_size:
             fits = [s for s in (128, 64, 32, 16, 8) if columns % s == 0]
-            raise ValueError(f"group_size {self.group_size} does not divide the {columns} inputs of {name}; would fit: {fits}")
+            raise ValueError(
+                f"group_size {self.group_size} does not divide the {columns} inputs of {name}; would fit: {fits}"
+            )
         return columns // self.group_size
 
 
@@ -94,7 +96,7 @@ class Conv:
         if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise ValueError(f"{name}: grouped or specially padded convolutions stay float; give them weight: float")
         pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
-        return cls(*((int(a), int(b)) for a, b in pairs))  # type: ignore[misc]
+        return cls(*((int(a), int(b)) for a, b in pairs))
 
     def unfold(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, L, C * kh * kw), L output positions."""
@@ -102,14 +104,18 @@ class Conv:
 
     def fold(self, y: Tensor, x: Tensor) -> Tensor:
         """(B, L, O) -> (B, O, H', W')."""
-        height = (x.shape[2] + 2 * self.padding[0] - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[0] + 1
+        height = (x.shape[2] + 2 * self.padding[0] - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[
+            0
+        ] + 1
         return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], height, -1)
 
 
 class _Layer(nn.Module):
     """What both kinds share: the spec, the geometry, the clock, and the way from input to rows and back."""
 
-    def __init__(self, spec: LayerSpec, columns: int, rows: int, conv: Conv | None, clock: StepClock, name: str) -> None:
+    def __init__(
+        self, spec: LayerSpec, columns: int, rows: int, conv: Conv | None, clock: StepClock, name: str
+    ) -> None:
         super().__init__()
         self.spec, self.conv, self.clock, self.name = spec, conv, clock, name
         self.in_features, self.out_features = columns, rows
@@ -130,11 +136,14 @@ class _Layer(nn.Module):
 class TrainableLayer(_Layer):
     """Fake-quantized layer with learnable weights, weight scales, activation scales, rounding and bias.
 
-    Scales are parametrised by their logarithm. ``log_activation_scale`` is (timestep groups,) for static scales and (1,),
-    the logarithm of the clip ratio on max|x|, for dynamic ones. ``observer``, when set, receives each call's tokens.
+    Scales are parametrised by their logarithm. ``log_activation_scale`` is (timestep groups,) for static scales and
+    (1,), the logarithm of the clip ratio on max|x|, for dynamic ones. ``observer``, when set, receives each call's
+    tokens.
     """
 
-    def __init__(self, module: nn.Linear | nn.Conv2d, spec: LayerSpec, clock: StepClock, name: str, search: bool) -> None:
+    def __init__(
+        self, module: nn.Linear | nn.Conv2d, spec: LayerSpec, clock: StepClock, name: str, search: bool
+    ) -> None:
         weight = _at_least_float32(module.weight.detach()).flatten(1)
         super().__init__(spec, weight.shape[1], weight.shape[0], Conv.of(module, name), clock, name)
         self.weight = nn.Parameter(weight.clone())
@@ -298,7 +307,9 @@ class QuantizedLayer(_Layer):
         scale, zero = self._input_grid(tokens)
         q = quantize(tokens, scale, zero, self.spec.activation_type).to(torch.int8).view(-1, self.in_features)
         flat_scale = scale if self.spec.static else scale.view(-1, 1)
-        y = kernels.integer_linear(q, flat_scale, zero, self.integer_weight(), self.weight_scale, self.weight_zero_point)
+        y = kernels.integer_linear(
+            q, flat_scale, zero, self.integer_weight(), self.weight_scale, self.weight_zero_point
+        )
         return y.view(*tokens.shape[:-1], self.out_features)
 
 
@@ -359,4 +370,3 @@ def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:
         raise ValueError(f"{type(model).__name__} has no layer quantized by accuquant")
     for layer in layers.values():
         layer.arithmetic = arithmetic
-

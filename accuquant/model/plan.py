@@ -1,4 +1,4 @@
-"""The plan: which module becomes what, what it weighs and what it computes. Printed by `--dry-run`, kept for the report."""
+"""The plan: which module becomes what, what it weighs and what it computes; printed by `--dry-run`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from accuquant.core.packing import packed_columns
-from accuquant.model.layers import LayerSpec
+from accuquant.model.layers import Conv, LayerSpec
 from accuquant.recipe import RecipeError, Rule
 
 FLOAT_BITS = 32
@@ -75,6 +75,7 @@ def plan_modules(denoiser: nn.Module, rules: tuple[Rule, ...]) -> list[PlannedMo
             if rule.weight != "float":
                 spec, tune = _spec(rule), rule.tune
                 try:
+                    Conv.of(module, name)
                     spec.num_groups(module.weight.flatten(1).shape[1], name)
                 except ValueError as error:
                     raise RecipeError(f"quantization.rules.{index}: {error}") from error
@@ -86,13 +87,16 @@ def plan_modules(denoiser: nn.Module, rules: tuple[Rule, ...]) -> list[PlannedMo
     return planned
 
 
-def count_macs(denoiser: nn.Module, planned: list[PlannedModule], run: Callable[[], object], batch: int) -> list[PlannedModule]:
+def count_macs(
+    denoiser: nn.Module, planned: list[PlannedModule], run: Callable[[], object], batch: int
+) -> list[PlannedModule]:
     """Fill ``macs`` from one real call: ``run`` calls the denoiser once for ``batch`` samples."""
     rows: dict[str, int] = {}
+    outputs = {p.name: p.shape[0] for p in planned}
 
     def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows[name] = rows.get(name, 0) + output.numel() // module.weight.shape[0]  # type: ignore[union-attr, operator]
+            rows[name] = rows.get(name, 0) + output.numel() // outputs[name]
 
         return count
 
@@ -104,7 +108,9 @@ def count_macs(denoiser: nn.Module, planned: list[PlannedModule], run: Callable[
         for handle in handles:
             handle.remove()
     return [
-        PlannedModule(p.name, p.kind, p.shape, p.bias, p.spec, p.tune, rows.get(p.name, 0) * p.shape[0] * p.shape[1] // batch)
+        PlannedModule(
+            p.name, p.kind, p.shape, p.bias, p.spec, p.tune, rows.get(p.name, 0) * p.shape[0] * p.shape[1] // batch
+        )
         for p in planned
     ]
 
@@ -124,7 +130,9 @@ def _compile(index: int, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise RecipeError(f"quantization.rules.{index}.modules: {pattern!r} is no regular expression ({error})") from error
+        raise RecipeError(
+            f"quantization.rules.{index}.modules: {pattern!r} is no regular expression ({error})"
+        ) from error
 
 
 def _unused(index: int, text: str, pattern: re.Pattern[str], names: list[str]) -> str:

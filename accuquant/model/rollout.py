@@ -48,7 +48,9 @@ class Conditions:
         """Concatenate; guidance halves stay halves."""
         if len(parts) == 1:
             return parts[0]
-        return Conditions(torch.cat([p.noise for p in parts]), _join([p.kwargs for p in parts], [len(p) for p in parts]))
+        return Conditions(
+            torch.cat([p.noise for p in parts]), _join([p.kwargs for p in parts], [len(p) for p in parts])
+        )
 
 
 class Rollout:
@@ -69,8 +71,8 @@ class Rollout:
             self.solver: LinearSolver = probe(self._make_step, self.num_steps)
         except (NotLinear, AttributeError, NotImplementedError, TypeError) as error:
             raise RecipeError(
-                f"sampling.scheduler: {type(scheduler).__name__} cannot be calibrated with {self.family.pipeline}: {error}. "
-                "DDIMScheduler (clip_sample false), DPMSolverMultistepScheduler and the Euler schedulers can"
+                f"sampling.scheduler: {type(scheduler).__name__} cannot be calibrated with {self.family.pipeline}: "
+                f"{error}. DDIMScheduler (clip_sample false), DPMSolverMultistepScheduler and the Euler schedulers can"
             ) from error
         self.input_scales = self._input_scales()
 
@@ -119,7 +121,8 @@ class Rollout:
         vae = self.pipeline.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         samples = vae.decode(1 / vae.config.scaling_factor * latents.to(vae.dtype) + shift).sample
-        return (samples / 2 + 0.5).clamp(0, 1).float()
+        images: Tensor = (samples / 2 + 0.5).clamp(0, 1).float()
+        return images
 
     def _predict(self, i: int, scaled: Tensor, kwargs: dict[str, Any]) -> Tensor:
         model_input = torch.cat([scaled, scaled]) if self.guided else scaled
@@ -131,7 +134,8 @@ class Rollout:
             return prediction
         first, second = prediction.chunk(2)
         conditional, unconditional = (first, second) if self.family.conditional_first else (second, first)
-        return unconditional + self.sampling.guidance_scale * (conditional - unconditional)
+        guided: Tensor = unconditional + self.sampling.guidance_scale * (conditional - unconditional)
+        return guided
 
     def _capture(self, inputs: list[Any], generators: list[torch.Generator]) -> Conditions:
         """Run the pipeline until it calls its denoiser."""
@@ -174,7 +178,9 @@ class Rollout:
         def step(i: int, prediction: Tensor, x: Tensor) -> Tensor:
             t = scheduler.timesteps[i]
             scaled = scheduler.scale_model_input(x, t)
-            out: Tensor = scheduler.step(prediction, t, scaled if self.family.steps_scaled_input else x, return_dict=False)[0]
+            out: Tensor = scheduler.step(
+                prediction, t, scaled if self.family.steps_scaled_input else x, return_dict=False
+            )[0]
             return out
 
         return step

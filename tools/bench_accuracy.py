@@ -1,0 +1,204 @@
+"""Accuracy of the objectives, side by side: initial scales, M = 1, and M = 2, 5, 10 in every mode, at equal cost.
+
+Cost is counted in network evaluations: forward calls of the denoiser that calibration makes. One update with M steps
+makes 2 M - 1 of them (M of these with a backward pass), so at equal evaluations M = 1 makes 2 M - 1 times more updates.
+Figures are of the hardened model on held-out classes and noise. Every run is one line of results.jsonl; a run that is
+there is not repeated, so the tool can be stopped and started at will, and several shards can work at once:
+
+    python tools/bench_accuracy.py run --shard 0/2 & python tools/bench_accuracy.py run --shard 1/2
+    python tools/bench_accuracy.py table
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from accuquant.calibrate import Session, open_model, prepare
+from accuquant.console import Reporter
+from accuquant.evaluate import HeldOut, held_out_reference, latent_metrics
+from accuquant.model.layers import TrainableLayer, set_arithmetic
+from accuquant.optimise import REFRESHES
+from accuquant.recipe import Recipe, load_recipe, parse_recipe
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+ATTENTION_AND_MLP = r"transformer_blocks\.\d+\.(attn1|ff)\..*"
+ADALN = {"modules": r"transformer_blocks\.\d+\.norm1\.linear", "weight": "int8", "tune": False}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "W8A8": {"weight": "int8", "activation": "int8"},
+    "W4A8": {"weight": "int4", "activation": "int8", "granularity": "group", "group_size": 32},
+    "W4A4": {
+        "weight": "int4",
+        "activation": "int4",
+        "activation_scale": "dynamic",
+        "granularity": "group",
+        "group_size": 32,
+    },
+    "W3A6": {
+        "weight": "int3",
+        "activation": "int6",
+        "activation_scale": "dynamic",
+        "granularity": "group",
+        "group_size": 32,
+    },
+}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "round to nearest": None,
+    "MSE search": None,
+    "M=1": {"steps_per_group": 1},
+    **{
+        f"M={m} {gradient}": {"steps_per_group": m, "gradient": gradient}
+        for m in (2, 5, 10)
+        for gradient in ("identity", "variance", "exact")
+    },
+    "M=5 exact dense": {"steps_per_group": 5, "gradient": "exact", "loss": "dense"},
+    "M=5 identity dense": {"steps_per_group": 5, "loss": "dense"},
+    "M=1 on quantized inputs": {"inputs": "quantized"},
+    "M=1 then 5 exact": {"steps_per_group": 5, "gradient": "exact", "warmup_fraction": 0.8},
+    "M=1 AdaRound": {"learn": ["rounding", "activation_scale"]},
+}
+
+
+def bench_recipe(base: Recipe, config: str, seed: int, batch: int, samples: int, initialization: str) -> Recipe:
+    tree = base.model_dump(mode="json")
+    tree["data"] |= {"num_samples": samples, "seed": seed}
+    tree["quantization"] |= {
+        "rules": [{"modules": ATTENTION_AND_MLP, **CONFIGS[config]}, ADALN],
+        "initialization": initialization,
+    }
+    tree["objective"] = {"iterations": 0, "batch_size": batch}
+    tree["evaluation"] |= {"num_samples": 24, "batch_size": 12}
+    return parse_recipe(tree, "benchmark")
+
+
+def updates(method: dict[str, Any], evaluations: int, refresh_cost: int) -> int:
+    """Updates that ``evaluations`` pay for."""
+    m, warm = int(method.get("steps_per_group", 1)), float(method.get("warmup_fraction", 0.0))
+    if method.get("inputs") == "quantized":
+        return max(1, evaluations - REFRESHES * refresh_cost)
+    return max(1, round(evaluations / (warm + (1 - warm) * (2 * m - 1))))
+
+
+@torch.no_grad()
+def hardened_error(session: Session, held_out: HeldOut) -> dict[str, Any]:
+    """Held-out figures of the hardened model; the trainable layers are put back afterwards."""
+    model, layers = session.rollout.denoiser, dict[str, TrainableLayer](session.layers)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.harden())
+    set_arithmetic(model, "reference")
+    parts = [session.rollout.trajectory(c)[0] for c in held_out.conditions.batches(12)]
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    found = latent_metrics(torch.cat(parts, 1), held_out.latents)
+    return {"relative_l2": found["final_relative_l2"]["mean"], "psnr": found["latent_psnr"]}
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("build/bench_accuracy"),
+    recipe: Annotated[str, typer.Option(help="Recipe that gives model, sampling and data.")] = "dit_w8a8",
+    configs: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(CONFIGS),
+    methods: Annotated[str, typer.Option(help="Comma-separated; all if empty.")] = "",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    evaluations: Annotated[int, typer.Option(help="Network evaluations per run.")] = 400,
+    batch: Annotated[int, typer.Option(help="Samples per update.")] = 4,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 16,
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th (config, seed) pair from the i-th.")] = "0/1",
+) -> None:
+    """Make the runs that are missing."""
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    base, chosen = load_recipe(recipe), methods.split(",") if methods else list(METHODS)
+    index, count = map(int, shard.split("/"))
+    pairs = [(c, int(s)) for s in seeds.split(",") for c in configs.split(",")][index::count]
+    for config, seed in pairs:
+        done = {(r["config"], r["seed"], r["method"], r["evaluations"]) for r in results(out)}
+        missing = [m for m in chosen if (config, seed, m, evaluations if METHODS[m] else 0) not in done]
+        for initialization in ("round_to_nearest", "mse"):
+            wanted = [m for m in missing if (m == "round to nearest") == (initialization == "round_to_nearest")]
+            if wanted:
+                one = bench_recipe(base, config, seed, batch, samples, initialization)
+                _run_methods(one, wanted, config, seed, evaluations, out, shard.replace("/", "-"))
+
+
+def _run_methods(
+    recipe: Recipe, methods: list[str], config: str, seed: int, evaluations: int, out: Path, shard: str
+) -> None:
+    """All methods of one model, from one preparation."""
+    reporter = Reporter(quiet=True)
+    rollout, planned, split = open_model(recipe)
+    held_out = held_out_reference(rollout, recipe, reporter)
+    session = prepare(recipe, rollout, planned, split, reporter, out / f"reference-{seed}.safetensors")
+    start = session.snapshot()
+    refresh = rollout.num_steps * -(-recipe.data.num_samples // recipe.objective.batch_size)
+    for name in methods:
+        method = METHODS[name]
+        session.restore(start)
+        began = time.monotonic()
+        row: dict[str, Any] = {
+            "config": config,
+            "seed": seed,
+            "method": name,
+            "evaluations": 0,
+            "updates": 0,
+            "seconds": 0.0,
+        }
+        if method is not None:
+            fields = (
+                recipe.objective.model_dump(mode="json")
+                | method
+                | {"iterations": updates(method, evaluations, refresh)}
+            )
+            objective = type(recipe.objective).model_validate_json(json.dumps(fields))
+            m = objective.steps_per_group
+            assert m != "auto"
+            tuner = session.tuner(objective, m)
+            tuner.run()
+            row |= {"evaluations": evaluations, "updates": objective.iterations, "made": tuner.network_evaluations}
+            row["seconds"] = round(time.monotonic() - began, 1)
+        row |= hardened_error(session, held_out)
+        with (out / f"results-{shard}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{config} seed {seed} {name:26} {row['relative_l2']:.4f} {row['psnr']:.2f} dB  {row['seconds']} s",
+            flush=True,
+        )
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    lines = [
+        line for file in sorted(out.glob("results-*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    return [json.loads(line) for line in lines]
+
+
+@app.command()
+def table(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("build/bench_accuracy"),
+) -> None:
+    """Print the results as a Markdown table: latent PSNR in dB, mean ± standard deviation over seeds."""
+    rows = results(out)
+    for evaluations in sorted({r["evaluations"] for r in rows} - {0}):
+        print(f"\n{evaluations} network evaluations; dB, mean ± standard deviation over seeds (number of seeds)\n")
+        print("| method | " + " | ".join(CONFIGS) + " | updates |\n|---|" + "---|" * (len(CONFIGS) + 1))
+        for method in METHODS:
+            cells = []
+            for config in CONFIGS:
+                found = [r["psnr"] for r in rows if r["config"] == config and r["method"] == method
+                         and r["evaluations"] in (0, evaluations)]  # fmt: skip
+                spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+                cells.append(f"{statistics.mean(found):.2f}{spread} ({len(found)})" if found else "")
+            made = {r["updates"] for r in rows if r["method"] == method and r["evaluations"] in (0, evaluations)}
+            print(f"| {method} | " + " | ".join(cells) + f" | {'/'.join(map(str, sorted(made)))} |")
+
+
+if __name__ == "__main__":
+    app()
