@@ -7,11 +7,14 @@ one `RecipeError` that names the place and the nearest valid spelling; nothing h
 from __future__ import annotations
 
 import difflib
+import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 IntegerType = Literal["int8", "int6", "int4", "int3"]
 PACKAGE = Path(__file__).parent
@@ -21,14 +24,35 @@ class RecipeError(ValueError):
     """What is wrong with a recipe, in words for the person who wrote it."""
 
 
+def _scientific(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4, which has no dot, as text; where a number is due, it means one."""
+    scientific = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+    return float(value) if scientific else value
+
+
+def _steps_or_auto(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"must be a whole number from 1 on, or auto (found {_found(value)}){_nearest(value, ['auto'])}")
+
+
+def _output_folder(value: str) -> str:
+    if "\0" in value or not value.strip() or Path(value).name in ("", ".."):
+        raise ValueError(f"must name a folder that can be created (found {value!r})")
+    return os.path.expanduser(value)
+
+
+Number = Annotated[float, BeforeValidator(_scientific)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(Section):
     """Which pipeline to quantize."""
 
-    id: str = Field(description="`bundled:NAME`, a local folder in diffusers format, or a hub id")
+    id: str = Field(min_length=1, description="`bundled:NAME`, a local folder in diffusers format, or a hub id")
     revision: str | None = Field(None, description="hub revision; only for hub ids")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type the pipeline is loaded in")
     device: str = Field("auto", description="`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`")
@@ -39,31 +63,33 @@ class Sampling(Section):
 
     scheduler: str | None = Field(None, description="a diffusers scheduler class; the model's own if absent")
     num_inference_steps: int = Field(50, ge=2, le=1000)
-    guidance_scale: float = Field(1.5, ge=1.0, description="1.0 switches classifier-free guidance off")
+    guidance_scale: Number = Field(1.5, ge=1.0, description="1.0 switches classifier-free guidance off")
 
 
 class Data(Section):
     """Calibration data: JSON lines with a `class_id` (or a `prompt`) each."""
 
-    path: str = Field(description="a JSON-lines file: beside the recipe, absolute, or one that is shipped")
+    path: str = Field(min_length=1, description="a JSON-lines file: beside the recipe, absolute, or one that is shipped")
     num_samples: int = Field(32, ge=1, description="samples calibrated on, each with its own noise")
-    held_out_fraction: float = Field(0.3, gt=0, lt=1, description="share of classes or prompts never calibrated on")
-    seed: int = Field(0, ge=0, description="decides the split and every sample's noise")
+    held_out_fraction: Number = Field(0.3, gt=0, lt=1, description="share of classes or prompts never calibrated on")
+    seed: int = Field(0, ge=0, lt=2**31, description="decides the split and every sample's noise")
 
 
 class Rule(Section):
     """What becomes of the Linear and Conv2d modules whose name the pattern matches in full; the first match wins."""
 
     modules: str = Field(description="regular expression, matched against the whole module name")
-    weight: IntegerType | Literal["float"]
-    activation: IntegerType | Literal["float"] = "float"
+    weight: Literal[IntegerType, "float"]
+    activation: Literal[IntegerType, "float"] = "float"
     granularity: Literal["channel", "group"] = Field("channel", description="one weight scale per row, or per group of it")
     group_size: int | None = Field(None, ge=8, description="weights per scale, with `granularity: group`")
     symmetric: bool = Field(True, description="weight zero point fixed at 0")
     activation_scale: Literal["static", "dynamic"] = Field(
         "static", description="static: one per timestep group, measured; dynamic: one per token, at run time"
     )
-    activation_symmetric: bool = Field(False, description="activation zero point fixed at 0 (dynamic scales always are)")
+    activation_symmetric: bool | None = Field(
+        None, description="activation zero point fixed at 0; if absent: yes with dynamic scales, which have none, else no"
+    )
     tune: bool = Field(True, description="calibration may change these modules; false keeps their initial scales")
 
     @model_validator(mode="after")
@@ -74,6 +100,11 @@ class Rule(Section):
             raise ValueError("group_size has no meaning with granularity: channel; set granularity: group or leave it out")
         if self.weight == "float" and self.activation != "float":
             raise ValueError("activation cannot be an integer where the weight stays float")
+        idle = [k for k in ("activation_scale", "activation_symmetric") if getattr(self, k) not in ("static", None)]
+        if self.activation == "float" and idle:
+            raise ValueError(f"{idle[0]} has no meaning where activation stays float; set activation: int8 or leave it out")
+        if self.activation_scale == "dynamic" and self.activation_symmetric is False:
+            raise ValueError("activation_symmetric: false contradicts activation_scale: dynamic, which has no zero point")
         return self
 
 
@@ -84,11 +115,11 @@ class Quantization(Section):
 
 
 class LearningRates(Section):
-    weight: float = Field(1e-4, ge=0)
-    weight_scale: float = Field(3e-4, ge=0, description="of the logarithm of the scale")
-    activation_scale: float = Field(3e-4, ge=0, description="of the logarithm of the scale or clip ratio")
-    bias: float = Field(1e-4, ge=0)
-    rounding: float = Field(1e-2, ge=0, description="of AdaRound's logits")
+    weight: Number = Field(1e-4, ge=0)
+    weight_scale: Number = Field(3e-4, ge=0, description="of the logarithm of the scale")
+    activation_scale: Number = Field(3e-4, ge=0, description="of the logarithm of the scale or clip ratio")
+    bias: Number = Field(1e-4, ge=0)
+    rounding: Number = Field(1e-2, ge=0, description="of AdaRound's logits")
 
 
 Learned = Literal["weight", "weight_scale", "activation_scale", "bias", "rounding"]
@@ -97,7 +128,7 @@ Learned = Literal["weight", "weight_scale", "activation_scale", "bias", "roundin
 class Objective(Section):
     """AccuQuant calibration; `iterations: 0` leaves the initial scales as they are."""
 
-    steps_per_group: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    steps_per_group: Annotated[int | Literal["auto"], BeforeValidator(_steps_or_auto)] = Field(
         1, description="M, the denoising steps simulated together; `auto` tries 1, 2, 5 and keeps the best"
     )
     gradient: Literal["identity", "variance", "exact"] = "identity"
@@ -106,9 +137,9 @@ class Objective(Section):
         "full_precision", description="trajectory whose latents groups start from"
     )
     iterations: int = Field(400, ge=0, description="updates of the parameters")
-    warmup_fraction: float = Field(0.0, ge=0, le=1, description="first share of the updates, made with M = 1")
+    warmup_fraction: Number = Field(0.0, ge=0, le=1, description="first share of the updates, made with M = 1")
     batch_size: int = Field(8, ge=1)
-    learn: tuple[Learned, ...] = ("weight", "weight_scale", "activation_scale")
+    learn: tuple[Learned, ...] = Field(("weight", "weight_scale", "activation_scale"), min_length=1)
     learning_rates: LearningRates = LearningRates()
 
     @model_validator(mode="after")
@@ -128,8 +159,8 @@ class Evaluation(Section):
 
 
 class Export(Section):
-    output: str = Field(description="folder to write; it appears when it is whole")
-    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s*[KMGT]?B$")
+    output: Annotated[str, AfterValidator(_output_folder)] = Field(description="folder to write; it appears when it is whole")
+    max_shard_size: str = Field("5GB", pattern=r"^[1-9]\d*(\.\d+)?\s*[KMGT]B$")
 
 
 class Recipe(Section):
@@ -149,25 +180,43 @@ class Recipe(Section):
             raise ValueError(f"objective.steps_per_group is {m} but sampling has only {steps} steps")
         if groups > steps:
             raise ValueError(f"quantization.timestep_groups is {groups} but sampling has only {steps} steps")
+        quantized = [rule for rule in self.quantization.rules if rule.weight != "float"]
+        if not quantized:
+            raise ValueError("quantization.rules: every weight stays float; there is nothing to do")
+        tuned = [rule for rule in quantized if rule.tune]
+        if self.objective.iterations and not tuned:
+            raise ValueError("objective.iterations: every rule says tune: false, so there is nothing to tune; set it to 0")
+        if self.objective.iterations and "activation_scale" in self.objective.learn:
+            if all(rule.activation == "float" for rule in tuned):
+                raise ValueError(
+                    "objective.learn: 'activation_scale' is listed (it is by default) but no tuned rule has an integer "
+                    "activation; say learn: [weight, weight_scale], or give a rule activation: int8"
+                )
         return self
 
 
 def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from a file, or by name from the shipped ones, and apply ``section.key=value`` overrides.
 
+    A data path that is found beside the recipe becomes absolute, so that the export's copy of the recipe finds it too.
+
     Raises:
         RecipeError: the file is missing or not YAML, or its content does not fit the schema.
     """
     path = find_shipped("recipes", str(name), suffix=".yaml")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not readable YAML: {error}") from error
+        tree = _yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as text: {error}") from error
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, found {type(tree).__name__}")
+        raise RecipeError(f"{path}: a recipe is a mapping of sections (model: ..., data: ...), found {_found(tree)}")
     for override in overrides or []:
         _apply(tree, override)
-    return parse_recipe(tree, str(path))
+    recipe = parse_recipe(tree, " ".join([str(path), *(f"--set {o}" for o in overrides or [])]))
+    data = path.parent / recipe.data.path
+    if not os.path.isfile(data):
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(data.resolve())})})
 
 
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
@@ -177,9 +226,13 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
         RecipeError: see `load_recipe`.
     """
     try:
-        return Recipe.model_validate_json(_json(tree))
+        # in JSON, pydantic's strict mode takes lists for tuples but no text for a number
+        return Recipe.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise RecipeError(f"{source}: " + "; ".join(dict.fromkeys(map(_explain, error.errors())))) from error
+        lines = _explain(error)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{source}: {error}") from error
+    raise RecipeError(f"{source}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{source}:", *lines]))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -188,17 +241,19 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def find_shipped(kind: Literal["recipes", "calib_data"], name: str, suffix: str = "", beside: Path | None = None) -> Path:
-    """A file the user names: as given, beside another file, or one that travels with the package.
+    """A file the user names: beside another file, as given, or one that travels with the package.
 
     Raises:
         RecipeError: no such file; the message lists what is shipped and the nearest name.
     """
-    places = [Path(name), *([beside / name] if beside else []), *(shipped_folder(kind) / n for n in (name, name + suffix))]
-    for place in places:
-        if place.is_file():
+    given = Path(os.path.expanduser(name))
+    shipped = [shipped_folder(kind) / n for n in (name, name + suffix)]
+    for place in [*([beside / given] if beside else []), given, *shipped]:
+        if os.path.isfile(place):
             return place
-    shipped = list_shipped(kind)
-    raise RecipeError(f"no file {name!r}{_nearest(name, shipped)}; shipped {kind}: {', '.join(shipped) or 'none'}")
+    what = f"{name!r} is a folder" if os.path.isdir(given) and name else f"no file {name!r}"
+    key, known = "data.path: " if kind == "calib_data" else "", list_shipped(kind)
+    raise RecipeError(f"{key}{what}{_nearest(given.name, known)}; shipped {kind}: {', '.join(known) or 'none'}")
 
 
 def shipped_folder(kind: str) -> Path:
@@ -212,81 +267,109 @@ def list_shipped(kind: str) -> list[str]:
     return sorted(p.stem if p.suffix == ".yaml" else p.name for p in shipped_folder(kind).glob("*") if p.suffix in endings)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for position, (key, _) in enumerate(node.value):
+            if key.value in keys[:position]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that cannot be
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(f"{source}{where}: not readable as YAML: {problem}") from error
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set ``a.b.0.c=value`` in place; the value is read as YAML."""
     key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise RecipeError(f"--set {override!r}: write it as section.key=value, for example objective.steps_per_group=5")
+    *parents, last = parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise RecipeError(f"--set {override}: write it as section.key=value, for example objective.steps_per_group=5")
     node: Any = tree
-    *parents, last = key.strip().split(".")
     for depth, part in enumerate(parents):
         if isinstance(node, list):
             node = node[_index(node, part, override)]
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
         else:
-            raise RecipeError(f"--set {override!r}: {'.'.join(parents[:depth])} holds a value, not a section")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML: {error}") from error
+            raise RecipeError(f"--set {override}: {'.'.join(parents[:depth])} holds a value, not a section")
+    value = _yaml(text, f"--set {override}")
     if isinstance(node, list):
         node[_index(node, last, override)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise RecipeError(f"--set {override!r}: {'.'.join(parents)} holds a value, not a section")
+        raise RecipeError(f"--set {override}: {'.'.join(parents)} holds a value, not a section")
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise RecipeError(f"--set {override!r}: the list has entries 0 to {len(node) - 1}, found {part!r}")
+    if not part.isdecimal() or int(part) >= len(node):
+        entries = f"entries 0 to {len(node) - 1}" if node else "no entries"
+        raise RecipeError(f"--set {override}: the list has {entries}, found {part!r}")
     return int(part)
 
 
-def _json(tree: dict[str, Any]) -> str:
-    """YAML's tree as JSON text: pydantic's strict mode then takes lists for tuples but no string for a number."""
-    import json
-
-    return json.dumps(_floats(tree), default=str)
-
-
-def _floats(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 (no dot) as text; whoever writes it means a number."""
-    if isinstance(value, dict):
-        return {str(k): _floats(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_floats(v) for v in value]
-    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+WORDS = {  # pydantic's kinds of error -> our words
+    "model_type": "must be a section with the keys {keys}",
+    "tuple_type": "must be a list",
+    "too_short": "must have at least one entry",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must be a size such as 500MB or 5GB",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+}
 
 
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: path, what was found, what would do."""
-    where = [str(part) for part in error["loc"]]
-    path = ".".join(where)
-    if error["type"] == "extra_forbidden":
-        keys = _keys_at(where[:-1])
-        return f"unknown key {path}{_nearest(where[-1], keys)}; valid keys there: {', '.join(keys)}"
-    if error["type"] == "missing":
-        return f"{path} is missing"
-    found = f" (found {error['input']!r})" if not isinstance(error["input"], dict) else ""
-    hint = ""
-    if error["type"] == "literal_error" and isinstance(error["input"], str):
-        hint = _nearest(error["input"], [v.strip("'") for v in error["ctx"]["expected"].replace(" or ", ", ").split(", ")])
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}{found}{hint}" if path else message
+def _explain(error: ValidationError) -> list[str]:
+    """One line for each thing that is wrong: path, what was found, what would do. Unknown keys come first."""
+    found = error.errors()
+    unknown = [[str(part) for part in e["loc"]] for e in found if e["type"] == "extra_forbidden"]
+    meant = {path[-1]: _meant(path) for path in unknown}
+    lines = []
+    for path in unknown:
+        hint = f" (did you mean {meant[path[-1]]!r}?)" if meant[path[-1]] else ""
+        lines.append(f"unknown key {'.'.join(path)}{hint}; valid keys there: {', '.join(_keys_at(path[:-1]))}")
+    for e in found:
+        where = [str(part) for part in e["loc"]]
+        path, value, kind = ".".join(where), e["input"], e["type"]
+        if kind == "missing" and where[-1] not in meant.values():
+            lines.append(f"{path} is missing")
+        elif kind == "value_error":  # our own words; those about a section begin with its key
+            lines.append(path + ("" if not path else "." if isinstance(value, dict) else ": ") + str(e["ctx"]["error"]))
+        elif kind not in ("missing", "extra_forbidden"):
+            message = WORDS.get(kind, e["msg"].replace("Input should be", "must be")).format(keys=", ".join(_keys_at(where)))
+            hint = _nearest(value, re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
+            if kind == "string_type" and isinstance(value, bool | int | float):
+                message += "; put it in quotes"
+            lines.append(f"{path}: {message} (found {_found(value)}){hint}")
+    return list(dict.fromkeys(lines))
+
+
+def _found(value: Any) -> str:
+    """A value from YAML, shown to the person who wrote it."""
+    if value is None or isinstance(value, dict):
+        return "nothing" if value is None else "a section"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _keys_at(where: list[str]) -> list[str]:
     """Valid keys of the section at this path."""
     section: type[BaseModel] = Recipe
     for part in where:
-        if part.isdigit():
+        if part.isdecimal():
             continue
         annotation = section.model_fields[part].annotation
         inner = getattr(annotation, "__args__", (annotation,))[0]
@@ -294,6 +377,23 @@ def _keys_at(where: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _nearest(word: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _meant(path: list[str]) -> str | None:
+    """The key a wrong one stands for: the same one in another section, or the nearest one here."""
+    elsewhere = [f"{name}.{path[-1]}" for name in Recipe.model_fields if path[-1] in _keys_at([name])]
+    return elsewhere[0] if elsewhere else _closest(path[-1], _keys_at(path[:-1]))
+
+
+def _nearest(word: Any, valid: list[str]) -> str:
+    close = _closest(word, valid) if isinstance(word, str) else None
+    return f" (did you mean {close!r}?)" if close else ""
+
+
+def _closest(word: str, valid: list[str]) -> str | None:
+    """Of equally similar ones the alphabetically nearest: int5 is nearer to int4 than to int8."""
+
+    def likeness(name: str) -> tuple[float, int]:
+        apart = -sum(abs(ord(a) - ord(b)) for a, b in zip(word, name, strict=False))
+        return difflib.SequenceMatcher(None, word.lower(), name).ratio(), apart
+
+    best = max(sorted(valid), key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= 0.5 else None

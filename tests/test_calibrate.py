@@ -38,7 +38,16 @@ def export(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_folder_is_whole(export: Path) -> None:
     names = {p.name for p in export.iterdir()}
-    assert {"model_index.json", "transformer", "vae", "scheduler", "recipe.yaml", "README.md", "metrics.json", "report.html"} <= names
+    assert {
+        "model_index.json",
+        "transformer",
+        "vae",
+        "scheduler",
+        "recipe.yaml",
+        "README.md",
+        "metrics.json",
+        "report.html",
+    } <= names
     assert not export.with_name("w4a8.partial").exists()
     config = json.loads((export / "transformer" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "accuquant" and len(config["timestep_edges"]) == 2
@@ -129,8 +138,14 @@ def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path
     output = tmp_path / "interrupted"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_tree(model_folder, output, objective=objective)))
-    command = [sys.executable, "-c", "import accuquant.optimise as o; o.SAVE_EVERY_SECONDS = 0.3; "
-               "import torch; torch.set_num_threads(2); from accuquant.cli import main; main()", "calibrate", str(recipe)]
+    command = [
+        sys.executable,
+        "-c",
+        "import accuquant.optimise as o; o.SAVE_EVERY_SECONDS = 0.3; "
+        "import torch; torch.set_num_threads(2); from accuquant.cli import main; main()",
+        "calibrate",
+        str(recipe),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
     state = tmp_path / "interrupted.partial" / "state.safetensors"
     deadline = time.monotonic() + 120

@@ -28,9 +28,20 @@ class Problem:
         self.latents, self.predictions = self.rollout.trajectory(self.conditions)
         assert self.latents.dtype == torch.float64
         clock = StepClock.from_timesteps(self.rollout.timesteps, 4)
-        names = [n for n, m in pipeline.transformer.named_modules() if isinstance(m, torch.nn.Linear) and (".attn1." in n or ".ff." in n)]
-        specs = {n: LayerSpec("int4", "int6" if k % 2 else "int8", activation_scale="static" if k % 3 else "dynamic",
-                              activation_symmetric=not k % 3) for k, n in enumerate(names)}
+        names = [
+            n
+            for n, m in pipeline.transformer.named_modules()
+            if isinstance(m, torch.nn.Linear) and (".attn1." in n or ".ff." in n)
+        ]
+        specs = {
+            n: LayerSpec(
+                "int4",
+                "int6" if k % 2 else "int8",
+                activation_scale="static" if k % 3 else "dynamic",
+                activation_symmetric=not k % 3,
+            )
+            for k, n in enumerate(names)
+        }
         for p in pipeline.transformer.parameters():
             p.requires_grad_(False)
         self.layers = quantize_model(pipeline.transformer, specs, clock, search=True)
@@ -42,12 +53,23 @@ class Problem:
     def gradients(self, start: int, stop: int, mode: Gradient | None, loss: Loss = "terminal") -> tuple[float, Tensor]:
         for p in self.parameters:
             p.grad = None
-        arguments = (lambda i, x: self.rollout.predict(i, x, self.conditions), self.rollout.solver, self.latents, self.predictions, start, stop)
+        arguments = (
+            lambda i, x: self.rollout.predict(i, x, self.conditions),
+            self.rollout.solver,
+            self.latents,
+            self.predictions,
+            start,
+            stop,
+        )
         if mode is None:
             value = full_gradient(*arguments, loss=loss)
         else:
-            value = group_gradient(*arguments, gradient=mode, loss=loss, variances=self.latents.square().flatten(1).mean(1))
-        return value, torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
+            value = group_gradient(
+                *arguments, gradient=mode, loss=loss, variances=self.latents.square().flatten(1).mean(1)
+            )
+        return value, torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]
+        )
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])

@@ -59,7 +59,8 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.range = (qmin, qmax)
-        return ((torch.round(x / scale) + zero_point).clamp_(qmin, qmax) - zero_point) * scale
+        # clamp(round + zero_point) - zero_point, with the integers' own exact arithmetic moved into the bounds
+        return torch.round(x / scale).clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -67,15 +68,19 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, zero_point = ctx.saved_tensors
         qmin, qmax = ctx.range
         v = x / scale
-        rounded = torch.round(v)
-        q = rounded.clamp(qmin - zero_point, qmax - zero_point)  # zero point already taken off
-        inside = rounded == q
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        q = torch.round(v)
+        inside = (q >= qmin - zero_point) & (q <= qmax - zero_point)
+        grad_x = grad * inside
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            # v counts only where it was not clipped: the one expression is both cases of LSQ's eq. 3
-            grad_scale = q.sub_(v.mul_(inside)).mul_(grad).sum_to_size(scale.shape)
-        return grad_x, grad_scale, None, None, None
+            q.clamp_(qmin - zero_point, qmax - zero_point)
+            # grad * q - grad_x * v: v counts only where it was not clipped, so this is both cases of LSQ's eq. 3
+            if scale.numel() == 1:
+                total = torch.dot(grad.flatten(), q.flatten()) - torch.dot(grad_x.flatten(), v.flatten())
+                grad_scale = total.view(scale.shape)
+            else:
+                grad_scale = q.mul_(grad).sub_(v.mul_(grad_x)).sum_to_size(scale.shape)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None, None
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:

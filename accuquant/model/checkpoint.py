@@ -101,10 +101,10 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                     spec, weight.shape[1], weight.shape[0], Conv.of(module, name), clock, name, module.bias is not None
                 )
             model.set_submodule(name, layer)
-        model.step_clock = clock
+        self.clock = clock
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        model.step_clock.attach(model)
+        self.clock.attach(model)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """diffusers would load a missing tensor as zeros and only warn."""
@@ -160,7 +160,6 @@ def harden_model(model: Any, clock: StepClock) -> None:
     for name, layer in trainable_layers(model).items():
         model.set_submodule(name, layer.harden())
     config = AccuQuantConfig({n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.edges)
-    model.step_clock = clock
     model.hf_quantizer = AccuQuantQuantizer(config)
     model.is_quantized = True
     model.quantization_method = Method.ACCUQUANT

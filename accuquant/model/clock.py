@@ -6,7 +6,6 @@ import inspect
 import itertools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -25,6 +24,7 @@ class StepClock:
             raise ValueError(f"timestep edges must descend strictly, found {edges}")
         self.edges = edges
         self.group = 0
+        self.position = 0
 
     @classmethod
     def from_timesteps(cls, timesteps: Tensor, num_groups: int) -> StepClock:
@@ -41,14 +41,22 @@ class StepClock:
         self.group = sum(timestep < edge for edge in self.edges)
 
     def attach(self, denoiser: nn.Module) -> None:
-        """Follow the denoiser's calls: reads the argument named ``timestep`` before each forward pass."""
+        """Follow the denoiser's calls: the argument named ``timestep`` is read before each forward pass.
+
+        The clock becomes ``denoiser.step_clock``; a deep copy of the denoiser has, and follows, a clock of its own.
+
+        Raises:
+            ValueError: the denoiser's forward has no such argument.
+        """
         parameters = list(inspect.signature(denoiser.forward).parameters)
         if "timestep" not in parameters:
             raise ValueError(f"{type(denoiser).__name__}.forward has no argument 'timestep': it cannot be followed")
-        position = parameters.index("timestep")
+        self.position = parameters.index("timestep")
+        denoiser.step_clock = self  # type: ignore[assignment]
+        denoiser.register_forward_pre_hook(_follow, with_kwargs=True)
 
-        def follow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            timestep = kwargs["timestep"] if "timestep" in kwargs else args[position]
-            self.set(float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep))
 
-        denoiser.register_forward_pre_hook(follow, with_kwargs=True)
+def _follow(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    clock: StepClock = denoiser.step_clock
+    timestep = kwargs["timestep"] if "timestep" in kwargs else args[clock.position]
+    clock.set(float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep))
