@@ -85,3 +85,37 @@ def recipe_tree(model: Path | str, output: Path | str, **changes: Any) -> dict[s
         "export": {"output": str(output)},
     }
     return tree | changes
+
+
+def make_pixart() -> Any:
+    """PixArt-alpha with a T5 of its own, all random and tiny; skips where the `text` extra is not installed."""
+    transformers = pytest.importorskip("transformers", reason="text pipelines need the extra: pip install accuquant[text]")
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    words = ["a", "red", "cat", "dog", "the", "photo", "of"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), *((f"▁{w}", -1.0) for w in words), ("▁", -5.0)]
+    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        out_channels=8,
+        num_layers=2,
+        sample_size=32,
+        patch_size=8,
+        caption_channels=16,
+        cross_attention_dim=32,
+        use_additional_conditions=False,
+    )
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+    )
+    encoder = transformers.T5EncoderModel(config).eval()
+    pipeline = PixArtAlphaPipeline(tokenizer, encoder, vae, transformer.eval(), DPMSolverMultistepScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import make_pipeline, make_pixart
 from torch import Tensor
 
 from accuquant.model.families import set_scheduler
@@ -102,3 +102,19 @@ def test_take_and_join_keep_guidance_halves_paired() -> None:
     assert torch.equal(whole.noise, pieces.noise)
     taken: Conditions = whole.take(torch.tensor([4, 0]))
     assert torch.equal(taken.kwargs["class_labels"], torch.tensor([5, 1, 1000, 1000]))
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_text_pipeline_is_equal_too(scheduler: str, guidance: float) -> None:
+    """PixArt: prompts, the unconditional half first, learned variance, noise scaled by the scheduler."""
+    pipeline = make_pixart()
+    set_scheduler(pipeline, scheduler)
+    prompts, seeds = ["a red cat", "photo of the dog"], [1, 2]
+    rollout = Rollout(pipeline, Sampling(num_inference_steps=5, guidance_scale=guidance))
+    latents, _ = rollout.trajectory(rollout.conditions(prompts, seeds))
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    expected = pipeline(
+        prompts, num_inference_steps=5, guidance_scale=guidance, generator=generators, output_type="latent"
+    ).images
+    assert torch.equal(latents[-1], expected)
