@@ -21,7 +21,7 @@ from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.data import Samples, Split, calibration_samples, draw, load_split
 from accuquant.evaluate import HeldOut, evaluate, held_out_reference, latent_metrics, sample
-from accuquant.export import model_card, publish
+from accuquant.export import check_output, model_card, publish
 from accuquant.model.checkpoint import harden_model
 from accuquant.model.clock import StepClock
 from accuquant.model.families import load_pipeline, set_scheduler
@@ -68,14 +68,12 @@ class Session:
 def calibrate(
     recipe: Recipe,
     reporter: Reporter,
-    beside: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Run a recipe and return the folder of the finished export.
 
     Args:
-        beside: the recipe's folder, where relative data paths are looked for.
         resume: continue the interrupted run in ``<output>.partial``.
         overwrite: replace an existing output, once the new one is whole, and drop an interrupted run.
 
@@ -86,10 +84,10 @@ def calibrate(
     partial = output.with_name(output.name + ".partial")
     _check_output(recipe, output, partial, resume, overwrite)
 
-    rollout, planned, split = open_model(recipe, beside)
+    rollout, planned, split = open_model(recipe)
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    held_out = held_out_reference(rollout, recipe, reporter, beside)
+    held_out = held_out_reference(rollout, recipe, reporter)
     session = prepare(recipe, rollout, planned, split, reporter, partial / "reference.safetensors")
 
     initial = _initial_metrics(session, held_out, reporter, partial / "initial.json")
@@ -122,7 +120,7 @@ def calibrate(
     return output
 
 
-def open_model(recipe: Recipe, beside: Path | None = None) -> tuple[Rollout, list[PlannedModule], Split]:
+def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     """Load pipeline and data names and apply the rules; whatever is wrong with a recipe shows here.
 
     Raises:
@@ -134,7 +132,7 @@ def open_model(recipe: Recipe, beside: Path | None = None) -> tuple[Rollout, lis
     planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
     if not any(p.spec for p in planned):
         raise RecipeError("quantization.rules: every module stays float; there is nothing to do")
-    split = load_split(recipe.data, rollout.family.condition, beside)
+    split = load_split(recipe.data, rollout.family.condition)
     return rollout, planned, split
 
 
@@ -228,12 +226,12 @@ def validation_error(session: Session) -> float:
     return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
 
-def describe(recipe: Recipe, beside: Path | None = None) -> tuple[list[PlannedModule], dict[str, Any]]:
+def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     """What `--dry-run` prints: modules with types and costs, and the run's evaluations, memory and time.
 
     The time is extrapolated from one measured call of the denoiser, and so is rough.
     """
-    rollout, planned, split = open_model(recipe, beside)
+    rollout, planned, split = open_model(recipe)
     objective, data = recipe.objective, recipe.data
     batch = min(objective.batch_size, data.num_samples)
     samples = calibration_samples(split, data.model_copy(update={"num_samples": batch}))
@@ -328,8 +326,7 @@ def _initial_metrics(session: Session, held_out: HeldOut, reporter: Reporter, ke
 
 
 def _check_output(recipe: Recipe, output: Path, partial: Path, resume: bool, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise RecipeError(f"export.output: {output} exists; --overwrite replaces it once the new export is whole")
+    check_output(output, overwrite)
     if resume:
         if not (partial / "recipe.yaml").is_file():
             raise RecipeError(f"--resume: there is no interrupted run in {partial}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 from rich.table import Table
 
 from accuquant import __version__
 from accuquant.console import Reporter
-from accuquant.export import figures
+from accuquant.export import check_output, figures
 from accuquant.model.checkpoint import CheckpointError
 from accuquant.recipe import Recipe, RecipeError, list_shipped, load_recipe, shipped_folder
 
@@ -23,29 +26,53 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Make diffusion models small and fast after training: quantize, calibrate over several denoising steps, export "
-    "to a folder that plain diffusers loads.\n\nStart with:  accuquant calibrate dit_w8a8",
+    help="Make diffusion models small and fast after training: quantize, calibrate over several denoising steps, "
+    "export to a folder that plain diffusers loads.",
+    epilog="Start with:\n\naccuquant calibrate dit_w8a8\n\naccuquant generate out/dit_w8a8 --class 3 --class 7",
 )
-out = Console(highlight=False)
+# wide, so that names and paths stay in one piece in pipes; folding is the terminal's business
+out = Console(highlight=False, markup=False, emoji=False, width=1000)
+errors = Console(highlight=False, markup=False, emoji=False, width=1000, stderr=True)
 
-RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (see `accuquant recipes`).")]
-Folder = Annotated[Path, typer.Argument(help="A folder written by `accuquant calibrate`.", metavar="DIR")]
+CHANGEABLE = ("sampling.num_inference_steps", "sampling.guidance_scale", "model.", "data.path", "evaluation.")
+CHANGEABLE_WORDS = ", ".join(key + "*" * key.endswith(".") for key in CHANGEABLE)
+
+RecipeName = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a shipped one (see `accuquant recipes`).")
+]
+Folder = Annotated[
+    Path,
+    typer.Argument(help="A folder written by `accuquant calibrate`.", metavar="DIR", exists=True, file_okay=False),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key: --set objective.steps_per_group=5. May be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key: --set objective.steps_per_group=5. May be repeated."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help=f"Override a key of the export's recipe: {CHANGEABLE_WORDS}."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and results only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what is being done.")]
 
 
-@app.command()
+@app.command(
+    epilog="Examples:\n\naccuquant calibrate dit_w8a8 --dry-run\n\n"
+    "accuquant calibrate mine.yaml --set objective.steps_per_group=5 --set quantization.rules.0.weight=int4 -o out/m5"
+)
 def calibrate(
     recipe: RecipeName,
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write, instead of export.output.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write, instead of export.output.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its costs, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same recipe.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output (when the new one is whole); drop a partial run.")
+        bool,
+        typer.Option("--overwrite", help="Replace an existing output (when the new one is whole); drop a partial run."),
     ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -53,49 +80,60 @@ def calibrate(
     """Quantize a model by a recipe, tune it, evaluate it and export it.
 
     The output folder appears when it is whole. Interrupt with Ctrl-C and continue later with --resume.
+    Exit codes: 0 done, 1 failed, 2 something in the recipe or the arguments has to change, 130 interrupted.
     """
-    with _readable_errors():
+    with _readable_errors(verbose):
         from accuquant.calibrate import calibrate as run
         from accuquant.calibrate import describe
 
-        sets = [*(overrides or []), *([f"export.output={output}"] if output else [])]
-        loaded = load_recipe(recipe, sets)
-        beside = Path(recipe).parent if Path(recipe).is_file() else None
+        target = [f"export.output={json.dumps(str(output), ensure_ascii=False)}"] if output else []
+        loaded = load_recipe(recipe, [*(overrides or []), *target])
         if dry_run:
-            planned, costs = describe(loaded, beside)
+            planned, costs = describe(loaded)
             _print_plan(loaded, planned, costs)
             return
-        folder = run(loaded, Reporter(quiet, verbose), beside, resume, overwrite)
+        check_output(Path(loaded.export.output), overwrite)
+        try:
+            folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
+        except KeyboardInterrupt:
+            if Path(f"{loaded.export.output}.partial").is_dir():
+                errors.print("nothing is lost: the same command with --resume goes on")
+            raise
         _print_metrics(folder)
-        out.print(f"\nexport: {folder}\nreport: {folder / 'report.html'}", soft_wrap=True)
+        out.print(f"\nexport: {folder}\nreport: {folder / 'report.html'}")
 
 
-@app.command()
+@app.command(epilog="Example:\n\naccuquant evaluate out/dit_w8a8 --set evaluation.num_samples=200")
 def evaluate(
     folder: Folder,
-    overrides: Overrides = None,
+    overrides: Settings = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Compare an export with full precision on held-out classes and noise; rewrites metrics.json and report.html."""
-    with _readable_errors():
+    with _readable_errors(verbose):
         from accuquant.evaluate import evaluate as run
         from accuquant.evaluate import recipe_of
 
-        run(folder, recipe_of(folder, overrides), Reporter(quiet, verbose))
+        run(folder, recipe_of(folder, _changeable(overrides)), Reporter(quiet, verbose))
         _print_metrics(folder)
-        out.print(f"\nreport: {folder / 'report.html'}", soft_wrap=True)
+        out.print(f"\nreport: {folder / 'report.html'}")
 
 
-@app.command()
+@app.command(epilog="Example:\n\naccuquant generate out/dit_w8a8 --class 3 --class 7 --seed 1 -o digits.png")
 def generate(
     folder: Folder,
     inputs: Annotated[
         list[str] | None, typer.Option("--class", "--prompt", "-c", help="Class id or prompt; may be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Noise seed of the first image; the next ones count up.")] = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG to write [default: DIR/samples.png].")] = None,
-    reference: Annotated[bool, typer.Option("--reference", help="Compute in float on the dequantized weights.")] = False,
+    seed: Annotated[
+        int, typer.Option(help="Noise seed of the first image; the next ones count up.", min=0, max=2**31 - 1)
+    ] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="PNG to write, if not DIR/samples.png.")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Compute in float on the dequantized weights.")
+    ] = False,
+    overrides: Settings = None,
     quiet: Quiet = False,
 ) -> None:
     """Sample images from an export and write them as one PNG grid."""
@@ -103,8 +141,8 @@ def generate(
         from accuquant.generate import generate as run
 
         target = output or folder / "samples.png"
-        run(folder, inputs or [], seed, target, reference, Reporter(quiet))
-        out.print(f"images: {target}", soft_wrap=True)
+        run(folder, inputs or [], seed, target, reference, Reporter(quiet), _changeable(overrides))
+        out.print(f"images: {target}")
 
 
 @app.command()
@@ -112,13 +150,14 @@ def inspect(folder: Folder) -> None:
     """Print what an export holds: each module's types, scales and size."""
     with _readable_errors():
         from accuquant.evaluate import load_export, recipe_of
+        from accuquant.model.clock import StepClock
         from accuquant.model.families import denoiser_of
         from accuquant.model.layers import quantized_layers
 
         denoiser = denoiser_of(load_export(folder, recipe_of(folder, ["model.device=cpu"])))
-        table = Table(box=None, header_style="bold")
+        table = Table(box=None, header_style="bold", pad_edge=False)
         for column in ("module", "shape", "weight", "group", "activation", "weight scale", "activation scale", "kB"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column)
         total = 0
         for name, layer in quantized_layers(denoiser).items():
             spec = layer.spec
@@ -138,8 +177,10 @@ def inspect(folder: Folder) -> None:
         out.print(table)
         rest = sum(p.numel() * p.element_size() for p in denoiser.parameters()) - total
         clock = denoiser.step_clock
-        out.print(f"\nquantized layers {total / 1e6:.3f} MB, float rest {rest / 1e6:.3f} MB", soft_wrap=True)
-        out.print(f"timestep groups: {clock.num_groups}, edges {[round(e, 2) for e in clock.edges]}", soft_wrap=True)  # type: ignore[union-attr, operator]
+        assert isinstance(clock, StepClock)
+        out.print(f"\nquantized layers {total / 1e6:.3f} MB, float rest {rest / 1e6:.3f} MB")
+        edges = ", ".join(f"{e:g}" for e in clock.edges)
+        out.print(f"timestep groups: {clock.num_groups}, edges at timesteps {edges or 'none'}")
 
 
 @app.command()
@@ -147,7 +188,7 @@ def recipes() -> None:
     """List the recipes that travel with the package."""
     for name in list_shipped("recipes"):
         first = (shipped_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        out.print(f"{name:24} {first.lstrip('# ')}", soft_wrap=True)
+        out.print(f"{name:24} {first.lstrip('# ')}")
 
 
 @app.callback(invoke_without_command=True)
@@ -159,12 +200,16 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def _print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> None:
     groups = recipe.quantization.timestep_groups
-    table = Table(box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("module", "kind", "shape", "weight", "activation", "tuned", "float kB", "export kB"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column)
     for p in planned:
         weight = "float" if p.spec is None else p.spec.weight + (f"/{p.spec.group_size}" if p.spec.group_size else "")
-        activation = "float" if p.spec is None or p.spec.activation == "float" else f"{p.spec.activation} {p.spec.activation_scale}"
+        activation = (
+            "float"
+            if p.spec is None or p.spec.activation == "float"
+            else f"{p.spec.activation} {p.spec.activation_scale}"
+        )
         sizes = (f"{p.float_bytes / 1e3:.1f}", f"{p.quantized_bytes(groups) / 1e3:.1f}")
         tuned = "yes" if p.tune else ""
         table.add_row(p.name, p.kind, f"{p.shape[0]}x{p.shape[1]}", weight, activation, tuned, *sizes)
@@ -176,7 +221,10 @@ def _print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> No
     evaluations = costs["network_evaluations"]
     rows = [
         ("modules", f"{len(inside)} quantized, {len(planned) - len(inside)} stay float"),
-        ("size of these modules", f"{before / 1e6:.2f} MB -> {after / 1e6:.2f} MB (quantized ones {layers:.3f} of float32)"),
+        (
+            "size of these modules",
+            f"{before / 1e6:.2f} MB -> {after / 1e6:.2f} MB (quantized ones {layers:.3f} of float32)",
+        ),
         ("bit-operations", f"{operations:.3f} of float32"),
         ("network evaluations", f"{evaluations['tuning']} tuning + {evaluations['sampling']} sampling"),
         ("memory beside the model", f"about {costs['memory_bytes'] / 1e9:.2f} GB + one step's activations"),
@@ -185,14 +233,12 @@ def _print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> No
     ]
     out.print()
     for name, value in rows:
-        out.print(f"{name:26} {value}", soft_wrap=True)
+        out.print(f"{name:26} {value}")
     out.print("\ndry run: nothing was written")
 
 
 def _print_metrics(folder: Path) -> None:
-    import json
-
-    table = Table(box=None, show_header=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
     for row in figures(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))):
         table.add_row(*row)
     out.print(table)
@@ -209,17 +255,38 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _changeable(overrides: list[str] | None) -> list[str]:
+    """Overrides of an export's recipe; what its tensors or its held-out split hang on stays.
+
+    Raises:
+        RecipeError: a key that calibration has fixed.
+    """
+    for override in overrides or []:
+        if not override.strip().startswith(CHANGEABLE):
+            raise RecipeError(f"--set {override}: fixed by calibration; an export can change {CHANGEABLE_WORDS}")
+    return overrides or []
+
+
 @contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Errors the user can act on become one message and exit code 2; a kill is an interruption."""
+def _readable_errors(verbose: bool = False) -> Iterator[None]:
+    """Errors the user can act on become one message and an exit code; a kill is an interruption."""
+    if not verbose:
+        diffusers_logging.disable_progress_bar()
+        diffusers_logging.set_verbosity_error()
     previous = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:
         yield
     except (RecipeError, CheckpointError) as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        errors.print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(2) from None
+    except (OSError, FloatingPointError) as error:  # a full disk, no permission, a loss that is not a number
+        errors.print(f"failed: {error}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except torch.OutOfMemoryError as error:
+        errors.print(f"failed: {error}\nLower objective.batch_size and evaluation.batch_size")
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; nothing is lost: the same command with --resume goes on", markup=False)
+        errors.print("interrupted")
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, previous)

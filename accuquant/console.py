@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[str], None]
+LOG_EVERY_SECONDS = 30.0
 
 
 class Reporter:
@@ -32,7 +34,10 @@ class Reporter:
 
     @contextmanager
     def bar(self, task: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """A progress bar; the yielded function advances it by one and shows a note beside it."""
+        """A progress bar; the yielded function advances it by one and shows a note beside it.
+
+        Where there is no terminal, lines say now and then how far it is.
+        """
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -42,8 +47,20 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        if not self.console.is_terminal:
+        lines = not self.console.is_terminal
+        if lines:
             self.say(f"{task} ({total} steps)")
-        with Progress(*columns, console=self.console, disable=self.quiet or not self.console.is_terminal) as progress:
+        with Progress(*columns, console=self.console, disable=self.quiet or lines) as progress:
             identity = progress.add_task(task, total=total, completed=done, note="")
-            yield lambda note="": progress.update(identity, advance=1, note=note)
+            started = said = time.monotonic()
+
+            def advance(note: str = "") -> None:
+                nonlocal said
+                progress.update(identity, advance=1, note=note)
+                now, made = time.monotonic(), progress.tasks[0].completed - done
+                if lines and now - said > LOG_EVERY_SECONDS:
+                    left = (total - done - made) * (now - started) / made
+                    self.say(f"{task}: {done + made:.0f} of {total}, {left:.0f} s left {note}")
+                    said = now
+
+            yield advance

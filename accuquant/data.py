@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,27 +33,19 @@ class Split:
     held_out: list[Any]
 
 
-def load_split(data: Data, key: str, beside: Path | None = None) -> Split:
+def load_split(data: Data, key: str) -> Split:
     """Read the distinct values of ``key`` and split them by the recipe's seed.
 
     Args:
         key: ``class_id`` or ``prompt``, what the pipeline is conditioned on.
-        beside: folder of the recipe, where a relative path is looked for first.
 
     Raises:
         RecipeError: no such file, a line without ``key``, or too few distinct values to hold any out.
     """
     import datasets  # slow to import, and needed here only
 
-    path = find_shipped("calib_data", data.path, beside=beside)
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.Dataset.from_json(str(path), keep_in_memory=True)
-    except Exception as error:  # datasets wraps parser errors in several types of its own
-        raise RecipeError(f"data.path: {path} is not JSON lines ({str(error).splitlines()[0]})") from error
-    if key not in table.column_names:
-        raise RecipeError(f"data.path: the lines of {path} have no {key!r}; this model needs it (found {table.column_names})")
-    values = list(dict.fromkeys(v for v in table[key] if v is not None))
+    path = find_shipped("calib_data", data.path)
+    values: list[Any] = datasets.Dataset.from_dict({key: _read(path, key)}).unique(key)
     count = round(len(values) * data.held_out_fraction)
     if not 0 < count < len(values):
         raise RecipeError(
@@ -61,6 +54,35 @@ def load_split(data: Data, key: str, beside: Path | None = None) -> Split:
         )
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(data.seed)).tolist()
     return Split([values[i] for i in sorted(order[count:])], [values[i] for i in sorted(order[:count])])
+
+
+def _read(path: Path, key: str) -> list[Any]:
+    """The value of ``key`` in each line; a mistake in the file is named with its line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"data.path: {path} cannot be read as text ({error})") from error
+    values = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"data.path: line {number} of {path}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{where} is not JSON ({getattr(error, 'msg', error)}): {line.strip()[:60]}") from error
+        if not isinstance(row, dict) or key not in row:
+            raise RecipeError(f"{where} has no {key!r}, which this model is conditioned on: {line.strip()[:60]}")
+        value = row[key]
+        if not (isinstance(value, str) if key == "prompt" else type(value) is int and 0 <= value < 2**31):
+            wanted = "text" if key == "prompt" else "a whole number from 0 on"
+            raise RecipeError(f"{where}: {key} must be {wanted}: {line.strip()[:60]}")
+        values.append(value)
+    if not values:
+        raise RecipeError(
+            f"data.path: {path} is empty; it needs lines such as " + '{"class_id": 3} or {"prompt": "a fox"}'
+        )
+    return values
 
 
 def draw(values: list[Any], count: int, first_seed: int) -> Samples:

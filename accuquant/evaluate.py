@@ -38,9 +38,9 @@ class HeldOut:
     latents: Tensor
 
 
-def held_out_reference(rollout: Rollout, recipe: Recipe, reporter: Reporter, beside: Path | None = None) -> HeldOut:
+def held_out_reference(rollout: Rollout, recipe: Recipe, reporter: Reporter) -> HeldOut:
     """Sample the held-out set in full precision."""
-    split = load_split(recipe.data, rollout.family.condition, beside)
+    split = load_split(recipe.data, rollout.family.condition)
     samples = held_out_samples(split, recipe.data, recipe.evaluation.num_samples)
     conditions = rollout.conditions(samples.inputs, samples.seeds)
     return HeldOut(
@@ -142,7 +142,7 @@ def module_errors(full: Rollout, quantized: nn.Module, held_out: HeldOut) -> dic
 
 
 def evaluate(
-    folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut | None = None, beside: Path | None = None
+    folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut | None = None
 ) -> dict[str, Any]:
     """Compare the export in ``folder`` with the recipe's full-precision model; write metrics.json and report.html.
 
@@ -158,7 +158,7 @@ def evaluate(
     # the export carries the scheduler it was calibrated for; both sides use it
     full_pipeline.register_modules(scheduler=quantized_pipeline.scheduler)
     full, quantized = Rollout(full_pipeline, recipe.sampling), Rollout(quantized_pipeline, recipe.sampling)
-    held_out = held_out or held_out_reference(full, recipe, reporter, beside)
+    held_out = held_out or held_out_reference(full, recipe, reporter)
     latents = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized")
 
     planned = count_macs(

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accuquant.recipe import Recipe
+from accuquant.recipe import Recipe, RecipeError
 
 CARD = """---
 library_name: diffusers
@@ -23,7 +23,8 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{name}")
 ```
 
-Measured on {num_samples} held-out samples against full precision, same noise ({scheduler}, {num_inference_steps} steps, guidance {guidance_scale}):
+Measured on {num_samples} held-out samples against full precision, same noise
+({scheduler}, {num_inference_steps} steps, guidance {guidance_scale}):
 
 | figure | value |
 |---|---|
@@ -56,7 +57,10 @@ def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     if "initial" in metrics:
         before = metrics["initial"]
         rows.append(
-            ("before calibration", f"{before['final_relative_l2']['mean']:.4f} relative L2, {before['latent_psnr']:.2f} dB")
+            (
+                "before calibration",
+                f"{before['final_relative_l2']['mean']:.4f} relative L2, {before['latent_psnr']:.2f} dB",
+            )
         )
     rows += [
         ("relative L2 of the final latent", f"{final['mean']:.4f} ± {final['std']:.4f}"),
@@ -68,7 +72,10 @@ def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         agreement = metrics["agreement"]
         rows += [
             ("Fréchet distance to full precision", f"{metrics['frechet_distance']:.4f}"),
-            ("classifier agrees with asked class", f"{agreement['quantized']:.1%} (full {agreement['full_precision']:.1%})"),
+            (
+                "classifier agrees with asked class",
+                f"{agreement['quantized']:.1%} (full {agreement['full_precision']:.1%})",
+            ),
         ]
     rows += [
         ("denoiser size", f"{size['quantized_bytes'] / 1e6:.2f} MB ({size['ratio']:.3f} of float32)"),
@@ -78,9 +85,28 @@ def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """See to it before a long run that its result can be put in place, and that nothing of the user's is lost by it.
+
+    Raises:
+        RecipeError: the folder exists and may not be replaced, or cannot be created.
+    """
+    if output.is_symlink() or output.exists():
+        if not overwrite:
+            raise RecipeError(f"export.output: {output} exists; --overwrite replaces it once the new export is whole")
+        if not (output / "recipe.yaml").is_file() or not (output / "model_index.json").is_file():
+            raise RecipeError(
+                f"export.output: {output} is no export of accuquant, so --overwrite spares it; name another"
+            )
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "cannot be written to" if parent.is_dir() else "is a file"
+        raise RecipeError(f"export.output: {output} cannot be created, {parent} {what}")
+
+
 def publish(staging: Path, output: Path) -> None:
-    """Rename the whole folder into place; an older one is moved aside first and deleted last."""
-    old = output.with_name(output.name + ".old")
+    """Rename the whole folder into place; an older one is moved beside ``staging`` first and deleted last."""
+    old = staging.with_name("replaced")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
         os.replace(output, old)

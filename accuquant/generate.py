@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ MIN_TILE = 96  # pixels; smaller images are enlarged by whole factors, so that a
 DEFAULT_IMAGES = 10
 
 
-def generate(folder: Path, inputs: list[str], seed: int, target: Path, reference: bool, reporter: Reporter) -> None:
+def generate(
+    folder: Path,
+    inputs: list[str],
+    seed: int,
+    target: Path,
+    reference: bool,
+    reporter: Reporter,
+    overrides: list[str] | None = None,
+) -> None:
     """Write a grid of one image for each input to ``target``.
 
     Args:
@@ -28,9 +37,11 @@ def generate(folder: Path, inputs: list[str], seed: int, target: Path, reference
         reference: compute in float on the dequantized values instead of integers.
 
     Raises:
-        RecipeError: the folder is no export, or a class id is no whole number of this model.
+        RecipeError: the folder is no export, this model has no such class, or ``target`` is no name of a PNG.
     """
-    recipe = recipe_of(folder)
+    if target.suffix.lower() != ".png":
+        raise RecipeError(f"--output {target}: the grid is a PNG; give a file name that ends in .png")
+    recipe = recipe_of(folder, overrides)
     pipeline = load_export(folder, recipe)
     family = family_of(pipeline)
     if reference:
@@ -41,15 +52,15 @@ def generate(folder: Path, inputs: list[str], seed: int, target: Path, reference
     if not conditions:
         split = load_split(recipe.data, family.condition)
         conditions = sorted(split.calibration + split.held_out)[:DEFAULT_IMAGES]
-    reporter.say(f"sampling {len(conditions)} images, {recipe.sampling.num_inference_steps} steps")
-    pipeline.set_progress_bar_config(disable=reporter.quiet)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    reporter.say(f"sampling {len(conditions)} image(s), {recipe.sampling.num_inference_steps} steps")
+    pipeline.set_progress_bar_config(disable=reporter.quiet or None)  # None: on terminals only
     images = pipeline(
         conditions,
         guidance_scale=recipe.sampling.guidance_scale,
         num_inference_steps=recipe.sampling.num_inference_steps,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(len(conditions))],
     ).images
-    target.parent.mkdir(parents=True, exist_ok=True)
     grid(images).save(target)
 
 
@@ -68,9 +79,13 @@ def grid(images: list[Image.Image]) -> Image.Image:
 
 
 def _class_id(text: str, pipeline: Any) -> int:
-    count = int(pipeline.transformer.config.num_embeds_ada_norm)
-    if text in pipeline.labels:
-        return int(pipeline.labels[text])
-    if not text.isdigit() or int(text) >= count:
-        raise RecipeError(f"--class {text!r}: give a class id from 0 to {count - 1}, or a label of this model")
-    return int(text)
+    """A label of the model, or the number of a class it was trained on."""
+    labels = pipeline.labels
+    known = sorted(set(labels.values())) or range(int(pipeline.transformer.config.num_embeds_ada_norm))
+    if text in labels:
+        return int(labels[text])
+    if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) in known:
+        return int(text)
+    close = difflib.get_close_matches(text, labels, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise RecipeError(f"--class {text[:60]!r}: this model has the classes {known[0]} to {known[-1]}{hint}")

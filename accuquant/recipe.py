@@ -1,7 +1,7 @@
 """The recipe: one YAML file says what is quantized, how it is tuned, how it is judged and where it goes.
 
-The schema is strict. A key that does not exist, a value of the wrong kind or two settings that contradict each other give
-one `RecipeError` that names the place and the nearest valid spelling; nothing has been written by then.
+The schema is strict. A key that does not exist, a value of the wrong kind or two settings that contradict each other
+give one `RecipeError` that names the place and the nearest valid spelling; nothing has been written by then.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 IntegerType = Literal["int8", "int6", "int4", "int3"]
+Shipped = Literal["recipes", "calib_data"]
 PACKAGE = Path(__file__).parent
 
 
@@ -43,6 +44,8 @@ def _output_folder(value: str) -> str:
 
 
 Number = Annotated[float, BeforeValidator(_scientific)]
+StepsOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_steps_or_auto)]
+OutputFolder = Annotated[str, AfterValidator(_output_folder)]
 
 
 class Section(BaseModel):
@@ -69,7 +72,7 @@ class Sampling(Section):
 class Data(Section):
     """Calibration data: JSON lines with a `class_id` (or a `prompt`) each."""
 
-    path: str = Field(min_length=1, description="a JSON-lines file: beside the recipe, absolute, or one that is shipped")
+    path: str = Field(min_length=1, description="JSON-lines file: beside the recipe, absolute, or a shipped one")
     num_samples: int = Field(32, ge=1, description="samples calibrated on, each with its own noise")
     held_out_fraction: Number = Field(0.3, gt=0, lt=1, description="share of classes or prompts never calibrated on")
     seed: int = Field(0, ge=0, lt=2**31, description="decides the split and every sample's noise")
@@ -81,14 +84,15 @@ class Rule(Section):
     modules: str = Field(description="regular expression, matched against the whole module name")
     weight: Literal[IntegerType, "float"]
     activation: Literal[IntegerType, "float"] = "float"
-    granularity: Literal["channel", "group"] = Field("channel", description="one weight scale per row, or per group of it")
+    granularity: Literal["channel", "group"] = Field("channel", description="a weight scale per row, or group of it")
     group_size: int | None = Field(None, ge=8, description="weights per scale, with `granularity: group`")
     symmetric: bool = Field(True, description="weight zero point fixed at 0")
     activation_scale: Literal["static", "dynamic"] = Field(
         "static", description="static: one per timestep group, measured; dynamic: one per token, at run time"
     )
     activation_symmetric: bool | None = Field(
-        None, description="activation zero point fixed at 0; if absent: yes with dynamic scales, which have none, else no"
+        None,
+        description="activation zero point fixed at 0; dynamic scales have none, static ones do unless this is set",
     )
     tune: bool = Field(True, description="calibration may change these modules; false keeps their initial scales")
 
@@ -97,14 +101,13 @@ class Rule(Section):
         if self.granularity == "group" and self.group_size is None:
             raise ValueError("granularity: group needs a group_size (for example group_size: 32)")
         if self.granularity == "channel" and self.group_size is not None:
-            raise ValueError("group_size has no meaning with granularity: channel; set granularity: group or leave it out")
+            raise ValueError("group_size needs granularity: group; set that too, or leave group_size out")
         if self.weight == "float" and self.activation != "float":
             raise ValueError("activation cannot be an integer where the weight stays float")
-        idle = [k for k in ("activation_scale", "activation_symmetric") if getattr(self, k) not in ("static", None)]
-        if self.activation == "float" and idle:
-            raise ValueError(f"{idle[0]} has no meaning where activation stays float; set activation: int8 or leave it out")
+        if self.activation_scale == "dynamic" and self.activation == "float":
+            raise ValueError("activation_scale: dynamic needs an integer activation, for example activation: int8")
         if self.activation_scale == "dynamic" and self.activation_symmetric is False:
-            raise ValueError("activation_symmetric: false contradicts activation_scale: dynamic, which has no zero point")
+            raise ValueError("activation_symmetric: false needs activation_scale: static; dynamic has no zero point")
         return self
 
 
@@ -128,7 +131,7 @@ Learned = Literal["weight", "weight_scale", "activation_scale", "bias", "roundin
 class Objective(Section):
     """AccuQuant calibration; `iterations: 0` leaves the initial scales as they are."""
 
-    steps_per_group: Annotated[int | Literal["auto"], BeforeValidator(_steps_or_auto)] = Field(
+    steps_per_group: StepsOrAuto = Field(
         1, description="M, the denoising steps simulated together; `auto` tries 1, 2, 5 and keeps the best"
     )
     gradient: Literal["identity", "variance", "exact"] = "identity"
@@ -145,7 +148,7 @@ class Objective(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Objective:
         if "rounding" in self.learn and {"weight", "weight_scale"} & set(self.learn):
-            raise ValueError("learn: 'rounding' (AdaRound) works on fixed weights and scales; drop 'weight' and 'weight_scale'")
+            raise ValueError("learn: 'rounding' (AdaRound) needs fixed weights; drop 'weight' and 'weight_scale'")
         if self.inputs == "quantized" and self.steps_per_group != 1:
             raise ValueError("inputs: quantized is the per-step rival and needs steps_per_group: 1")
         return self
@@ -159,7 +162,7 @@ class Evaluation(Section):
 
 
 class Export(Section):
-    output: Annotated[str, AfterValidator(_output_folder)] = Field(description="folder to write; it appears when it is whole")
+    output: OutputFolder = Field(description="folder to write; it appears when it is whole")
     max_shard_size: str = Field("5GB", pattern=r"^[1-9]\d*(\.\d+)?\s*[KMGT]B$")
 
 
@@ -185,20 +188,20 @@ class Recipe(Section):
             raise ValueError("quantization.rules: every weight stays float; there is nothing to do")
         tuned = [rule for rule in quantized if rule.tune]
         if self.objective.iterations and not tuned:
-            raise ValueError("objective.iterations: every rule says tune: false, so there is nothing to tune; set it to 0")
-        if self.objective.iterations and "activation_scale" in self.objective.learn:
-            if all(rule.activation == "float" for rule in tuned):
-                raise ValueError(
-                    "objective.learn: 'activation_scale' is listed (it is by default) but no tuned rule has an integer "
-                    "activation; say learn: [weight, weight_scale], or give a rule activation: int8"
-                )
+            raise ValueError("objective.iterations: no rule leaves anything to tune (tune: false); set it to 0")
+        idle = "activation_scale" in self.objective.learn and all(rule.activation == "float" for rule in tuned)
+        if self.objective.iterations and idle:
+            raise ValueError(
+                "objective.learn: 'activation_scale' (there by default) needs a tuned rule with an integer activation; "
+                "write learn: [weight, weight_scale], or give a rule activation: int8"
+            )
         return self
 
 
 def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from a file, or by name from the shipped ones, and apply ``section.key=value`` overrides.
 
-    A data path that is found beside the recipe becomes absolute, so that the export's copy of the recipe finds it too.
+    A data path found beside the recipe or from here becomes absolute, so that the export's copy of the recipe finds it.
 
     Raises:
         RecipeError: the file is missing or not YAML, or its content does not fit the schema.
@@ -213,10 +216,10 @@ def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _apply(tree, override)
     recipe = parse_recipe(tree, " ".join([str(path), *(f"--set {o}" for o in overrides or [])]))
-    data = path.parent / recipe.data.path
-    if not os.path.isfile(data):
-        return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(data.resolve())})})
+    for place in (path.parent / recipe.data.path, Path(os.path.expanduser(recipe.data.path))):
+        if os.path.isfile(place):
+            return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(place.resolve())})})
+    return recipe
 
 
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
@@ -240,15 +243,15 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def find_shipped(kind: Literal["recipes", "calib_data"], name: str, suffix: str = "", beside: Path | None = None) -> Path:
-    """A file the user names: beside another file, as given, or one that travels with the package.
+def find_shipped(kind: Shipped, name: str, suffix: str = "") -> Path:
+    """A file the user names: as given, or one that travels with the package.
 
     Raises:
         RecipeError: no such file; the message lists what is shipped and the nearest name.
     """
     given = Path(os.path.expanduser(name))
     shipped = [shipped_folder(kind) / n for n in (name, name + suffix)]
-    for place in [*([beside / given] if beside else []), given, *shipped]:
+    for place in [given, *shipped]:
         if os.path.isfile(place):
             return place
     what = f"{name!r} is a folder" if os.path.isdir(given) and name else f"no file {name!r}"
@@ -256,25 +259,26 @@ def find_shipped(kind: Literal["recipes", "calib_data"], name: str, suffix: str 
     raise RecipeError(f"{key}{what}{_nearest(given.name, known)}; shipped {kind}: {', '.join(known) or 'none'}")
 
 
-def shipped_folder(kind: str) -> Path:
+def shipped_folder(kind: Shipped) -> Path:
     """Inside the wheel, or the folder of a clone."""
     inside = PACKAGE / "shipped" / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
 
 
-def list_shipped(kind: str) -> list[str]:
-    endings = {".yaml", ".jsonl"}
-    return sorted(p.stem if p.suffix == ".yaml" else p.name for p in shipped_folder(kind).glob("*") if p.suffix in endings)
+def list_shipped(kind: Shipped) -> list[str]:
+    found = shipped_folder(kind).glob("*.yaml" if kind == "recipes" else "*.jsonl")
+    return sorted(p.stem if kind == "recipes" else p.name for p in found)
 
 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for position, (key, _) in enumerate(node.value):
-            if key.value in keys[:position]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+        keys = [key for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key.value in [k.value for k in keys[:position]]:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -282,33 +286,28 @@ def _yaml(text: str, source: str) -> Any:
     try:
         return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that cannot be
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        parts = [getattr(error, "context", None), getattr(error, "problem", None)]
+        problem = ", ".join(filter(None, parts)) or str(error).splitlines()[0]
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise RecipeError(f"{source}{where}: not readable as YAML: {problem}") from error
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: Any, override: str) -> None:
     """Set ``a.b.0.c=value`` in place; the value is read as YAML."""
     key, separator, text = override.partition("=")
-    *parents, last = parts = key.strip().split(".")
+    parts = key.strip().split(".")
     if not separator or not all(parts):
         raise RecipeError(f"--set {override}: write it as section.key=value, for example objective.steps_per_group=5")
-    node: Any = tree
-    for depth, part in enumerate(parents):
-        if isinstance(node, list):
-            node = node[_index(node, part, override)]
-        elif isinstance(node, dict):
-            node = node.setdefault(part, {})
+    value, node = _yaml(text, f"--set {override}"), tree
+    for depth, part in enumerate(parts):
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"--set {override}: {'.'.join(parts[:depth])} holds a value, not a section")
+        place: Any = _index(node, part, override) if isinstance(node, list) else part
+        if depth == len(parts) - 1:
+            node[place] = value
         else:
-            raise RecipeError(f"--set {override}: {'.'.join(parents[:depth])} holds a value, not a section")
-    value = _yaml(text, f"--set {override}")
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise RecipeError(f"--set {override}: {'.'.join(parents)} holds a value, not a section")
+            node = node[place] if isinstance(node, list) else node.setdefault(place, {})
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
@@ -319,7 +318,7 @@ def _index(node: list[Any], part: str, override: str) -> int:
 
 
 WORDS = {  # pydantic's kinds of error -> our words
-    "model_type": "must be a section with the keys {keys}",
+    "model_type": "must be a section with the keys ",
     "tuple_type": "must be a list",
     "too_short": "must have at least one entry",
     "string_type": "must be text",
@@ -334,26 +333,26 @@ WORDS = {  # pydantic's kinds of error -> our words
 
 def _explain(error: ValidationError) -> list[str]:
     """One line for each thing that is wrong: path, what was found, what would do. Unknown keys come first."""
-    found = error.errors()
-    unknown = [[str(part) for part in e["loc"]] for e in found if e["type"] == "extra_forbidden"]
-    meant = {path[-1]: _meant(path) for path in unknown}
     lines = []
-    for path in unknown:
-        hint = f" (did you mean {meant[path[-1]]!r}?)" if meant[path[-1]] else ""
-        lines.append(f"unknown key {'.'.join(path)}{hint}; valid keys there: {', '.join(_keys_at(path[:-1]))}")
+    found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    meant = [_meant(e["loc"]) for e in found if e["type"] == "extra_forbidden"]
     for e in found:
-        where = [str(part) for part in e["loc"]]
-        path, value, kind = ".".join(where), e["input"], e["type"]
-        if kind == "missing" and where[-1] not in meant.values():
-            lines.append(f"{path} is missing")
+        path, value, kind = ".".join(map(str, e["loc"])), e["input"], e["type"]
+        if kind == "extra_forbidden":
+            hint = f" (did you mean {_meant(e['loc'])!r}?)" if _meant(e["loc"]) else ""
+            lines.append(f"unknown key {path}{hint}; valid keys there: {', '.join(_keys_at(e['loc'][:-1]))}")
+        elif kind == "missing":  # unless it is there, misspelt
+            lines += [f"{path} is missing"] if e["loc"][-1] not in meant else []
         elif kind == "value_error":  # our own words; those about a section begin with its key
             lines.append(path + ("" if not path else "." if isinstance(value, dict) else ": ") + str(e["ctx"]["error"]))
-        elif kind not in ("missing", "extra_forbidden"):
-            message = WORDS.get(kind, e["msg"].replace("Input should be", "must be")).format(keys=", ".join(_keys_at(where)))
-            hint = _nearest(value, re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
+        elif kind != "too_short" or not value:  # pydantic counts the valid entries
+            message = WORDS.get(kind) or e["msg"].replace("Input should be", "must be")
+            if kind == "model_type":
+                message += ", ".join(_keys_at(e["loc"]))
             if kind == "string_type" and isinstance(value, bool | int | float):
                 message += "; put it in quotes"
-            lines.append(f"{path}: {message} (found {_found(value)}){hint}")
+            hint = _nearest(value, re.findall(r"'([^']+)'", message)) if kind == "literal_error" else ""
+            lines.append(f"{path or 'recipe'}: {message} (found {_found(value)}){hint}")
     return list(dict.fromkeys(lines))
 
 
@@ -365,35 +364,34 @@ def _found(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _keys_at(where: list[str]) -> list[str]:
+def _keys_at(where: tuple[int | str, ...]) -> list[str]:
     """Valid keys of the section at this path."""
     section: type[BaseModel] = Recipe
     for part in where:
-        if part.isdecimal():
-            continue
-        annotation = section.model_fields[part].annotation
+        annotation = section.model_fields[part].annotation if isinstance(part, str) else section
         inner = getattr(annotation, "__args__", (annotation,))[0]
         section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else section
     return list(section.model_fields)
 
 
-def _meant(path: list[str]) -> str | None:
-    """The key a wrong one stands for: the same one in another section, or the nearest one here."""
-    elsewhere = [f"{name}.{path[-1]}" for name in Recipe.model_fields if path[-1] in _keys_at([name])]
-    return elsewhere[0] if elsewhere else _closest(path[-1], _keys_at(path[:-1]))
+def _meant(where: tuple[int | str, ...]) -> str:
+    """What a wrong key stands for: the same key of another section, or the nearest one here."""
+    key = str(where[-1])
+    elsewhere = [f"{name}.{key}" for name in Recipe.model_fields if key in _keys_at((name,))]
+    return elsewhere[0] if elsewhere else _closest(key, _keys_at(where[:-1]))
+
+
+def _closest(word: str, valid: list[str]) -> str:
+    """The most similar one; of equals the one with the nearest letters, so for int5 it is int4 and not int8."""
+
+    def likeness(name: str) -> tuple[float, int]:
+        apart = sum(abs(ord(a) - ord(b)) for a, b in zip(word, name, strict=False))
+        return difflib.SequenceMatcher(None, word.lower(), name).ratio(), -apart
+
+    best = max(sorted(valid), key=likeness, default="")
+    return best if likeness(best)[0] >= 0.5 else ""
 
 
 def _nearest(word: Any, valid: list[str]) -> str:
-    close = _closest(word, valid) if isinstance(word, str) else None
+    close = _closest(word, valid) if isinstance(word, str) else ""
     return f" (did you mean {close!r}?)" if close else ""
-
-
-def _closest(word: str, valid: list[str]) -> str | None:
-    """Of equally similar ones the alphabetically nearest: int5 is nearer to int4 than to int8."""
-
-    def likeness(name: str) -> tuple[float, int]:
-        apart = -sum(abs(ord(a) - ord(b)) for a, b in zip(word, name, strict=False))
-        return difflib.SequenceMatcher(None, word.lower(), name).ratio(), apart
-
-    best = max(sorted(valid), key=likeness, default=None)
-    return best if best is not None and likeness(best)[0] >= 0.5 else None

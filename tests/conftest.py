@@ -9,8 +9,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-torch.set_num_threads(2)
-
 
 def make_pipeline(
     seed: int = 0, learned_variance: bool = False, layers: int = 2, dtype: torch.dtype = torch.float32

@@ -142,7 +142,7 @@ def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path
         sys.executable,
         "-c",
         "import accuquant.optimise as o; o.SAVE_EVERY_SECONDS = 0.3; "
-        "import torch; torch.set_num_threads(2); from accuquant.cli import main; main()",
+        "from accuquant.cli import main; main()",
         "calibrate",
         str(recipe),
     ]

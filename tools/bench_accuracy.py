@@ -74,7 +74,7 @@ def bench_recipe(base: Recipe, config: str, seed: int, batch: int, samples: int,
         "initialization": initialization,
     }
     tree["objective"] = {"iterations": 0, "batch_size": batch}
-    tree["evaluation"] |= {"num_samples": 24, "batch_size": 12}
+    tree["evaluation"] |= {"num_samples": 12, "batch_size": 12}
     return parse_recipe(tree, "benchmark")
 
 

@@ -313,7 +313,7 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
 def accuracy(classifier: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     """The share of images given their label."""
     predicted = torch.cat([classifier(batch).argmax(1) for batch in images.split(500)])
-    return (predicted == labels).float().mean().item()
+    return (predicted == labels).double().mean().item()
 
 
 def evaluate(folder: Path, options: Options) -> tuple[Tensor, float]:

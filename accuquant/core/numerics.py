@@ -76,8 +76,7 @@ class _FakeQuantize(torch.autograd.Function):
             q.clamp_(qmin - zero_point, qmax - zero_point)
             # grad * q - grad_x * v: v counts only where it was not clipped, so this is both cases of LSQ's eq. 3
             if scale.numel() == 1:
-                total = torch.dot(grad.flatten(), q.flatten()) - torch.dot(grad_x.flatten(), v.flatten())
-                grad_scale = total.view(scale.shape)
+                grad_scale = torch.dot(grad.flatten(), q.sub_(v.mul_(inside)).flatten()).view(scale.shape)
             else:
                 grad_scale = q.mul_(grad).sub_(v.mul_(grad_x)).sum_to_size(scale.shape)
         return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None, None

@@ -24,8 +24,8 @@ def pack(q: Tensor, qtype: QType) -> Tensor:
     Raises:
         ValueError: a value lies outside the type's range.
     """
-    if bool((q < qtype.qmin).any()) or bool((q > qtype.qmax).any()):
-        raise ValueError(f"values {int(q.min())}..{int(q.max())} do not fit {qtype.name} ({qtype.qmin}..{qtype.qmax})")
+    if not bool(((q >= qtype.qmin) & (q <= qtype.qmax)).all()):  # NaN fits nowhere
+        raise ValueError(f"values {float(q.min()):g}..{float(q.max()):g} do not fit {qtype.name} ({qtype.qmin}..{qtype.qmax})")
     if qtype.bits == 8:
         return q.to(torch.int8)
     rows, columns = q.shape

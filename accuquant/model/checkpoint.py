@@ -14,6 +14,7 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from accuquant.model.clock import StepClock
@@ -46,8 +47,8 @@ class AccuQuantConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        layers: dict[str, dict[str, Any]],
-        timestep_edges: list[float],
+        layers: dict[str, dict[str, Any]] | None = None,
+        timestep_edges: list[float] | None = None,
         version: int = FORMAT_VERSION,
         quant_method: str = Method.ACCUQUANT.value,
         **unknown: Any,
@@ -59,6 +60,8 @@ class AccuQuantConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise CheckpointError(f"quantization_config has unknown keys: {', '.join(sorted(unknown))}")
+        if layers is None or timestep_edges is None:
+            raise CheckpointError('quantization_config needs layers and timestep_edges')
         self.quant_method = Method.ACCUQUANT
         self.version = version
         self.timestep_edges = timestep_edges
@@ -105,12 +108,25 @@ class AccuQuantQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.clock.attach(model)
+        # diffusers takes a model's dtype from its first float parameter outside these
+        model._keep_in_fp32_modules = [*(model._keep_in_fp32_modules or []), *self.quantization_config.layers]
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        found: set[str] = set()  # what the files hold; for shards, loaded_keys is what their index says
+        for path in checkpoint_files:
+            with safe_open(path, framework="pt") as file:
+                found.update(file.keys())
+        self.loaded_keys = found
+        return sorted(found)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """diffusers would load a missing tensor as zeros and only warn."""
         if missing_keys:
             shown = ", ".join(sorted(missing_keys)[:5]) + (" ..." if len(missing_keys) > 5 else "")
             raise CheckpointError(f"{len(missing_keys)} tensors are missing from the checkpoint: {shown}")
+        extra = sorted(self.loaded_keys - set(model.state_dict()))
+        if extra:
+            raise CheckpointError(f"the checkpoint holds tensors its config does not promise: {', '.join(extra[:5])}")
         return missing_keys
 
     def check_if_quantized_param(
@@ -131,6 +147,9 @@ class AccuQuantQuantizer(DiffusersQuantizer):
         """Keep the file's types: diffusers casts scales in ``param_value`` to the load dtype, ``state_dict`` not."""
         name, _, leaf = param_name.rpartition(".")
         layer, value = model.get_submodule(name), state_dict[param_name]
+        promised = getattr(layer, leaf).dtype
+        if value.dtype != promised:
+            raise CheckpointError(f"{param_name} is {value.dtype}, its config promises {promised}")
         setattr(layer, leaf, nn.Parameter(value.to(target_device), requires_grad=False))
 
     def check_quantized_param_shape(self, param_name: str, expected: Tensor, found: Tensor) -> bool:

@@ -45,9 +45,13 @@ class LayerSpec:
     activation_symmetric: bool = False
 
     def __post_init__(self) -> None:
-        for name in (self.weight, self.activation):
-            if name not in QTYPES and not (name == "float" and name is self.activation):
+        for name in (self.weight, *([] if self.activation == "float" else [self.activation])):
+            if name not in QTYPES:
                 raise ValueError(f"unknown type {name!r}; known types: {', '.join(QTYPES)}")
+        if self.activation_scale not in ("static", "dynamic"):
+            raise ValueError(f"activation_scale must be 'static' or 'dynamic', found {self.activation_scale!r}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be positive, found {self.group_size}")
 
     @property
     def weight_type(self) -> QType:
@@ -305,8 +309,8 @@ class QuantizedLayer(_Layer):
     def _integer(self, tokens: Tensor) -> Tensor:
         assert self.spec.activation_type is not None
         scale, zero = self._input_grid(tokens)
-        q = quantize(tokens, scale, zero, self.spec.activation_type).to(torch.int8).view(-1, self.in_features)
-        flat_scale = scale if self.spec.static else scale.view(-1, 1)
+        q = quantize(tokens, scale, zero, self.spec.activation_type).to(torch.int8).reshape(-1, self.in_features)
+        flat_scale = scale if self.spec.static else scale.reshape(-1, 1)
         y = kernels.integer_linear(
             q, flat_scale, zero, self.integer_weight(), self.weight_scale, self.weight_zero_point
         )
