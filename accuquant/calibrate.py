@@ -85,6 +85,8 @@ def calibrate(
     _check_output(recipe, output, partial, resume, overwrite)
 
     rollout, planned, split = open_model(recipe)
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     held_out = held_out_reference(rollout, recipe, reporter)
@@ -133,6 +135,10 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     if not any(p.spec for p in planned):
         raise RecipeError("quantization.rules: every module stays float; there is nothing to do")
     split = load_split(recipe.data, rollout.family.condition)
+    if rollout.family.condition == "class_id":
+        highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
+        if highest >= count:
+            raise RecipeError(f"data.path: {recipe.data.path} has class_id {highest}; this model has 0 to {count - 1}")
     return rollout, planned, split
 
 
@@ -332,7 +338,5 @@ def _check_output(recipe: Recipe, output: Path, partial: Path, resume: bool, ove
             raise RecipeError(f"--resume: there is no interrupted run in {partial}")
         if (partial / "recipe.yaml").read_text(encoding="utf-8") != dump_recipe(recipe):
             raise RecipeError(f"--resume: the recipe has changed since {partial} was begun; --overwrite starts over")
-    elif partial.exists():
-        if not overwrite:
-            raise RecipeError(f"{partial} holds an interrupted run; --resume continues it, --overwrite starts over")
-        shutil.rmtree(partial)
+    elif partial.exists() and not overwrite:
+        raise RecipeError(f"{partial} holds an interrupted run; --resume continues it, --overwrite starts over")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import dataclass
@@ -85,8 +86,8 @@ def image_metrics(
     }
     if classifier is None:
         return found
-    frechet = FrechetInceptionDistance(feature=_Features(classifier), normalize=True, antialias=False)
-    frechet.set_dtype(torch.float64)
+    frechet = FrechetInceptionDistance(feature=_Features(copy.deepcopy(classifier)), normalize=True, antialias=False)
+    frechet.set_dtype(torch.float64)  # the copy too
     frechet.update(full, real=True)
     frechet.update(quantized, real=False)
     predictions = [classifier(images * 2 - 1).argmax(1) for images in (full, quantized)]
@@ -109,7 +110,7 @@ class _Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 1, H, W), uint8 or [0, 1] -> (B, 64)."""
-        unit = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        unit = images.double() / 255 if images.dtype == torch.uint8 else images.double()
         return self.classifier.features(unit * 2 - 1)
 
 
@@ -141,9 +142,7 @@ def module_errors(full: Rollout, quantized: nn.Module, held_out: HeldOut) -> dic
     return {n: (error[n] / max(energy[n], 1e-30)) ** 0.5 for n in layers}
 
 
-def evaluate(
-    folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut | None = None
-) -> dict[str, Any]:
+def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut | None = None) -> dict[str, Any]:
     """Compare the export in ``folder`` with the recipe's full-precision model; write metrics.json and report.html.
 
     Args:
@@ -233,7 +232,7 @@ def load_export(folder: Path, recipe: Recipe) -> DiffusionPipeline:
     if not (folder / "model_index.json").is_file():
         raise RecipeError(f"{folder} is no export: it has no model_index.json")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder))
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=getattr(torch, recipe.model.dtype))
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{folder} cannot be loaded: {error}") from error
     if not quantized_layers(denoiser_of(pipeline)):

@@ -185,7 +185,7 @@ class Tuner:
         chosen: dict[str, dict[str, nn.Parameter]] = {}
         for kind in self.objective.learn:
             found = {n: p for n, layer in self.layers.items() if (p := layer.learnable(kind)) is not None}
-            if not found:
+            if not found and self.objective.iterations:
                 raise RecipeError(f"objective.learn: {kind!r} names no parameter of any tuned module; take it out")
             chosen[kind] = found
         for parameters in chosen.values():

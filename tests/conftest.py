@@ -87,7 +87,7 @@ def recipe_tree(model: Path | str, output: Path | str, **changes: Any) -> dict[s
 
 def make_pixart() -> Any:
     """PixArt-alpha with a T5 of its own, all random and tiny; skips where the `text` extra is not installed."""
-    transformers = pytest.importorskip("transformers", reason="text pipelines need the extra: pip install accuquant[text]")
+    transformers = pytest.importorskip("transformers", reason="text pipelines need accuquant[text]")
     from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 
     words = ["a", "red", "cat", "dog", "the", "photo", "of"]

@@ -130,6 +130,19 @@ def test_every_objective_runs(model_folder: Path, tmp_path: Path, objective: dic
         assert set(metrics["calibration"]["auto"]) == {"1", "2", "5"}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_models_are_calibrated_too(model_folder: Path, tmp_path: Path, dtype: str) -> None:
+    """Also where the first module, from which diffusers reads a model's type, is quantized."""
+    tree = recipe_tree(model_folder, tmp_path / "out")
+    tree["model"]["dtype"] = dtype
+    tree["quantization"]["rules"].append({"modules": r"pos_embed\.proj", "weight": "int8", "activation": "int8"})
+    folder = calibrate(parse_recipe(tree, "test"), QUIET)
+    assert json.loads((folder / "metrics.json").read_text())["final_relative_l2"]["mean"] < 0.5
+    pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline([1], num_inference_steps=2)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path: Path, how: signal.Signals) -> None:
     objective = {"iterations": 300, "batch_size": 2, "steps_per_group": 2}

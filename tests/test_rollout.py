@@ -14,8 +14,8 @@ from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import RecipeError, Sampling
 
 
-def pipeline_latents(pipeline: Any, labels: list[int], seeds: list[int], sampling: Sampling) -> Tensor:
-    """What the pipeline hands to its decoder."""
+def decoder_input(pipeline: Any, labels: list[int], seeds: list[int], sampling: Sampling) -> Tensor:
+    """What the pipeline hands to its decoder: final latents over the scaling factor."""
     kept: list[Tensor] = []
     decode = pipeline.vae.decode
     pipeline.vae.decode = lambda z, *a, **k: (kept.append(z), decode(z, *a, **k))[1]
@@ -29,7 +29,7 @@ def pipeline_latents(pipeline: Any, labels: list[int], seeds: list[int], samplin
         )
     finally:
         pipeline.vae.decode = decode
-    return kept[0] * pipeline.vae.config.scaling_factor
+    return kept[0]
 
 
 SCHEDULERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
@@ -44,7 +44,7 @@ def test_equal_to_pipeline(scheduler: str, guidance: float, learned_variance: bo
     sampling = Sampling(num_inference_steps=7, guidance_scale=guidance)
     rollout = Rollout(pipeline, sampling)
     latents, _ = rollout.trajectory(rollout.conditions([1, 2, 3], [5, 6, 7]))
-    assert torch.equal(latents[-1], pipeline_latents(pipeline, [1, 2, 3], [5, 6, 7], sampling))
+    assert torch.equal(latents[-1], decoder_input(pipeline, [1, 2, 3], [5, 6, 7], sampling))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

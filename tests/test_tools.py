@@ -42,8 +42,8 @@ def test_memory_is_flat_for_us_and_grows_for_plain_backpropagation(recipe: Path,
 
 def test_accuracy_benchmark_resumes_and_tabulates(recipe: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "bench")
-    arguments = ["run", "--recipe", str(recipe), "--out", out, "--configs", "W8A8", "--seeds", "0", "--evaluations", "9",
-                 "--samples", "4", "--batch", "2"]  # fmt: skip
+    small = ["--configs", "W8A8", "--seeds", "0", "--evaluations", "9", "--samples", "4", "--batch", "2"]
+    arguments = ["run", "--recipe", str(recipe), "--out", out, *small]
     first = run("bench_accuracy.py", *arguments, "--methods", "MSE search,M=1")
     second = run("bench_accuracy.py", *arguments, "--methods", "MSE search,M=1,M=2 exact,M=1 AdaRound")
     assert first.count("W8A8 seed 0") == 2 and second.count("W8A8 seed 0") == 2

@@ -38,7 +38,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SPLIT_SEED, HELD_OUT = 0, 0.2  # fixed: the held-out images stay held out whatever --seed is
 NULL_CLASS, LABEL_DROP = 1000, 0.1  # DiTPipeline hard-codes the null class
-ATTENTION = SDPBackend.FLASH_ATTENTION if CUDA else SDPBackend.MATH
+ATTENTION = SDPBackend.FLASH_ATTENTION if CUDA else SDPBackend.MATH  # its fused backward is slow on a CPU
 KL_WEIGHT, EMA_DECAY = 1e-5, 0.9995
 GUIDANCE, DDIM_STEPS, MAX_BYTES, LOG_EVERY = 1.5, 50, 16_000_000, 200
 GOALS = {"classifier_held_out_accuracy": 0.97, "generated_agreement": 0.95}
@@ -276,7 +276,6 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
         clean = latents[index].float()
         noise = torch.randn(clean.shape, generator=generator, device=DEVICE)
         noisy = scheduler.add_noise(clean, noise, timestep)
-        # on a CPU the fused attention's backward pass would be half of a step
         with torch.autocast(DEVICE.type, torch.bfloat16), sdpa_kernel(ATTENTION):
             predicted = model(noisy, timestep=timestep, class_labels=classes, return_dict=False)[0]
         return F.mse_loss(predicted.float(), noise)

@@ -25,7 +25,8 @@ def pack(q: Tensor, qtype: QType) -> Tensor:
         ValueError: a value lies outside the type's range.
     """
     if not bool(((q >= qtype.qmin) & (q <= qtype.qmax)).all()):  # NaN fits nowhere
-        raise ValueError(f"values {float(q.min()):g}..{float(q.max()):g} do not fit {qtype.name} ({qtype.qmin}..{qtype.qmax})")
+        found = f"{float(q.min()):g}..{float(q.max()):g}"
+        raise ValueError(f"values {found} do not fit {qtype.name} ({qtype.qmin}..{qtype.qmax})")
     if qtype.bits == 8:
         return q.to(torch.int8)
     rows, columns = q.shape

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from accuquant.model.clock import StepClock
-from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, quantized_layers, trainable_layers
+from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, keep_float32, quantized_layers, trainable_layers
 
 FORMAT_VERSION = 1
 
@@ -108,8 +108,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.clock.attach(model)
-        # diffusers takes a model's dtype from its first float parameter outside these
-        model._keep_in_fp32_modules = [*(model._keep_in_fp32_modules or []), *self.quantization_config.layers]
+        keep_float32(model, self.quantization_config.layers)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         found: set[str] = set()  # what the files hold; for shards, loaded_keys is what their index says

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,32 @@ def load_pipeline(model: Model) -> DiffusionPipeline:
     Raises:
         RecipeError: no such model, it cannot be reached, or it holds no safetensors.
     """
-    source = resolve(model.id)
+    source, device = resolve(model.id), pick_device(model.device)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             source, revision=model.revision, dtype=getattr(torch, model.dtype), use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        hint = "" if Path(source).is_dir() else "; it is no local folder either. Download it first and give its folder"
-        raise RecipeError(f"model.id: cannot load {model.id!r} ({_first_line(error)}){hint}") from error
+        ).to(device)
+    # AttributeError: a class that this diffusers does not have; ImportError: a package that a pipeline needs
+    except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as error:
+        if Path(source).is_dir():
+            raise RecipeError(f"model.id: cannot load {model.id!r} ({_first_line(error)})") from error
+        raise RecipeError(
+            f"model.id: no local folder is called {model.id!r}, and the model hub cannot be reached or has no such "
+            f"model. Download it where there is a network and give its folder ({_first_line(error)[:160]} ...)"
+        ) from error
     family_of(pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(pick_device(model.device))
+    _keep_labels(pipeline)
+    return pipeline
+
+
+def _keep_labels(pipeline: DiffusionPipeline) -> None:
+    """DiTPipeline reads class names from model_index.json, but would not write them there again."""
+    names: dict[int, list[str]] = {}
+    for name, number in getattr(pipeline, "labels", {}).items():
+        names.setdefault(number, []).append(name)
+    if names:
+        pipeline.register_to_config(id2label={str(number): ", ".join(found) for number, found in names.items()})
 
 
 def resolve(model_id: str) -> str:
@@ -105,7 +121,7 @@ def resolve(model_id: str) -> str:
             )
         return str(BUNDLED / name)
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
-        folder = Path(model_id).expanduser()
+        folder = Path(os.path.expanduser(model_id))
         if not (folder / "model_index.json").is_file():
             raise RecipeError(f"model.id: {model_id!r} is not a diffusers pipeline folder (no model_index.json in it)")
         return str(folder)
@@ -139,7 +155,7 @@ def pick_device(device: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         picked = torch.device(name)
-        torch.empty(1, device=picked)
+        torch.empty(1, device=picked).cpu()  # `meta` has no values to copy
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"model.device: {device!r} is not available here ({_first_line(error)})") from error
     return picked

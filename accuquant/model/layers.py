@@ -9,6 +9,7 @@ A Conv2d is a Linear over its unfolded patches: weights are kept as (O, I) with 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -357,8 +358,14 @@ def quantize_model(
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear | nn.Conv2d)
         model.set_submodule(name, TrainableLayer(module, spec, clock, name, search))
+    keep_float32(model, specs)
     clock.attach(model)
     return trainable_layers(model)
+
+
+def keep_float32(model: Any, names: Iterable[str]) -> None:
+    """Tell diffusers that these modules' float tensors do not speak for the model's dtype: scales stay float32."""
+    model._keep_in_fp32_modules = [*(getattr(model, "_keep_in_fp32_modules", None) or []), *names]
 
 
 def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:

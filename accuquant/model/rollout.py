@@ -64,15 +64,19 @@ class Rollout:
         self.pipeline, self.family, self.sampling = pipeline, family_of(pipeline), sampling
         self.denoiser = denoiser_of(pipeline)
         self.guided = sampling.guidance_scale > 1
-        scheduler = self._fresh_scheduler()
+        try:
+            scheduler = self._fresh_scheduler()
+        except ValueError as error:  # more steps than the model was trained with
+            raise RecipeError(f"sampling.num_inference_steps: {error}") from error
         self.timesteps: Tensor = scheduler.timesteps
         self.num_steps = len(self.timesteps)
         try:
             self.solver: LinearSolver = probe(self._make_step, self.num_steps)
-        except (NotLinear, AttributeError, NotImplementedError, TypeError) as error:
+        except (NotLinear, AttributeError, NotImplementedError, TypeError, IndexError, AssertionError) as error:
             raise RecipeError(
                 f"sampling.scheduler: {type(scheduler).__name__} cannot be calibrated with {self.family.pipeline}: "
-                f"{error}. DDIMScheduler (clip_sample false), DPMSolverMultistepScheduler and the Euler schedulers can"
+                f"{str(error) or type(error).__name__}. "
+                "DDIMScheduler (clip_sample false), DPMSolverMultistepScheduler and the Euler schedulers can"
             ) from error
         self.input_scales = self._input_scales()
 
@@ -145,7 +149,8 @@ class Rollout:
 
         def record(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             noise.append(sample)
-            return scale(sample, *args, **kwargs)
+            scaled: Tensor = scale(sample, *args, **kwargs)
+            return scaled
 
         def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Reached(kwargs)
