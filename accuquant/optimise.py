@@ -76,12 +76,13 @@ class Tuner:
     def __post_init__(self) -> None:
         self.parameters = self._choose_parameters()
         rates = self.objective.learning_rates.model_dump()
-        self.rates = [rates[kind] for kind in self.parameters]
-        self.optimizer = torch.optim.Adam(
-            [{"params": list(p.values()), "lr": rates[kind]} for kind, p in self.parameters.items()],
-            betas=ADAM_BETAS,
-            eps=1e-15,
-        )
+        layerwise = [
+            {"params": [parameter], "lr": rates[kind] * self.layers[name].step_unit(kind)}
+            for kind, parameters in self.parameters.items()
+            for name, parameter in parameters.items()
+        ]
+        self.rates = [float(group["lr"]) for group in layerwise]
+        self.optimizer = torch.optim.Adam(layerwise, betas=ADAM_BETAS, eps=1e-15)
         self.drifted: Tensor | None = None  # latents of the quantized trajectory, for inputs: quantized
 
     def run(self, state: Path | None = None, progress: Callable[[dict[str, Any]], None] | None = None) -> None:

@@ -118,9 +118,11 @@ class Quantization(Section):
 
 
 class LearningRates(Section):
-    weight: Number = Field(1e-4, ge=0)
-    weight_scale: Number = Field(3e-4, ge=0, description="of the logarithm of the scale")
-    activation_scale: Number = Field(3e-4, ge=0, description="of the logarithm of the scale or clip ratio")
+    """Adam's rates. The first three are in quantization steps per update, so that they serve every bit width."""
+
+    weight: Number = Field(1.5e-3, ge=0)
+    weight_scale: Number = Field(1.5e-3, ge=0, description="steps that the end of the range moves by")
+    activation_scale: Number = Field(1.5e-3, ge=0, description="likewise, of the scale or clip ratio")
     bias: Number = Field(1e-4, ge=0)
     rounding: Number = Field(1e-2, ge=0, description="of AdaRound's logits")
 

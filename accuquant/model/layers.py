@@ -185,6 +185,20 @@ class TrainableLayer(_Layer):
             return self.log_weight_scale
         return self.bias if kind == "bias" else self.weight
 
+    def step_unit(self, kind: str) -> float:
+        """What a learning rate is multiplied with: how far a parameter moves when integers move by one step.
+
+        Adam moves every parameter by about the rate. In these units one rate serves all widths: a weight is measured in
+        its mean step size, the logarithm of a scale in the steps that the end of its range moves by.
+        """
+        if kind == "weight":
+            return float(self.log_weight_scale.detach().exp().mean())
+        if kind == "weight_scale":
+            return 1 / self.spec.weight_type.qmax
+        if kind == "activation_scale" and self.spec.activation_type:
+            return 1 / self.spec.activation_type.qmax
+        return 1.0
+
     def linear(self, tokens: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(self, tokens)
