@@ -255,11 +255,11 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     per_batch = rollout.num_steps / batch
     sampling = round((data.num_samples + VALIDATION_SAMPLES + 3 * recipe.evaluation.num_samples) * per_batch)
     trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
+    calls = sampling + 3.5 * tuning  # a backward pass and the fake quantization cost about 2.5 calls
     latents = (data.num_samples + VALIDATION_SAMPLES + recipe.evaluation.num_samples) * conditions.noise[0].numel()
     return planned, {
         "network_evaluations": {"tuning": tuning, "sampling": sampling},
-        "seconds": seconds
-        * (sampling + 3.5 * tuning),  # a backward pass and the fake quantization cost about 2.5 calls
+        "seconds": seconds * calls,
         "memory_bytes": 4 * (5 * trainable + 2 * rollout.num_steps * latents),
     }
 

@@ -160,11 +160,12 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     held_out = held_out or held_out_reference(full, recipe, reporter)
     latents = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized")
 
+    first = held_out.conditions.batches(recipe.evaluation.batch_size)[0]
     planned = count_macs(
         full.denoiser,
         plan_modules(full.denoiser, recipe.quantization.rules),
-        lambda: full.predict(0, held_out.conditions.noise, held_out.conditions),
-        len(held_out.conditions),
+        lambda: full.predict(0, first.noise, first),
+        len(first),
     )
     errors = module_errors(full, quantized.denoiser, held_out)
     metrics: dict[str, Any] = {
@@ -181,7 +182,10 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     }
     full_images, quantized_images = None, None
     if recipe.evaluation.reconstruct:
-        full_images, quantized_images = full.decode(held_out.latents[-1]), full.decode(latents[-1])
+        full_images, quantized_images = (
+            torch.cat([full.decode(part) for part in final.split(recipe.evaluation.batch_size)])
+            for final in (held_out.latents[-1], latents[-1])
+        )
         with torch.no_grad():
             metrics |= image_metrics(
                 quantized_images, full_images, held_out.inputs, _classifier(recipe, full_images.device)
