@@ -82,7 +82,7 @@ class Tuner:
             for name, parameter in parameters.items()
         ]
         self.rates = [float(group["lr"]) for group in layerwise]
-        self.optimizer = torch.optim.Adam(layerwise, betas=ADAM_BETAS, eps=1e-15)
+        self.optimizer = torch.optim.Adam(layerwise or [{"params": []}], betas=ADAM_BETAS, eps=1e-15)
         self.drifted: Tensor | None = None  # latents of the quantized trajectory, for inputs: quantized
 
     def run(self, state: Path | None = None, progress: Callable[[dict[str, Any]], None] | None = None) -> None:

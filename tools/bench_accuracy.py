@@ -184,20 +184,29 @@ def results(out: Path) -> list[dict[str, Any]]:
 def table(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("build/bench_accuracy"),
 ) -> None:
-    """Print the results as a Markdown table: latent PSNR in dB, mean ± standard deviation over seeds."""
+    """Print Markdown: latent PSNR of MSE search, and every method's gain over it, paired by seed."""
     rows = results(out)
+    base = {(r["config"], r["seed"]): r["psnr"] for r in rows if r["method"] == "MSE search"}
     for evaluations in sorted({r["evaluations"] for r in rows} - {0}):
-        print(f"\n{evaluations} network evaluations; dB, mean ± standard deviation over seeds (number of seeds)\n")
+        print(f"\n{evaluations} network evaluations; dB over MSE search (itself in the first row: dB), mean ± standard")
+        print("deviation over seeds (number of seeds)\n")
         print("| method | " + " | ".join(CONFIGS) + " | updates |\n|---|" + "---|" * (len(CONFIGS) + 1))
-        for method in METHODS:
+        shown = {"MSE search": "**MSE search**"}
+        for method in sorted(METHODS, key=lambda m: m != "MSE search"):
             cells = []
             for config in CONFIGS:
-                found = [r["psnr"] for r in rows if r["config"] == config and r["method"] == method
-                         and r["evaluations"] in (0, evaluations)]  # fmt: skip
+                here = [r for r in rows if r["config"] == config and r["method"] == method]
+                found = [
+                    r["psnr"] - (0 if method == "MSE search" else base[config, r["seed"]])
+                    for r in here
+                    if r["evaluations"] in (0, evaluations) and (config, r["seed"]) in base
+                ]
                 spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-                cells.append(f"{statistics.mean(found):.2f}{spread} ({len(found)})" if found else "")
+                sign = "" if method == "MSE search" else "+"
+                cells.append(f"{statistics.mean(found):{sign}.2f}{spread} ({len(found)})" if found else "")
             made = {r["updates"] for r in rows if r["method"] == method and r["evaluations"] in (0, evaluations)}
-            print(f"| {method} | " + " | ".join(cells) + f" | {'/'.join(map(str, sorted(made)))} |")
+            if any(cells):
+                print(f"| {shown.get(method, method)} | {' | '.join(cells)} | {'/'.join(map(str, sorted(made)))} |")
 
 
 if __name__ == "__main__":
