@@ -159,7 +159,13 @@ def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path
         "calibrate",
         str(recipe),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        # shells start background jobs with Ctrl-C ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     state = tmp_path / "interrupted.partial" / "state.safetensors"
     deadline = time.monotonic() + 120
     while not state.is_file() and process.poll() is None and time.monotonic() < deadline:
