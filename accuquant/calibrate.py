@@ -132,8 +132,6 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     set_scheduler(pipeline, recipe.sampling.scheduler)
     rollout = Rollout(pipeline, recipe.sampling)
     planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
-    if not any(p.spec for p in planned):
-        raise RecipeError("quantization.rules: every module stays float; there is nothing to do")
     split = load_split(recipe.data, rollout.family.condition)
     if rollout.family.condition == "class_id":
         highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
@@ -292,7 +290,7 @@ def _activation_scales(session: Session, search: bool, reporter: Reporter) -> No
     if not observed:
         return
     rollout, reference, clock = session.rollout, session.reference, session.clock
-    groups = torch.tensor([sum(float(t) < e for e in clock.edges) for t in rollout.timesteps])
+    groups = torch.tensor([clock.group_of(float(t)) for t in rollout.timesteps])
     values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(clock.num_groups)] for n in observed}
     chosen = torch.arange(
         min(len(reference.conditions), session.recipe.objective.batch_size), device=reference.latents.device

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from accuquant import __version__
 from accuquant.console import Reporter
-from accuquant.export import check_output, figures
+from accuquant.export import figures
 from accuquant.model.checkpoint import CheckpointError
 from accuquant.recipe import Recipe, RecipeError, list_shipped, load_recipe, shipped_folder
 
@@ -92,7 +92,6 @@ def calibrate(
             planned, costs = describe(loaded)
             _print_plan(loaded, planned, costs)
             return
-        check_output(Path(loaded.export.output), overwrite)
         try:
             folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
         except KeyboardInterrupt:

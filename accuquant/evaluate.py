@@ -13,7 +13,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-import accuquant.model.checkpoint as checkpoint
 from accuquant import __version__
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
@@ -151,7 +150,6 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     Raises:
         RecipeError: the folder is no export.
     """
-    checkpoint.register()
     full_pipeline = load_pipeline(recipe.model)
     quantized_pipeline = load_export(folder, recipe)
     # the export carries the scheduler it was calibrated for; both sides use it

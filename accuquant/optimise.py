@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Reference:
     predictions: Tensor
     conditions: Conditions
 
-    @property
+    @cached_property
     def variances(self) -> Tensor:
         """(T + 1,) mean square of the latents, the marginal variance that `gradient: variance` scales by."""
         return self.latents.double().square().flatten(1).mean(1)

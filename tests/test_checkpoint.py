@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from accuquant.model.checkpoint import AccuQuantConfig, harden_model
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, quantize_model, quantized_layers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLOCK = "transformer_blocks.0"
 SPECS = {
@@ -34,15 +35,6 @@ SPECS = {
     f"{BLOCK}.norm1.linear": LayerSpec("int8", "int8", activation_scale="dynamic"),
 }
 EDGES = [700.0, 250.0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and lose much where its core is taken."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quantize(model: nn.Module, specs: dict[str, LayerSpec], edges: list[float]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,16 +22,9 @@ from accuquant.model.layers import quantized_layers
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import RecipeError, parse_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUIET = Reporter(quiet=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that threads cost more than they give, many times more on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from accuquant.core.numerics import QTYPES
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model, set_arithmetic
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODULES = {
     "linear": lambda: nn.Linear(24, 10),
     "linear-no-bias": lambda: nn.Linear(24, 10, bias=False),
@@ -27,15 +29,6 @@ ACTIVATIONS = [("float", "static", False)] + [
     for scale, symmetric in (("static", False), ("static", True), ("dynamic", True))
 ]
 every_module = pytest.mark.parametrize("kind", MODULES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and lose much where its core is taken."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_input(kind: str, seed: int = 1) -> Tensor:

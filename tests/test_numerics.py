@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,16 +22,9 @@ from accuquant.core.numerics import (
     search_scale,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 every_type = pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES.keys())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and lose much where its core is taken."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -100,19 +100,19 @@ def _latent_cotangent(
 ) -> Tensor:
     """v_i from the v of later latents; ``error[k]`` is the loss's own gradient at latent k."""
     if gradient == "identity":
-        return v[i + 1] + error[i] if i in error else v[i + 1]
-    if gradient == "variance":
+        passed = v[i + 1]
+    elif gradient == "variance":
         if variances is None:
             raise ValueError("gradient='variance' needs the latents' variances")
         passed = float((variances[i + 1] / variances[i]).sqrt()) * v[i + 1]
-        return passed + error[i] if i in error else passed
-    if latent.grad is None:
-        raise RuntimeError(f"the prediction of step {i} does not depend on its latent")
-    total = latent.grad.clone()
-    for k in range(i, stop):
-        if solver.A[k, i] != 0:
-            total += float(solver.A[k, i]) * v[k + 1]
-    return total + error[i] if i in error else total
+    else:
+        if latent.grad is None:
+            raise RuntimeError(f"the prediction of step {i} does not depend on its latent")
+        passed = latent.grad.clone()
+        for k in range(i, stop):
+            if solver.A[k, i] != 0:
+                passed += float(solver.A[k, i]) * v[k + 1]
+    return passed + error[i] if i in error else passed
 
 
 def full_gradient(
@@ -129,9 +129,7 @@ def full_gradient(
     for i in range(start, stop):
         eps[i] = denoise(i, x[i])
         x[i + 1] = solver.step(i, x, eps)
-    norm = _displacement(latents, start, stop)
-    compared = range(start + 1, stop + 1) if loss == "dense" else [stop]
-    value = torch.stack([(x[k] - latents[k]).square().sum() for k in compared]).sum() / (norm * len(compared))
+    value, _ = _errors(x, latents, start, stop, loss)
     value.backward()
     return float(value.detach())
 

@@ -37,8 +37,11 @@ class StepClock:
     def num_groups(self) -> int:
         return len(self.edges) + 1
 
+    def group_of(self, timestep: float) -> int:
+        return sum(timestep < edge for edge in self.edges)
+
     def set(self, timestep: float) -> None:
-        self.group = sum(timestep < edge for edge in self.edges)
+        self.group = self.group_of(timestep)
 
     def attach(self, denoiser: nn.Module) -> None:
         """Follow the denoiser's calls: the argument named ``timestep`` is read before each forward pass.
