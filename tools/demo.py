@@ -8,22 +8,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DiTPipeline
-from PIL import Image
 
-import accuquant  # noqa: F401  registers the format with diffusers
+from accuquant.generate import grid  # importing accuquant registers the format with diffusers
 
 CLASSES = list(range(10))
-COLUMNS, ZOOM = 5, 4
-
-
-def grid(images: list[Image.Image]) -> Image.Image:
-    """All images in rows of `COLUMNS`, each pixel `ZOOM` wide."""
-    width, height = (side * ZOOM for side in images[0].size)
-    sheet = Image.new("L", (COLUMNS * width, -(-len(images) // COLUMNS) * height))
-    for i, image in enumerate(images):
-        tile = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(tile, (i % COLUMNS * width, i // COLUMNS * height))
-    return sheet
 
 
 def main(folder: Path) -> None:
