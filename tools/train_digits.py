@@ -6,6 +6,7 @@ small, on the 1797 handwriting scans shipped with scikit-learn, and a classifier
 
     python tools/train_digits.py                    # train (or go on where it stopped), evaluate, write --out
     python tools/train_digits.py --evaluate-only    # judge the folder already in --out
+    python tools/train_digits.py --init-from FOLDER --steps-vae 0 --steps-classifier 0   # train a folder's DiT further
 """
 
 import argparse
@@ -54,22 +55,23 @@ class Options:
 
     out: Path = Path("accuquant/bundled/digits-dit")  # the folder to write
     work: Path = Path("build/train_digits")  # checkpoints, to resume from
+    init_from: Path | None = None  # an earlier folder whose networks to train further; no initialisation then
     steps_vae: int = 6000
     steps_classifier: int = 3000
     steps_dit: int = 40000
+    lr_dit: float = 1e-3  # at its peak
     batch: int = 256 if CUDA else 64
     bank: int = 64  # augmentations kept of each training image
     num_eval: int = 500  # images generated for the evaluation
     save_every: float = 30.0  # seconds between checkpoints
     seed: int = 0
-    compile: bool = CUDA  # torch.compile the transformer
     evaluate_only: bool = False
 
 
 def parse_options() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Options):
-        flag, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        flag, kind = "--" + field.name.replace("_", "-"), Path if field.default is None else type(field.default)
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(flag, default=field.default, **how)
     return Options(**vars(parser.parse_args()))
@@ -106,13 +108,17 @@ def encode_bank(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) 
     return torch.cat(latents).half(), torch.cat(decoded)
 
 
-def make_vae() -> AutoencoderKL:
+def make_vae(given: Path | None) -> AutoencoderKL:
+    if given:
+        return AutoencoderKL.from_pretrained(given, subfolder="vae")
     shape = dict(in_channels=1, out_channels=1, latent_channels=4, sample_size=32)
     levels = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
     return AutoencoderKL(**shape, **levels, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8)
 
 
-def make_transformer() -> DiTTransformer2DModel:
+def make_transformer(given: Path | None) -> DiTTransformer2DModel:
+    if given:
+        return DiTTransformer2DModel.from_pretrained(given, subfolder="transformer")
     # patch size, 1000 classes, adaLN-zero and the rest are diffusers' defaults, those of DiT-XL/2.
     shape = dict(num_attention_heads=4, attention_head_dim=32, num_layers=6)
     model = DiTTransformer2DModel(**shape, in_channels=4, out_channels=4, sample_size=16)
@@ -127,20 +133,9 @@ def make_transformer() -> DiTTransformer2DModel:
     return model
 
 
-def compiled_or_not(model: Net, loss_fn: LossFn[Net]) -> Net:
-    """The compiled model, or the model itself where a trial step shows that this machine cannot compile it."""
-    compiled: Net = torch.compile(model)  # type: ignore[assignment]
-    try:
-        loss_fn(compiled, torch.Generator(DEVICE)).backward()
-    except Exception as error:  # whatever the compiler raises, plain execution is right, only slower
-        print(f"torch.compile failed, going on without it: {type(error).__name__}: {error}")
-        return model
-    return compiled
-
-
 def train_stage(
     name: str, make: Callable[[], Net], loss_fn: LossFn[Net], steps: int, lr: float, recipe: str, options: Options
-) -> tuple[Net, dict[str, float]]:
+) -> tuple[Net, Facts]:
     """Trains a network or takes up its checkpoint; returns it with its averaged weights, and the figures."""
     torch.manual_seed(options.seed)
     model, recipe = make().to(DEVICE), f"{recipe} steps={steps}"
@@ -187,15 +182,13 @@ def train_stage(
     signals = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, lambda number, _: stopped.append(number)) for number in signals}
     try:
-        compiling = options.compile and name == "transformer" and first < steps
-        run = compiled_or_not(model, loss_fn) if compiling else model
         warm_up = min(500, steps // 10 + 1)
         window, counted = torch.zeros((), device=DEVICE), 0
         bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=1.0)
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            batch_loss = loss_fn(run, generator)
+            batch_loss = loss_fn(model, generator)
             optimizer.zero_grad(set_to_none=True)
             batch_loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
@@ -222,7 +215,7 @@ def train_stage(
     if first < steps:
         seconds += clock() - start
     torch._foreach_copy_([p.data for p in weights], averages)
-    return model.requires_grad_(False), {"steps": steps, "final_loss": loss, "seconds": seconds}
+    return model.requires_grad_(False), {"steps": steps, "final_loss": loss if steps else None, "seconds": seconds}
 
 
 def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
@@ -230,6 +223,9 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     train_images, train_labels, held_images, held_labels = load_data()
+    before: Facts = {}
+    if given := options.init_from:
+        before = {"trained_before": json.loads((given / "training.json").read_text())}
 
     # The bank of augmented images lives on the device, so that no step waits for data.
     generator = torch.Generator(DEVICE).manual_seed(options.seed + 1)
@@ -248,7 +244,8 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
         return F.mse_loss(decoded, batch).add(kl, alpha=KL_WEIGHT)
 
     recipe = f"{DEVICE.type} seed={options.seed} batch={options.batch} bank={options.bank} vae={options.steps_vae}"
-    vae, vae_facts = train_stage("vae", make_vae, vae_loss, options.steps_vae, 1e-3, recipe, options)
+    recipe += f" from={given.resolve()}" if given else ""
+    vae, vae_facts = train_stage("vae", lambda: make_vae(given), vae_loss, options.steps_vae, 1e-3, recipe, options)
     latents, decoded = encode_bank(vae, images, generator)
     scaling_factor = 1 / latents.float().std().item()
     latents *= scaling_factor
@@ -261,8 +258,9 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
         batch = torch.where(through[:, None, None, None], decoded[index], images[index]).float()
         return F.cross_entropy(model(batch), labels[index], label_smoothing=0.05)
 
+    make_classifier = (lambda: DigitClassifier.from_folder(given / "classifier")) if given else DigitClassifier
     classifier, classifier_facts = train_stage(
-        "classifier", DigitClassifier, classifier_loss, options.steps_classifier, 2e-3, recipe, options
+        "classifier", make_classifier, classifier_loss, options.steps_classifier, 2e-3, recipe, options
     )
 
     # 3. The transformer: predicts the noise; a tenth of the samples lose their label, for guidance.
@@ -281,14 +279,14 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
         return F.mse_loss(predicted.float(), noise)
 
     transformer, transformer_facts = train_stage(
-        "transformer", make_transformer, dit_loss, options.steps_dit, 1e-3, recipe, options
+        "transformer", lambda: make_transformer(given), dit_loss, options.steps_dit, options.lr_dit, recipe, options
     )
 
     id2label = {digit: str(digit) for digit in range(10)}
     pipe = DiTPipeline(transformer, vae, scheduler, id2label=id2label)
     pipe.register_to_config(id2label=id2label)  # or it would not reach model_index.json
     held_decoded = encode_bank(vae, held_images, generator)[1]
-    facts: Facts = {
+    facts: Facts = before | {
         "data": "scikit-learn load_digits, 8x8 scans upsampled (bicubic) to 32x32x1 in [-1, 1]",
         "split": f"by class, split seed {SPLIT_SEED}: {len(train_labels)} train, {len(held_labels)} held out",
         "augmentation": f"{options.bank} per training image: shift 2 px, rotation 8 degrees, scale 0.95-1.05",
