@@ -7,7 +7,8 @@ __version__ = "0.1.0"
 
 from accuquant.model.checkpoint import AccuQuantConfig, CheckpointError, register
 from accuquant.model.layers import set_arithmetic
-from accuquant.recipe import Recipe, RecipeError, load_recipe
+from accuquant.recipe import Recipe, RecipeError
+from accuquant.recipe_file import load_recipe
 
 register()
 

@@ -29,7 +29,8 @@ from accuquant.model.layers import TrainableLayer, quantize_model
 from accuquant.model.plan import PlannedModule, count_macs, plan_modules
 from accuquant.model.rollout import Rollout
 from accuquant.optimise import Reference, Tuner
-from accuquant.recipe import Objective, Recipe, RecipeError, dump_recipe
+from accuquant.recipe import Objective, Recipe, RecipeError
+from accuquant.recipe_file import dump_recipe
 
 AUTO_CANDIDATES = (1, 2, 5)
 AUTO_SHARE = 0.25  # of the budget, spent on each candidate's trial

@@ -20,7 +20,8 @@ from accuquant import __version__
 from accuquant.console import Reporter
 from accuquant.export import figures
 from accuquant.model.checkpoint import CheckpointError
-from accuquant.recipe import Recipe, RecipeError, list_shipped, load_recipe, shipped_folder
+from accuquant.recipe import Recipe, RecipeError
+from accuquant.recipe_file import list_shipped, load_recipe, shipped_folder
 
 app = typer.Typer(
     no_args_is_help=True,

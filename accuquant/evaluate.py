@@ -22,7 +22,8 @@ from accuquant.model.families import denoiser_of, load_pipeline, pick_device, re
 from accuquant.model.layers import QuantizedLayer, quantized_layers
 from accuquant.model.plan import PlannedModule, count_macs, plan_modules
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.recipe import Recipe, RecipeError, load_recipe
+from accuquant.recipe import Recipe, RecipeError
+from accuquant.recipe_file import load_recipe
 from accuquant.report import write_report
 
 MODULE_ERROR_STEPS = 10  # steps of the trajectory at which every module's own error is measured

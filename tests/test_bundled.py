@@ -16,7 +16,8 @@ from accuquant.evaluate import cost_metrics
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import BUNDLED
 from accuquant.model.rollout import Rollout
-from accuquant.recipe import Sampling, list_shipped, load_recipe
+from accuquant.recipe import Sampling
+from accuquant.recipe_file import list_shipped, load_recipe
 
 FOLDER = BUNDLED / "digits-dit"
 

@@ -21,7 +21,8 @@ from accuquant.calibrate import calibrate, open_model, prepare
 from accuquant.console import Reporter
 from accuquant.model.layers import quantized_layers, set_arithmetic
 from accuquant.model.rollout import Rollout
-from accuquant.recipe import Recipe, RecipeError, parse_recipe
+from accuquant.recipe import Recipe, RecipeError
+from accuquant.recipe_file import parse_recipe
 
 QUIET = Reporter(quiet=True)
 
@@ -154,8 +155,7 @@ def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path
     command = [
         sys.executable,
         "-c",
-        "import accuquant.optimise as o; o.SAVE_EVERY_SECONDS = 0.3; "
-        "from accuquant.cli import main; main()",
+        "import accuquant.optimise as o; o.SAVE_EVERY_SECONDS = 0.3; from accuquant.cli import main; main()",
         "calibrate",
         str(recipe),
     ]

@@ -20,7 +20,8 @@ from accuquant.evaluate import evaluate, image_metrics, latent_metrics, load_exp
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.layers import quantized_layers
 from accuquant.model.rollout import Rollout
-from accuquant.recipe import RecipeError, parse_recipe
+from accuquant.recipe import RecipeError
+from accuquant.recipe_file import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

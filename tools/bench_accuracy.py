@@ -25,7 +25,8 @@ from accuquant.console import Reporter
 from accuquant.evaluate import HeldOut, held_out_reference, latent_metrics
 from accuquant.model.layers import TrainableLayer, set_arithmetic
 from accuquant.optimise import REFRESHES
-from accuquant.recipe import Recipe, load_recipe, parse_recipe
+from accuquant.recipe import Recipe
+from accuquant.recipe_file import load_recipe, parse_recipe
 
 app = typer.Typer(add_completion=False, help=__doc__)
 

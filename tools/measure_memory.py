@@ -20,7 +20,7 @@ from torch import Tensor
 from accuquant.calibrate import Session, open_model, prepare
 from accuquant.console import Reporter
 from accuquant.core.objective import full_gradient, group_gradient
-from accuquant.recipe import load_recipe
+from accuquant.recipe_file import load_recipe
 
 STEPS = (1, 2, 5, 10, 25, 50)
 MODES = ("identity", "variance", "exact", "full back-propagation")

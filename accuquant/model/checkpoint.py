@@ -61,7 +61,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
         if unknown:
             raise CheckpointError(f"quantization_config has unknown keys: {', '.join(sorted(unknown))}")
         if layers is None or timestep_edges is None:
-            raise CheckpointError('quantization_config needs layers and timestep_edges')
+            raise CheckpointError("quantization_config needs layers and timestep_edges")
         self.quant_method = Method.ACCUQUANT
         self.version = version
         self.timestep_edges = timestep_edges
