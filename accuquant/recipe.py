@@ -7,6 +7,7 @@ give one `RecipeError` that names the place and the nearest valid spelling; noth
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -176,6 +177,71 @@ class Objective(Section):
         return self
 
 
+Steps = Annotated[tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Timesteps = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+class Cache(Section):
+    """Feature caching: attention and MLP of every block are forecast at most steps, and computed in full at a few.
+
+    Exactly one of `interval`, `full_steps`, `tau`, `target_nfc`, `target_seconds` says at which.
+    """
+
+    estimation: Literal["rfe", "taylor", "reuse"] = Field("rfe", description="RFC, TaylorSeer, FORA")
+    order: int | None = Field(None, ge=0, le=4, description="of the forecast; 2 if absent, 0 for reuse")
+    interval: int | None = Field(None, ge=1, description="a full step every so many")
+    full_steps: Steps | None = Field(None, description="the full steps, counted from 0")
+    tau: Number | None = Field(None, gt=0, description="RCS: full when the input's forecast error adds up to this")
+    target_nfc: Number | None = Field(None, ge=1, description="search for this mean number of full computations")
+    target_seconds: Number | None = Field(None, gt=0, description="search for this time of one trajectory")
+    search: Literal["steps", "tau"] = Field("steps", description="what a target looks for: the best list, or RCS's tau")
+    full_timesteps: Timesteps | None = Field(None, description="found by a search: timestep values of the full steps")
+    warmup: int = Field(2, ge=1, description="leading full steps: 2 for DiT, 3 for FLUX, 1 for HunyuanVideo")
+    max_gap: int | None = Field(None, ge=1, description="RCS: the longest distance of two full steps")
+    norm: Literal["sample", "token", "channel", "batch"] = Field("sample", description="scope of the norms of RFE")
+    differences: Literal["taylor", "newton"] = Field("taylor", description="newton: exact under uneven gaps")
+    modules: str | None = Field(None, description="regular expression, matched against the whole module name")
+    factors_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="as the output if absent")
+    factors_device: str | None = Field(None, description="where factors wait, such as cpu; by the model if absent")
+    num_inference_steps: int | None = Field(None, ge=1, description="if known, factors are freed after their last use")
+    measured_nfc: Timesteps | None = Field(None, description="found by a search: NFC, mean and std over samples")
+
+    @property
+    def forecast_order(self) -> int:
+        return (0 if self.estimation == "reuse" else 2) if self.order is None else self.order
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Cache:
+        wanted = ("interval", "full_steps", "tau", "target_nfc", "target_seconds")
+        given = [key for key in wanted if getattr(self, key) is not None]
+        if len(given) != 1 and not (self.full_timesteps and not given):
+            raise ValueError(f"give exactly one of {', '.join(wanted)} (found {' and '.join(given) or 'none'})")
+        if self.estimation == "reuse" and self.forecast_order != 0:
+            raise ValueError(f"order: estimation reuse has order 0, found {self.order}; use estimation: taylor")
+        if self.estimation == "rfe" and self.forecast_order < 1:
+            raise ValueError("order: estimation rfe needs order 1 or more (or use estimation: reuse)")
+        full, order, steps = self.full_steps, self.forecast_order, self.num_inference_steps
+        if full is not None:
+            if not full or full[0] != 0 or any(a >= b for a, b in itertools.pairwise(full)):
+                raise ValueError(f"full_steps must rise from 0, which is always full (found {found(list(full))})")
+            if steps is not None and full[-1] >= steps:
+                raise ValueError(f"full_steps: {full[-1]} is no step of {steps} (they count from 0)")
+            if len(full) <= order:
+                raise ValueError(f"order {order} needs {order + 1} full steps, full_steps has {len(full)}")
+        if self.target_nfc is not None and self.target_nfc < max(order + 1, self.warmup):
+            need = max(order + 1, self.warmup)
+            raise ValueError(f"target_nfc: order {order} and warmup {self.warmup} need {need} full steps or more")
+        if steps is not None:
+            if self.interval and self.warmup + (steps - self.warmup) // self.interval <= order:
+                raise ValueError(
+                    f"order {order} needs {order + 1} full steps; interval {self.interval} has fewer in {steps} steps. "
+                    "Lower order or interval"
+                )
+            if self.target_nfc is not None and self.target_nfc > steps:
+                raise ValueError(f"target_nfc: {self.target_nfc:g} is more than the {steps} steps there are")
+        return self
+
+
 class Evaluation(Section):
     num_samples: int = Field(60, ge=2, description="held-out samples, compared with full precision on the same noise")
     batch_size: int = Field(30, ge=1)
@@ -194,6 +260,7 @@ class Recipe(Section):
     data: Data
     quantization: Quantization
     objective: Objective = Objective()
+    cache: Cache | None = None
     evaluation: Evaluation = Evaluation()
     export: Export
 

@@ -1,0 +1,115 @@
+"""Which steps of a trajectory are computed in full: fixed interval, RCS, and the best list for measured errors.
+
+Steps count from 0 to T - 1. NFC is the number of full computations in a trajectory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import final
+
+from torch import Tensor
+
+from accuquant.core.predictors import Memory, Taylor
+
+
+def interval_steps(num_steps: int, interval: int, warmup: int) -> tuple[int, ...]:
+    """Full at the first ``warmup`` steps, then every ``interval``.
+
+    With T = 50 these are the published NFC: ``warmup`` 2 for DiT (2 + 48 // N), 3 for FLUX, 1 for HunyuanVideo.
+    """
+    return tuple(i for i in range(num_steps) if interval_is_full(i, interval, warmup))
+
+
+def interval_is_full(step: int, interval: int, warmup: int) -> bool:
+    return step < warmup or (step - warmup + 1) % interval == 0
+
+
+@final
+class RCS:
+    """Relational cache scheduling (RFC, arXiv 2602.19506): full when the input's forecast error has added up.
+
+    e = ||I - I_Taylor||_1 / ||I||_1 of the watched module's input, which is known before any heavy work; per sample,
+    averaged. The step is full when the sum of e since the last full step exceeds tau; then the sum starts again.
+
+    Args:
+        tau: threshold.
+        order: of the input's Taylor forecast.
+        warmup: leading steps that are full anyway; at least one, there is nothing to forecast from.
+        max_gap: a step this far from the last full one is full too; None is no limit.
+    """
+
+    def __init__(self, tau: float, order: int, warmup: int, max_gap: int | None = None) -> None:
+        self.tau, self.warmup, self.max_gap = tau, max(1, warmup), max_gap
+        self.forecast = Taylor(order)
+        self.reset()
+
+    def reset(self) -> None:
+        self.memory: Memory | None = None
+        self.accumulated = 0.0
+        self.history: list[float] = []  # e of each step, for plots
+
+    def is_full(self, step: int, input: Tensor) -> bool:
+        """Decide step ``step`` from the watched input (B, ..., C), and remember it if the step is full."""
+        full = self.memory is None or step < self.warmup
+        error = 0.0
+        if self.memory is not None:
+            error = input_error(input, self.forecast.predict(self.memory, step, input))
+            far = self.max_gap is not None and step - self.memory.steps[0] >= self.max_gap
+            full = full or far or self.accumulated + error > self.tau
+        self.history.append(error)
+        self.accumulated = 0.0 if full else self.accumulated + error
+        if full:
+            self.memory = self.forecast.update(self.memory, step, input, input)
+        return full
+
+
+def input_error(input: Tensor, forecast: Tensor) -> float:
+    """Relative L1 error, (B, ...) twice -> mean over samples."""
+    apart = (input.float() - forecast.float()).abs().flatten(1).sum(1)
+    return float((apart / input.float().abs().flatten(1).sum(1).clamp_min(1e-20)).mean())
+
+
+def best_steps(
+    cost: Callable[[int, int, int], float], num_steps: int, num_full: int, warmup: int = 1, max_gap: int | None = None
+) -> tuple[int, ...]:
+    """The list of ``num_full`` full steps with the least total cost, by dynamic programming; O(T^3 K) costs.
+
+    Args:
+        cost: ``cost(before, full, next)``: what the skipped steps full + 1 ... next - 1 lose, when ``before`` was the
+            full step ahead of ``full`` (equal to it at the first one). ``next`` may be T.
+        warmup: leading steps that are full in every list.
+        max_gap: the longest distance of two full steps; by default any.
+
+    Raises:
+        ValueError: no list has that many steps.
+    """
+    longest = max_gap or num_steps
+    if not warmup <= num_full <= num_steps or longest * (num_full - warmup + 1) < num_steps - warmup + 1:
+        raise ValueError(
+            f"no schedule of {num_steps} steps has {num_full} full ones with the first {warmup} full and gaps "
+            f"of at most {longest}"
+        )
+    # paths[before, full] = (cost so far, full steps), where `full` is the last of them
+    first = tuple(range(warmup))
+    paths = {(max(0, warmup - 2), warmup - 1): (0.0, first)}
+    for _ in range(num_full - warmup):
+        longer: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
+        for (before, full), (total, steps) in paths.items():
+            for after in range(full + 1, min(num_steps, full + longest + 1)):
+                found = (total + cost(before, full, after), (*steps, after))
+                if (full, after) not in longer or found < longer[full, after]:
+                    longer[full, after] = found
+        paths = longer
+    ends = (
+        (total + cost(before, full, num_steps), steps)
+        for (before, full), (total, steps) in paths.items()
+        if num_steps - full <= longest
+    )
+    return min(ends)[1]
+
+
+def gaps(steps: tuple[int, ...], num_steps: int) -> list[int]:
+    """Distances between full steps, the end included."""
+    return [b - a for a, b in itertools.pairwise((*steps, num_steps))]

@@ -1,0 +1,186 @@
+"""The state of a feature cache: counts the steps of a trajectory, decides which are full, keeps the modules' memories.
+
+It learns of every call of the denoiser, in pipelines that name their calls (`cache_context`) and in those that do not:
+
+- a timestep above the last one, another batch size, or a context called twice at one timestep begins a new trajectory;
+- without named contexts, calls at one timestep with the same latent are the calls of guidance, told apart by order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accuquant.core.predictors import RFE, Forecast, Memory, Reuse, Taylor
+from accuquant.core.schedule import RCS, interval_is_full
+from accuquant.recipe import Cache
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What the cache did in the last trajectory.
+
+    Attributes:
+        full_steps: steps computed in full, counted from 0; ``nfc`` is their number.
+        num_steps: steps of the trajectory.
+        nbytes: most bytes that factors, inputs and ratios took.
+        input_errors: RCS's e of each step; empty with other schedules.
+        modules: names of the cached modules.
+    """
+
+    full_steps: tuple[int, ...]
+    num_steps: int
+    nbytes: int
+    input_errors: tuple[float, ...]
+    modules: tuple[str, ...]
+
+    @property
+    def nfc(self) -> int:
+        return len(self.full_steps)
+
+
+@dataclass
+class Trace:
+    """Record of one trajectory."""
+
+    full: list[bool] = field(default_factory=list)
+    nbytes: int = 0
+    input_errors: list[float] = field(default_factory=list)
+
+
+class Controller:
+    """The state that all hooks of one denoiser share."""
+
+    def __init__(self, config: Cache, modules: tuple[str, ...]) -> None:
+        self.config, self.modules = config, modules
+        self.forecast = forecast_of(config)
+        self.last = Trace()
+        order = max(1, config.forecast_order)
+        self.rcs = RCS(config.tau, order, config.warmup, config.max_gap) if config.tau is not None else None
+        self._forget()
+
+    def reset(self) -> None:
+        """Begin a new trajectory; the record of the last one stays for `stats`."""
+        if self.step >= 0:
+            self.last = self.trace
+        self._forget()
+
+    def _forget(self) -> None:
+        self.step, self.timestep, self.batch = -1, float("inf"), 0
+        self.context, self.calls, self.calls_before = "", list[str](), 0
+        self.full: bool | None = None
+        self.latent: Tensor | None = None
+        self.memories: dict[tuple[str, str], tuple[Memory | None, ...]] = {}
+        self.tapped: dict[str, Tensor] = {}
+        self.timesteps_above = 0  # of the listed full timesteps, those that the trajectory has passed
+        self.trace = Trace()
+        if self.rcs is not None:
+            self.rcs.reset()
+
+    def enter(self, name: str | None, timestep: float, latent: Tensor) -> None:
+        """The denoiser is called."""
+        same = timestep == self.timestep
+        repeated = name in self.calls if name else self.latent is not None and not _equal(self.latent, latent)
+        if timestep > self.timestep or (same and repeated) or (not same and self.batch not in (0, len(latent))):
+            self.reset()
+            same = False
+        if not same:
+            self._next_step(timestep, len(latent))
+        self.context = name or f"call {len(self.calls)}"
+        self.calls.append(self.context)
+        self.latent = latent
+
+    def _next_step(self, timestep: float, batch: int) -> None:
+        before, now = self.calls_before, len(self.calls)
+        self.step, self.timestep, self.batch = self.step + 1, timestep, batch
+        self.full = self._scheduled(timestep)
+        # Unnamed calls at the first timestep may have been a trajectory that was aborted right there: two calls are
+        # believed to be guidance only when the second step has two as well.
+        if self.step == 1 and now > 1:
+            self.full = True
+        if self.step >= 2 and now != before:
+            self.memories = {key: _restarted(m) for key, m in self.memories.items() if key[0] in self.calls}
+            self.full = True
+        self.calls_before, self.calls = now, []
+        self.trace.full.append(bool(self.full))
+
+    def _scheduled(self, timestep: float) -> bool | None:
+        """None where RCS decides, once the watched input is known."""
+        config, step = self.config, self.step
+        if self.rcs is not None:
+            return None
+        if config.full_steps is not None:
+            return step in config.full_steps
+        if config.full_timesteps is not None:  # at the first step at or below each listed value
+            above = self.timesteps_above
+            self.timesteps_above = sum(t >= timestep for t in config.full_timesteps)
+            return step == 0 or self.timesteps_above > above
+        assert config.interval is not None
+        return interval_is_full(step, config.interval, config.warmup)
+
+    def computes(self, module: str, input: Tensor) -> bool:
+        """Whether this module is computed now; the first question in a step is what RCS answers by its input."""
+        if self.full is None:
+            assert self.rcs is not None
+            self.full = self.rcs.is_full(self.step, input)
+            self.trace.input_errors.append(self.rcs.history[-1])
+            self.trace.full[-1] = self.full
+        known = (self.context, module) in self.memories
+        if not known:
+            self.trace.full[-1] = True
+        return self.full or not known
+
+    def remember(self, module: str, inputs: tuple[Tensor, ...], output: Any) -> None:
+        key, tensors = (self.context, module), output if isinstance(output, tuple) else (output,)
+        old = self.memories.get(key) or (None,) * len(tensors)
+        memories = list[Memory | None]()
+        for i, (memory, tensor) in enumerate(zip(old, tensors, strict=True)):
+            if not isinstance(tensor, Tensor):
+                memories.append(None)
+                continue
+            memory = memory if memory and memory.factors[0].shape == tensor.shape else None
+            stored, input = self._stored(tensor), self._stored(inputs[min(i, len(inputs) - 1)])
+            memories.append(self.forecast.update(memory, self.step, stored, input))
+        self.memories[key] = tuple(memories)
+        self.trace.nbytes = max(self.trace.nbytes, sum(m.nbytes() for ms in self.memories.values() for m in ms if m))
+
+    def predict(self, module: str, inputs: tuple[Tensor, ...]) -> Any:
+        key, outputs = (self.context, module), list[Tensor | None]()
+        for i, memory in enumerate(self.memories[key]):
+            if memory is None:
+                outputs.append(None)
+                continue
+            input = inputs[min(i, len(inputs) - 1)]
+            output = self.forecast.predict(memory, self.step, self._stored(input))
+            outputs.append(output.to(input.device, input.dtype))
+        if self.config.num_inference_steps == self.step + 1:
+            del self.memories[key]  # before the decoder needs the room
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        dtype = getattr(torch, self.config.factors_dtype) if self.config.factors_dtype else tensor.dtype
+        return tensor.detach().to(self.config.factors_device or tensor.device, dtype)
+
+    def stats(self) -> CacheStats:
+        trace = self.trace if self.step >= 0 else self.last
+        full = tuple(i for i, computed in enumerate(trace.full) if computed)
+        return CacheStats(full, len(trace.full), trace.nbytes, tuple(trace.input_errors), self.modules)
+
+
+def forecast_of(config: Cache) -> Forecast:
+    if config.estimation == "reuse":
+        return Reuse()
+    if config.estimation == "taylor":
+        return Taylor(config.forecast_order, config.differences)
+    return RFE(config.forecast_order, config.differences, config.norm)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and bool(torch.equal(a, b)))
+
+
+def _restarted(memories: tuple[Memory | None, ...]) -> tuple[Memory | None, ...]:
+    return tuple(memory.restart() if memory else None for memory in memories)

@@ -1,0 +1,209 @@
+"""Feature caching as diffusers hooks: attention and MLP of every block are computed at full steps and forecast between.
+
+One `Controller` for each denoiser decides which steps are full. A hook on the denoiser tells it of every call; hooks on
+the cached modules ask it whether to compute, so at the other steps nothing of attention and MLP runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import StateManager
+from torch import Tensor, nn
+
+from accuquant.model.cache_state import Controller
+from accuquant.recipe import Cache
+
+HOOK = "accuquant_cache"
+BLOCKS = r"(transformer_blocks|blocks|.*attentions\.\d+\.transformer_blocks)\.\d+"
+MODULES = BLOCKS + r"\.(attn\d?|ff|ffn|ff_context|img_mlp|txt_mlp)"
+FUSED = r"single_transformer_blocks\.\d+"  # attention and MLP side by side, and one projection of both
+
+
+_eager: Callable[[Any], Any] = torch.compiler.disable(recursive=False)  # what a hook calls is compiled all the same
+
+
+class CacheError(ValueError):
+    """A cache that cannot be put on this model, or is already there."""
+
+
+class Calls(ModelHook):
+    """On the denoiser: tells the controller of each call, and of a pipeline's reset."""
+
+    _is_stateful = True
+
+    def __init__(self, controller: Controller) -> None:
+        super().__init__()
+        self.controller, self.contexts = controller, StateManager(dict)
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.names = list(inspect.signature(module.forward).parameters)
+        return module
+
+    @_eager
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        timestep, latent = given["timestep"], given["hidden_states" if "hidden_states" in given else "sample"]
+        # the largest: image-to-video models give frames that are known already the timestep 0
+        value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
+        context = self.contexts._context
+        self.controller.enter(context.name if context else None, value, latent)
+        return args, kwargs
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.controller.reset()
+        self.contexts._context = None
+        return module
+
+
+class Cached(ModelHook):
+    """On a cached module: computes and remembers, or forecasts.
+
+    Args:
+        tap: name of the fused block whose normalised input stands for this module's own.
+    """
+
+    def __init__(self, controller: Controller, name: str, tap: str | None = None) -> None:
+        super().__init__()
+        self.controller, self.name, self.tap = controller, name, tap
+
+    @_eager
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inputs = _inputs(args, kwargs)
+        if self.tap:
+            inputs = (self.controller.tapped.pop(self.tap),)
+        if not self.controller.computes(self.name, inputs[0]):
+            return self.controller.predict(self.name, inputs)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        self.controller.remember(self.name, inputs, output)
+        return output
+
+
+class Tap(ModelHook):
+    """On a fused block's norm: keeps its output, which is the input of attention and MLP both."""
+
+    def __init__(self, controller: Controller, block: str) -> None:
+        super().__init__()
+        self.controller, self.block = controller, block
+
+    @_eager
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.controller.tapped[self.block] = output[0] if isinstance(output, tuple) else output
+        return output
+
+
+class Skipped(ModelHook):
+    """On a fused block's attention and MLP projection: nothing is computed where their projection is forecast."""
+
+    def __init__(self, controller: Controller, block: str) -> None:
+        super().__init__()
+        self.controller, self.block = controller, block
+
+    @_eager
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.controller.computes(f"{self.block}.proj_out", self.controller.tapped[self.block]):
+            return self.fn_ref.original_forward(*args, **kwargs)
+        inputs = _inputs(args, kwargs)
+        if isinstance(module, nn.Linear) or hasattr(module, "out_features"):  # right in shape, and never read
+            return inputs[0].new_zeros(()).expand(*inputs[0].shape[:-1], int(module.out_features))  # type: ignore[arg-type]
+        return inputs if len(inputs) > 1 else inputs[0]
+
+
+def attach_cache(denoiser: nn.Module, config: Cache) -> Controller:
+    """Put a cache on a denoiser.
+
+    Raises:
+        CacheError: it has one already, no module matches, or the config asks for a search that has to be made first.
+    """
+    if controller_of(denoiser) is not None or getattr(denoiser, "is_cache_enabled", False):
+        raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
+    if config.full_timesteps is None and (config.target_nfc or config.target_seconds):
+        raise CacheError("target_nfc and target_seconds need a search: give enable_cache the whole pipeline")
+    names, fused = cached_modules(denoiser, config.modules)
+    controller = Controller(config, (*names, *(f"{block}.proj_out" for block in fused)))
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry.register_hook(Calls(controller), HOOK)
+    for name in names:
+        _hook(denoiser.get_submodule(name), Cached(controller, name))
+    for block in fused:
+        _hook(denoiser.get_submodule(f"{block}.norm"), Tap(controller, block))
+        _hook(denoiser.get_submodule(f"{block}.proj_mlp"), Skipped(controller, block))
+        _hook(denoiser.get_submodule(f"{block}.attn"), Skipped(controller, block))
+        _hook(denoiser.get_submodule(f"{block}.proj_out"), Cached(controller, f"{block}.proj_out", tap=block))
+    registry.invalidate_child_registries_cache()
+    if hasattr(denoiser, "_cache_config"):
+        denoiser._cache_config = config  # type: ignore[assignment]  # so that diffusers' own caches refuse to join
+    if not hasattr(denoiser, "_reset_stateful_cache"):  # pipelines call it where it exists; DiT, PixArt, SD3 lack it
+        denoiser._reset_stateful_cache = registry.reset_stateful_hooks
+    return controller
+
+
+def detach_cache(denoiser: nn.Module) -> None:
+    """Take the cache off; nothing of it stays.
+
+    Raises:
+        CacheError: there is none.
+    """
+    if controller_of(denoiser) is None:
+        raise CacheError(f"{type(denoiser).__name__} has no cache of accuquant")
+    for module in denoiser.modules():
+        registry = vars(module).get("_diffusers_hook")
+        if registry is None or HOOK not in registry.hooks:
+            continue
+        registry.remove_hook(HOOK, recurse=False)
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
+            del module.forward
+        if not registry.hooks:
+            del module._diffusers_hook
+    if "_cache_config" in vars(denoiser):
+        del denoiser._cache_config
+    vars(denoiser).pop("_reset_stateful_cache", None)
+    if "_diffusers_hook" in vars(denoiser):
+        denoiser._diffusers_hook.invalidate_child_registries_cache()  # type: ignore[union-attr, operator]
+
+
+def controller_of(denoiser: nn.Module) -> Controller | None:
+    registry = vars(denoiser).get("_diffusers_hook")
+    hook = registry.get_hook(HOOK) if registry is not None else None
+    return hook.controller if isinstance(hook, Calls) else None
+
+
+def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[list[str], list[str]]:
+    """Names of the modules a cache takes, and of the fused blocks.
+
+    Raises:
+        CacheError: the pattern, or ours, matches none.
+    """
+    names = [name for name, _ in denoiser.named_modules() if name]
+    found = [name for name in names if re.fullmatch(pattern or MODULES, name)]
+    fused = [
+        name
+        for name in names
+        if re.fullmatch(FUSED, name)
+        and all(hasattr(denoiser.get_submodule(name), part) for part in ("norm", "attn", "proj_mlp", "proj_out"))
+        and re.fullmatch(pattern or ".*", f"{name}.proj_out")
+    ]
+    if not found and not fused:
+        shown = ", ".join(name for name in names if name.count(".") == 2) or ", ".join(names[:8])
+        raise CacheError(
+            f"no module of {type(denoiser).__name__} matches {pattern or MODULES!r}, the cache would do nothing; "
+            f"its modules include {shown[:200]}"
+        )
+    return found, fused
+
+
+def _hook(module: nn.Module, hook: ModelHook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """hidden_states and, of joint attention, encoder_hidden_states: the inputs of its two outputs."""
+    hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return tuple(t for t in (hidden, other) if isinstance(t, Tensor))
