@@ -5,19 +5,28 @@ Importing the package makes diffusers' `from_pretrained` understand the checkpoi
 
 __version__ = "0.1.0"
 
+from accuquant.model.caching import CacheError
 from accuquant.model.checkpoint import AccuQuantConfig, CheckpointError, register
 from accuquant.model.layers import set_arithmetic
-from accuquant.recipe import Recipe, RecipeError
+from accuquant.recipe import FORAConfig, Recipe, RecipeError, RFCConfig, TaylorSeerConfig
 from accuquant.recipe_file import load_recipe
+from accuquant.search import cache_stats, disable_cache, enable_cache
 
 register()
 
 __all__ = [
     "AccuQuantConfig",
+    "CacheError",
     "CheckpointError",
+    "FORAConfig",
+    "RFCConfig",
     "Recipe",
     "RecipeError",
+    "TaylorSeerConfig",
     "__version__",
+    "cache_stats",
+    "disable_cache",
+    "enable_cache",
     "load_recipe",
     "set_arithmetic",
 ]

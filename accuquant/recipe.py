@@ -177,69 +177,122 @@ class Objective(Section):
         return self
 
 
-Steps = Annotated[tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-Timesteps = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+def _schedule(value: Any) -> Any:
+    words = ["interval", "rcs", "best"]
+    steps = tuple(value) if isinstance(value, list | tuple) else ()
+    if value is None or value in words or (steps and all(type(i) is int for i in steps)):
+        return steps or value
+    raise ValueError(
+        f"must be {', '.join(words)} or a list of full steps (found {found(value)}){nearest(value, words)}"
+    )
+
+
+Schedule = Annotated[Literal["interval", "rcs", "best"] | tuple[int, ...] | None, BeforeValidator(_schedule)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
 class Cache(Section):
-    """Feature caching: attention and MLP of every block are forecast at most steps, and computed in full at a few.
+    """Feature caching: attention and MLP of every block are computed at a few full steps and forecast at the others.
 
-    Exactly one of `interval`, `full_steps`, `tau`, `target_nfc`, `target_seconds` says at which.
+    One of `interval`, `tau`, `target_nfc`, `target_seconds`, or a list of steps as `schedule`, says at which.
     """
 
-    estimation: Literal["rfe", "taylor", "reuse"] = Field("rfe", description="RFC, TaylorSeer, FORA")
+    estimation: Literal["rfe", "taylor", "reuse"] = Field("rfe", description="forecast of RFC, TaylorSeer or FORA")
     order: int | None = Field(None, ge=0, le=4, description="of the forecast; 2 if absent, 0 for reuse")
+    schedule: Schedule = Field(
+        None, description="interval; rcs (tau, or a target that tau is searched for); best: searched; or full steps"
+    )
     interval: int | None = Field(None, ge=1, description="a full step every so many")
-    full_steps: Steps | None = Field(None, description="the full steps, counted from 0")
     tau: Number | None = Field(None, gt=0, description="RCS: full when the input's forecast error adds up to this")
     target_nfc: Number | None = Field(None, ge=1, description="search for this mean number of full computations")
     target_seconds: Number | None = Field(None, gt=0, description="search for this time of one trajectory")
-    search: Literal["steps", "tau"] = Field("steps", description="what a target looks for: the best list, or RCS's tau")
-    full_timesteps: Timesteps | None = Field(None, description="found by a search: timestep values of the full steps")
+    trials: int = Field(60, ge=0, description="sampled trajectories that refine a `best` schedule")
     warmup: int = Field(2, ge=1, description="leading full steps: 2 for DiT, 3 for FLUX, 1 for HunyuanVideo")
-    max_gap: int | None = Field(None, ge=1, description="RCS: the longest distance of two full steps")
-    norm: Literal["sample", "token", "channel", "batch"] = Field("sample", description="scope of the norms of RFE")
+    max_gap: int | None = Field(None, ge=1, description="rcs: the longest distance of two full steps")
+    norm: Literal["sample", "token", "channel", "batch"] = Field("sample", description="scope of the norms of rfe")
     differences: Literal["taylor", "newton"] = Field("taylor", description="newton: exact under uneven gaps")
     modules: str | None = Field(None, description="regular expression, matched against the whole module name")
     factors_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="as the output if absent")
     factors_device: str | None = Field(None, description="where factors wait, such as cpu; by the model if absent")
     num_inference_steps: int | None = Field(None, ge=1, description="if known, factors are freed after their last use")
-    measured_nfc: Timesteps | None = Field(None, description="found by a search: NFC, mean and std over samples")
+    full_timesteps: Numbers | None = Field(None, description="written by a search: timestep values of the full steps")
+    measured_nfc: Numbers | None = Field(None, description="written by a search: NFC, mean and std over samples")
 
     @property
     def forecast_order(self) -> int:
         return (0 if self.estimation == "reuse" else 2) if self.order is None else self.order
 
+    @property
+    def full_steps(self) -> tuple[int, ...] | None:
+        return self.schedule if isinstance(self.schedule, tuple) else None
+
+    @property
+    def searches(self) -> bool:
+        """Whether a search has to be made before this can run."""
+        return bool(self.target_nfc or self.target_seconds) and self.full_timesteps is None and self.tau is None
+
     @model_validator(mode="after")
     def _consistent(self) -> Cache:
-        wanted = ("interval", "full_steps", "tau", "target_nfc", "target_seconds")
-        given = [key for key in wanted if getattr(self, key) is not None]
-        if len(given) != 1 and not (self.full_timesteps and not given):
-            raise ValueError(f"give exactly one of {', '.join(wanted)} (found {' and '.join(given) or 'none'})")
-        if self.estimation == "reuse" and self.forecast_order != 0:
-            raise ValueError(f"order: estimation reuse has order 0, found {self.order}; use estimation: taylor")
-        if self.estimation == "rfe" and self.forecast_order < 1:
-            raise ValueError("order: estimation rfe needs order 1 or more (or use estimation: reuse)")
-        full, order, steps = self.full_steps, self.forecast_order, self.num_inference_steps
+        keys, targets = ("interval", "tau", "target_nfc", "target_seconds"), (self.target_nfc, self.target_seconds)
+        given = [key for key in keys if getattr(self, key) is not None] + ["schedule"] * (self.full_steps is not None)
+        measured = self.measured_nfc is not None and len(given) <= 2
+        if len(given) != 1 and not measured:
+            alternatives = f"{', '.join(keys)} or a list of steps as schedule"
+            raise ValueError(f"give exactly one of {alternatives} (found {' and '.join(given) or 'none'})")
+        if self.schedule == "interval" and self.interval is None:
+            raise ValueError("schedule interval needs interval, for example interval: 4")
+        if self.schedule == "rcs" and self.interval is not None:
+            raise ValueError("schedule rcs needs tau or target_nfc, not interval")
+        if self.schedule == "best" and not any(targets):
+            raise ValueError("schedule best needs target_nfc or target_seconds")
+        if self.schedule != "rcs" and self.target_nfc and self.target_nfc % 1:
+            raise ValueError(f"target_nfc must be whole (found {self.target_nfc:g}); schedule: rcs can meet a mean")
+        order, full, steps = self.forecast_order, self.full_steps, self.num_inference_steps
+        if self.estimation == "reuse" and order != 0:
+            raise ValueError(f"order: estimation reuse has order 0 (found {order}); use estimation: taylor")
+        if self.estimation == "rfe" and order < 1:
+            raise ValueError("order: estimation rfe needs order 1 or more; use estimation: reuse")
         if full is not None:
-            if not full or full[0] != 0 or any(a >= b for a, b in itertools.pairwise(full)):
-                raise ValueError(f"full_steps must rise from 0, which is always full (found {found(list(full))})")
+            if full[0] != 0 or any(a >= b for a, b in itertools.pairwise(full)):
+                raise ValueError(f"schedule must rise from 0, which is always full (found {found(list(full))})")
             if steps is not None and full[-1] >= steps:
-                raise ValueError(f"full_steps: {full[-1]} is no step of {steps} (they count from 0)")
-            if len(full) <= order:
-                raise ValueError(f"order {order} needs {order + 1} full steps, full_steps has {len(full)}")
-        if self.target_nfc is not None and self.target_nfc < max(order + 1, self.warmup):
-            need = max(order + 1, self.warmup)
-            raise ValueError(f"target_nfc: order {order} and warmup {self.warmup} need {need} full steps or more")
-        if steps is not None:
-            if self.interval and self.warmup + (steps - self.warmup) // self.interval <= order:
-                raise ValueError(
-                    f"order {order} needs {order + 1} full steps; interval {self.interval} has fewer in {steps} steps. "
-                    "Lower order or interval"
-                )
-            if self.target_nfc is not None and self.target_nfc > steps:
-                raise ValueError(f"target_nfc: {self.target_nfc:g} is more than the {steps} steps there are")
+                raise ValueError(f"schedule: {full[-1]} is no step of {steps}, they count from 0")
+        self._enough_full_steps(steps)
         return self
+
+    def _enough_full_steps(self, steps: int | None) -> None:
+        order, most = self.forecast_order, float("inf")
+        if self.full_steps is not None:
+            most = len(self.full_steps)
+        elif self.target_nfc is not None:
+            most = self.target_nfc
+            if steps is not None and most > steps:
+                raise ValueError(f"target_nfc: {most:g} is more than the {steps} steps there are")
+            if most < self.warmup:
+                raise ValueError(f"target_nfc: {most:g} is less than the {self.warmup} full steps of warmup")
+        elif self.interval is not None and steps is not None:
+            most = self.warmup + max(0, steps - self.warmup) // self.interval
+        if most <= order and most != steps:
+            raise ValueError(f"order {order} needs {order + 1} full steps, and there are {most:g}; lower the order")
+
+
+class FORAConfig(Cache):
+    """FORA (arXiv 2407.01425): the last output again, at a fixed interval."""
+
+    estimation: Literal["reuse"] = "reuse"
+
+
+class TaylorSeerConfig(Cache):
+    """TaylorSeer (arXiv 2503.06923): a Taylor forecast, at a fixed interval."""
+
+    estimation: Literal["taylor"] = "taylor"
+
+
+class RFCConfig(Cache):
+    """RFC (arXiv 2602.19506): Taylor's direction with the input's magnitude, at the steps that the input's error asks.
+
+    With ``target_nfc`` the full steps are searched; ``schedule="rcs"`` searches tau instead.
+    """
 
 
 class Evaluation(Section):

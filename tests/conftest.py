@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FluxTransformer2DModel
 
 
 def make_pipeline(
@@ -127,3 +127,64 @@ def make_pixart() -> Any:
     pipeline = PixArtAlphaPipeline(tokenizer, encoder, vae, transformer.eval(), DPMSolverMultistepScheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def finite_differences(steps: list[int], values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """D_0, D_1, ... at the last full step. TaylorSeer: D_{j+1} = (D_j - D_j at the one before) / the last gap."""
+    last = len(steps) - 1
+    if last == 0:
+        return [values[0]]
+    before = finite_differences(steps[:-1], values[:-1])
+    found = [values[-1]]
+    for old in before:
+        found.append((found[-1] - old) / (steps[last] - steps[last - 1]))
+    return found
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> Any:
+    """Weights that keep the size of what they multiply, none of them zero: every module matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+    return model.eval()
+
+
+def make_flux(layers: int = 1, single_layers: int = 2) -> FluxTransformer2DModel:
+    """FLUX of random weights: joint blocks, and blocks with attention and MLP side by side."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return randomize(model)
+
+
+def flux_arguments(batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    """What FLUX is called with beside the latent (B, 16, 4) and the timestep."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "encoder_hidden_states": torch.randn(batch, 5, 12, generator=generator),
+        "pooled_projections": torch.randn(batch, 10, generator=generator),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
+def sampled(
+    pipeline: Any, labels: tuple[int, ...] = (1, 2), seed: int = 5, steps: int = 10, guidance: float = 1.5
+) -> torch.Tensor:
+    """Final latents of a class-conditional pipeline, over a `Rollout`."""
+    from accuquant.model.rollout import Rollout
+    from accuquant.recipe import Sampling
+
+    rollout = Rollout(pipeline, Sampling(num_inference_steps=steps, guidance_scale=guidance))
+    conditions = rollout.conditions(list(labels), [seed + i for i in range(len(labels))])
+    return rollout.trajectory(conditions)[0][-1]

@@ -5,10 +5,10 @@ Steps count from 0 to T - 1. NFC is the number of full computations in a traject
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import final
 
+import torch
 from torch import Tensor
 
 from accuquant.core.predictors import Memory, Taylor
@@ -110,6 +110,46 @@ def best_steps(
     return min(ends)[1]
 
 
-def gaps(steps: tuple[int, ...], num_steps: int) -> list[int]:
-    """Distances between full steps, the end included."""
-    return [b - a for a, b in itertools.pairwise((*steps, num_steps))]
+class ForecastErrors:
+    """Errors of forecasts along a recorded trajectory, for any two full steps, from Gram matrices alone.
+
+    An order-1 forecast is a linear combination of recorded outputs, O_i + a (O_i - O_p), so its squared error needs
+    only inner products; so does RFE's a = ||I_j - I_i|| / ||I_i - I_p||. Nothing is run again.
+
+    Args:
+        inputs: (modules, B, T, T), <I_i, I_j> of each module's input; outputs: likewise, of its output.
+        order: 0 takes the last output again; higher orders are judged by order 1.
+        relational: RFE's magnitude instead of Taylor's.
+        emphasis: rate at which an error's weight grows over the trajectory, exp(emphasis j / T).
+    """
+
+    def __init__(self, inputs: Tensor, outputs: Tensor, order: int, relational: bool, emphasis: float) -> None:
+        self.inputs, self.outputs = inputs.double(), outputs.double()
+        self.order, self.relational = order, relational
+        steps = torch.arange(outputs.shape[-1], dtype=torch.float64)
+        self.weights = torch.exp(emphasis * steps / len(steps))
+        self.sums: dict[tuple[int, int], list[float]] = {}
+
+    def at(self, before: int, full: int) -> Tensor:
+        """(T,): squared error relative to the output at each step, mean over modules and samples."""
+        i, p, gram = full, before, self.outputs
+        own = gram.diagonal(dim1=-2, dim2=-1)
+        reuse = own + own[..., i : i + 1] - 2 * gram[..., i, :]
+        if self.order == 0 or p == i:
+            return (reuse / own).mean((0, 1))
+        if self.relational:
+            moved = self.inputs.diagonal(dim1=-2, dim2=-1)
+            moved = (moved + moved[..., i : i + 1] - 2 * self.inputs[..., i, :]).clamp_min(0)
+            a = (moved / moved[..., p : p + 1].clamp_min(1e-30)).sqrt()
+        else:
+            a = ((torch.arange(gram.shape[-1]) - i) / (i - p)).expand_as(own)
+        along = gram[..., i : i + 1, i] - gram[..., i, :] - gram[..., p : p + 1, i] + gram[..., p, :]
+        change = own[..., i : i + 1] + own[..., p : p + 1] - 2 * gram[..., i : i + 1, p]
+        return ((reuse + 2 * a * along + a**2 * change) / own).mean((0, 1))
+
+    def cost(self, before: int, full: int, after: int) -> float:
+        """Weighted sum over the skipped steps, as `best_steps` asks it."""
+        if (before, full) not in self.sums:
+            self.sums[before, full] = [0.0, *(self.at(before, full).clamp_min(0) * self.weights).cumsum(0).tolist()]
+        sums = self.sums[before, full]
+        return sums[after] - sums[full + 1]

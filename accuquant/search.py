@@ -1,0 +1,289 @@
+"""Where to compute in full: the search behind ``target_nfc`` and ``target_seconds``, and the caches' public functions.
+
+A list of full steps (`schedule: best`, the default of a target) is found in three stages, each dearer and nearer to the
+truth than the one before: dynamic programming over forecast errors of one recorded trajectory, for several weightings
+of early against late steps; a sampled trajectory for each of these lists and the fixed interval; moves of single full
+steps, kept where a sampled trajectory's final latent gets nearer to the reference. `schedule: rcs` searches tau.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from accuquant.console import Reporter
+from accuquant.core.metrics import relative_l2
+from accuquant.core.schedule import ForecastErrors, best_steps, interval_steps
+from accuquant.data import draw
+from accuquant.model.cache_state import CacheStats, Controller
+from accuquant.model.caching import CacheError, attach_cache, controller_of, detach_cache
+from accuquant.model.families import family_of
+from accuquant.model.rollout import Conditions, Rollout
+from accuquant.recipe import Cache, Sampling
+from accuquant.recipe_file import shipped_folder
+
+EMPHASES = (0.0, 1.0, 2.0)  # of late steps over early ones, for the lists that dynamic programming proposes
+RECORDED_BYTES = 2 << 30  # of features kept for the Gram matrices; with large models only some modules are recorded
+TAU_TOLERANCE, TAU_TRIALS = 0.1, 20
+SEARCH_SAMPLES = 8
+
+
+def enable_cache(
+    target: DiffusionPipeline | nn.Module,
+    config: Cache,
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 4.0,
+    inputs: list[Any] | None = None,
+    seed: int = 0,
+) -> Cache:
+    """Put a feature cache on a pipeline's denoiser.
+
+    The keyword arguments matter where the config has a target: they say what is sampled to search for it.
+
+    Args:
+        target: a diffusers pipeline, or its denoiser.
+        config: `FORAConfig`, `TaylorSeerConfig`, `RFCConfig`, or a recipe's `Cache`.
+        inputs: class ids or prompts for the search; by default the model's classes or the shipped prompts.
+        seed: of the search's noise.
+
+    Returns:
+        the config in effect: a target is replaced by what was found.
+
+    Raises:
+        CacheError: there is a cache already, nothing to cache, or a target for a pipeline that cannot be sampled.
+    """
+    denoiser = denoiser_of_any(target)
+    if config.searches:
+        if not isinstance(target, DiffusionPipeline):
+            raise CacheError("a target is searched by sampling: give enable_cache the whole pipeline, or set tau")
+        if controller_of(denoiser) is not None:
+            raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
+        rollout = Rollout(
+            target, Sampling(num_inference_steps=num_inference_steps, guidance_scale=float(guidance_scale))
+        )
+        samples = draw(inputs or _known_inputs(target), SEARCH_SAMPLES, seed)
+        conditions = rollout.conditions(samples.inputs, samples.seeds)
+        config = search_cache(rollout, conditions, rollout.trajectory(conditions)[0], config, Reporter(quiet=True))
+    attach_cache(denoiser, config)
+    return config
+
+
+def disable_cache(target: DiffusionPipeline | nn.Module) -> None:
+    """Take the cache off again; nothing of it stays.
+
+    Raises:
+        CacheError: there is none.
+    """
+    detach_cache(denoiser_of_any(target))
+
+
+def cache_stats(target: DiffusionPipeline | nn.Module) -> CacheStats:
+    """What the cache did in the last trajectory; ``.nfc`` is the number of its full computations.
+
+    Raises:
+        CacheError: there is no cache.
+    """
+    denoiser = denoiser_of_any(target)
+    controller = controller_of(denoiser)
+    if controller is None:
+        raise CacheError(f"{type(denoiser).__name__} has no cache of accuquant; call enable_cache first")
+    return controller.stats()
+
+
+def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
+    """The transformer or U-Net of any pipeline; a module is its own."""
+    if isinstance(target, nn.Module):
+        return target
+    for name in ("transformer", "unet"):
+        if isinstance(module := getattr(target, name, None), nn.Module):
+            return module
+    raise CacheError(f"{type(target).__name__} has neither a transformer nor a unet to cache")
+
+
+@contextmanager
+def cached(denoiser: nn.Module, config: Cache) -> Iterator[Controller]:
+    """A cache for as long as the block runs."""
+    controller = attach_cache(denoiser, config)
+    try:
+        yield controller
+    finally:
+        detach_cache(denoiser)
+
+
+def search_cache(
+    rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, reporter: Reporter
+) -> Cache:
+    """Replace the config's target by a list of full timesteps or a tau.
+
+    Args:
+        conditions: of B calibration samples.
+        reference: (T + 1, B, C, H, W), the latents to come near to: those of full precision without a cache.
+
+    Raises:
+        CacheError: the target cannot be met.
+    """
+    nfc = config.target_nfc or _nfc_of_seconds(rollout, conditions, config)
+    if nfc > rollout.num_steps:
+        raise CacheError(f"target_nfc: {nfc:g} is more than the {rollout.num_steps} steps there are")
+    if config.schedule == "rcs":
+        return _search_tau(rollout, conditions, config, nfc, reporter)
+    return _search_steps(rollout, conditions, reference, config, int(nfc), reporter)
+
+
+def _search_steps(
+    rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, nfc: int, reporter: Reporter
+) -> Cache:
+    """The best list of ``nfc`` full steps that was found."""
+    num_steps, warmup = rollout.num_steps, config.warmup
+    errors: dict[tuple[int, ...], float] = {}
+
+    def error(steps: tuple[int, ...]) -> float:
+        if steps not in errors:
+            with cached(rollout.denoiser, _with(config, schedule=steps)):
+                latents, _ = rollout.trajectory(conditions)
+            errors[steps] = float(relative_l2(latents[-1], reference[-1]).mean())
+        return errors[steps]
+
+    # proposals: the fixed interval that comes nearest from below, and dynamic programming
+    interval = next(n for n in range(1, num_steps + 1) if len(interval_steps(num_steps, n, warmup)) <= nfc)
+    proposals = {_filled(interval_steps(num_steps, interval, warmup), num_steps, nfc)}
+    longest = max(8, math.ceil(4 * num_steps / nfc))
+    inputs, outputs = record_grams(rollout, conditions, config)
+    for emphasis in EMPHASES:
+        table = ForecastErrors(inputs, outputs, config.forecast_order, config.estimation == "rfe", emphasis)
+        proposals.add(best_steps(table.cost, num_steps, nfc, warmup, longest))
+    best = min(sorted(proposals), key=error)
+
+    # moves of single full steps, in random order, until none helps or the trials are used up
+    rng, left, moved = random.Random(0), config.trials, True
+    with reporter.bar(f"searching {nfc} full steps", config.trials) as advance:
+        while moved and left > 0:
+            moved = False
+            moves = [(k, by) for k in range(min(warmup, len(best)), len(best)) for by in (-1, 1)]
+            rng.shuffle(moves)
+            for k, by in moves:
+                tried = (*best[:k], best[k] + by, *best[k + 1 :])
+                if left == 0 or tried in errors or len(set(tried)) < len(tried) or tried[-1] >= num_steps:
+                    continue
+                left -= 1
+                if error(tried) < errors[best]:
+                    best, moved = tried, True
+                advance(f"{errors[best]:.4f}")
+    timesteps = tuple(float(rollout.timesteps[i]) for i in best)
+    reporter.say(f"cache: {len(best)} full steps of {num_steps}, error {errors[best]:.4f} on calibration samples")
+    return _with(config, full_timesteps=timesteps, measured_nfc=(float(len(best)), 0.0))
+
+
+def _filled(steps: tuple[int, ...], num_steps: int, nfc: int) -> tuple[int, ...]:
+    """More full steps, each in the middle of the longest gap."""
+    while len(steps) < nfc:
+        gap, start = max((b - a, a) for a, b in itertools.pairwise((*steps, num_steps)))
+        steps = tuple(sorted((*steps, start + gap // 2)))
+    return steps
+
+
+def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: float, reporter: Reporter) -> Cache:
+    """RCS's threshold, by bisection; each sample is a trajectory of its own, as its NFC is."""
+    singles, low, high = conditions.batches(1), 1e-4, 100.0
+    best: Cache | None = None
+    with reporter.bar(f"searching tau for NFC {nfc:g}", TAU_TRIALS) as advance:
+        for _ in range(TAU_TRIALS):
+            tau, counts = math.sqrt(low * high), []
+            for single in singles:
+                with cached(rollout.denoiser, _with(config, tau=tau)) as controller:
+                    rollout.trajectory(single)
+                    counts.append(float(controller.stats().nfc))
+            mean, std = torch.tensor(counts).mean().item(), torch.tensor(counts).std(correction=0).item()
+            if best is None or best.measured_nfc is None or abs(mean - nfc) < abs(best.measured_nfc[0] - nfc):
+                best = _with(config, tau=tau, measured_nfc=(mean, std))
+            advance(f"tau {tau:.4g}: {mean:.2f}")
+            if abs(mean - nfc) <= TAU_TOLERANCE:
+                break
+            low, high = (tau, high) if mean > nfc else (low, tau)
+    assert best is not None and best.measured_nfc is not None
+    if abs(best.measured_nfc[0] - nfc) > TAU_TOLERANCE:
+        raise CacheError(
+            f"target_nfc: no tau gives {nfc:g} on these {len(singles)} samples, the nearest gives "
+            f"{best.measured_nfc[0]:.2f}; ask for that, or leave schedule: rcs out"
+        )
+    reporter.say(f"cache: tau {best.tau:.4g}, NFC {best.measured_nfc[0]:.2f} ± {best.measured_nfc[1]:.2f}")
+    return best
+
+
+@torch.no_grad()
+def record_grams(rollout: Rollout, conditions: Conditions, config: Cache) -> tuple[Tensor, Tensor]:
+    """Inner products of the cached modules' inputs and outputs over one full trajectory, each (modules, B, T, T)."""
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    taken = conditions.take(torch.arange(min(2, len(conditions)), device=conditions.noise.device))
+    probe = _with(config, schedule=tuple(range(rollout.num_steps)))
+    with cached(rollout.denoiser, probe) as controller:
+        names, remember, every = controller.modules, controller.remember, 0
+
+        def record(module: str, inputs: tuple[Tensor, ...], output: Any) -> None:
+            nonlocal every
+            tensor = output[0] if isinstance(output, tuple) else output
+            if every == 0:
+                each = 2 * rollout.num_steps * tensor.numel() * tensor.element_size()
+                every = math.ceil(len(names) / max(1, RECORDED_BYTES // each))
+            if names.index(module) % every == 0:
+                kept.setdefault(module, []).append((inputs[0].flatten(1).cpu(), tensor.flatten(1).cpu()))
+            remember(module, inputs, output)
+
+        controller.remember = record  # type: ignore[method-assign]
+        rollout.trajectory(taken)
+    grams = []
+    for side in (0, 1):
+        stacked = [torch.stack([pair[side] for pair in pairs]).double() for pairs in kept.values()]
+        grams.append(torch.stack([torch.einsum("ibd,jbd->bij", x, x) for x in stacked]))
+    return grams[0], grams[1]
+
+
+def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache) -> float:
+    """NFC at which one trajectory takes the asked time, from the times of all steps full and of the fewest."""
+    fewest = max(config.warmup, config.forecast_order + 1)
+    seconds = []
+    for full in (rollout.num_steps, fewest):
+        with cached(rollout.denoiser, _with(config, schedule=tuple(range(full)))):
+            times = []
+            for _ in range(3):
+                started = time.perf_counter()
+                rollout.trajectory(conditions)
+                if conditions.noise.is_cuda:
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - started)
+        seconds.append(sorted(times)[1])
+    assert config.target_seconds is not None
+    if not seconds[1] < config.target_seconds:
+        raise CacheError(
+            f"target_seconds: {config.target_seconds:g} s cannot be met; {len(conditions)} samples take "
+            f"{seconds[1]:.2f} s with {fewest} full steps and {seconds[0]:.2f} s with all"
+        )
+    share = (config.target_seconds - seconds[1]) / max(seconds[0] - seconds[1], 1e-9)
+    return min(rollout.num_steps, fewest + math.floor(share * (rollout.num_steps - fewest)))
+
+
+def _with(config: Cache, **changes: Any) -> Cache:
+    """The config with what a search found, or tries, in the place of its target."""
+    if "schedule" in changes or "tau" in changes:
+        changes = {"target_nfc": None, "target_seconds": None, "interval": None} | changes
+    return config.model_copy(update=changes)
+
+
+def _known_inputs(pipeline: DiffusionPipeline) -> list[Any]:
+    """Classes the model was trained on, or shipped prompts."""
+    if family_of(pipeline).condition == "prompt":
+        lines = (shipped_folder("calib_data") / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["prompt"] for line in lines if line.strip()]
+    classes = sorted(set(pipeline.labels.values())) or list(range(int(pipeline.transformer.config.num_embeds_ada_norm)))
+    return random.Random(0).sample(classes, min(len(classes), SEARCH_SAMPLES))
