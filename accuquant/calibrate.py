@@ -22,15 +22,17 @@ from accuquant.core.metrics import relative_l2
 from accuquant.data import Samples, Split, calibration_samples, draw, load_split
 from accuquant.evaluate import HeldOut, evaluate, held_out_reference, latent_metrics, sample
 from accuquant.export import check_output, model_card, publish
-from accuquant.model.checkpoint import harden_model
+from accuquant.model.caching import cached_modules
+from accuquant.model.checkpoint import harden_model, store_cache
 from accuquant.model.clock import StepClock
 from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.layers import TrainableLayer, quantize_model
 from accuquant.model.plan import PlannedModule, count_macs, plan_modules
 from accuquant.model.rollout import Rollout
 from accuquant.optimise import Reference, Tuner
-from accuquant.recipe import Objective, Recipe, RecipeError
+from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 from accuquant.recipe_file import dump_recipe
+from accuquant.search import SEARCH_SAMPLES, search_cache, search_calls
 
 AUTO_CANDIDATES = (1, 2, 5)
 AUTO_SHARE = 0.25  # of the budget, spent on each candidate's trial
@@ -100,6 +102,8 @@ def calibrate(
     staging = partial / "export"
     shutil.rmtree(staging, ignore_errors=True)
     harden_model(rollout.denoiser, session.clock)
+    if recipe.cache is not None:
+        store_cache(rollout.denoiser, _cache(recipe.cache, session, reporter, partial / "cache.json"))
     rollout.pipeline.save_pretrained(staging, max_shard_size=recipe.export.max_shard_size)
     (staging / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     record = {
@@ -133,6 +137,8 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     set_scheduler(pipeline, recipe.sampling.scheduler)
     rollout = Rollout(pipeline, recipe.sampling)
     planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
+    if recipe.cache is not None:
+        cached_modules(rollout.denoiser, recipe.cache.modules)
     split = load_split(recipe.data, rollout.family.condition)
     if rollout.family.condition == "class_id":
         highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
@@ -253,6 +259,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
         tuning = round(tuning * (1 + AUTO_SHARE * len(AUTO_CANDIDATES)))
     per_batch = rollout.num_steps / batch
     sampling = round((data.num_samples + VALIDATION_SAMPLES + 3 * recipe.evaluation.num_samples) * per_batch)
+    sampling += search_calls(recipe.cache, rollout.num_steps, batch) if recipe.cache else 0
     trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
     calls = sampling + 3.5 * tuning  # a backward pass and the fake quantization cost about 2.5 calls
     latents = (data.num_samples + VALIDATION_SAMPLES + recipe.evaluation.num_samples) * conditions.noise[0].numel()
@@ -317,6 +324,21 @@ def _activation_scales(session: Session, search: bool, reporter: Reporter) -> No
         layer.observer, layer.quantized = None, True
     for name, layer in observed.items():
         layer.set_activation_scale([torch.cat(v) for v in values[name]], search)
+
+
+def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> Cache:
+    """The recipe's cache with its target searched for on the quantized model, against full precision."""
+    if not config.searches:
+        return config
+    if kept.is_file():
+        return Cache.model_validate_json(kept.read_text(encoding="utf-8"))
+    reference = session.reference
+    chosen = torch.arange(min(SEARCH_SAMPLES, len(reference.conditions)), device=reference.latents.device)
+    config = search_cache(
+        session.rollout, reference.conditions.take(chosen), reference.latents[:, chosen], config, reporter
+    )
+    kept.write_text(config.model_dump_json(), encoding="utf-8")
+    return config
 
 
 def _initial_metrics(session: Session, held_out: HeldOut, reporter: Reporter, kept: Path) -> dict[str, Any]:

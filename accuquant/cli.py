@@ -35,8 +35,8 @@ app = typer.Typer(
 out = Console(highlight=False, markup=False, emoji=False, width=1000)
 errors = Console(highlight=False, markup=False, emoji=False, width=1000, stderr=True)
 
-CHANGEABLE = ("sampling.num_inference_steps", "sampling.guidance_scale", "model.", "data.path", "evaluation.")
-CHANGEABLE_WORDS = ", ".join(key + "*" * key.endswith(".") for key in CHANGEABLE)
+CHANGEABLE = ("sampling.num_inference_steps", "sampling.guidance_scale", "model.", "data.path", "evaluation.", "cache")
+CHANGEABLE_WORDS = ", ".join(key + "*" * (key[-1] == ".") for key in CHANGEABLE) + ".*"
 
 RecipeName = Annotated[
     str, typer.Argument(help="A recipe file, or the name of a shipped one (see `accuquant recipes`).")
@@ -150,6 +150,7 @@ def inspect(folder: Folder) -> None:
     """Print what an export holds: each module's types, scales and size."""
     with _readable_errors():
         from accuquant.evaluate import load_export, recipe_of
+        from accuquant.model.caching import controller_of
         from accuquant.model.clock import StepClock
         from accuquant.model.families import denoiser_of
         from accuquant.model.layers import quantized_layers
@@ -181,6 +182,9 @@ def inspect(folder: Folder) -> None:
         out.print(f"\nquantized layers {total / 1e6:.3f} MB, float rest {rest / 1e6:.3f} MB")
         edges = ", ".join(f"{e:g}" for e in clock.edges)
         out.print(f"timestep groups: {clock.num_groups}, edges at timesteps {edges or 'none'}")
+        controller = controller_of(denoiser)
+        given = controller.config.model_dump(exclude_none=True) if controller else {}
+        out.print(f"cache: {', '.join(f'{k} {v}' for k, v in given.items()) or 'none'}")
 
 
 @app.command()

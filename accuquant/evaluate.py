@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ from torch import Tensor, nn
 from accuquant import __version__
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
-from accuquant.data import held_out_samples, load_split
+from accuquant.data import draw, held_out_samples, load_split
+from accuquant.model.cache_state import CacheStats, Controller
+from accuquant.model.caching import attach_cache, controller_of, detach_cache, in_cache
 from accuquant.model.digit_classifier import DigitClassifier
-from accuquant.model.families import denoiser_of, load_pipeline, pick_device, resolve
+from accuquant.model.families import denoiser_of, family_of, load_pipeline, pick_device, resolve
 from accuquant.model.layers import QuantizedLayer, quantized_layers
 from accuquant.model.plan import PlannedModule, count_macs, plan_modules
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.recipe import Recipe, RecipeError
+from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe_file import load_recipe
 from accuquant.report import write_report
+from accuquant.search import SEARCH_SAMPLES, search_cache
 
 MODULE_ERROR_STEPS = 10  # steps of the trajectory at which every module's own error is measured
 MODULE_ERROR_SAMPLES = 8
@@ -49,11 +53,21 @@ def held_out_reference(rollout: Rollout, recipe: Recipe, reporter: Reporter) -> 
     )
 
 
-def sample(rollout: Rollout, conditions: Conditions, recipe: Recipe, reporter: Reporter, what: str) -> Tensor:
-    """Latents (T + 1, B, C, H, W) of all samples, in batches."""
-    batches = conditions.batches(recipe.evaluation.batch_size)
+def sample(
+    rollout: Rollout,
+    conditions: Conditions,
+    recipe: Recipe,
+    reporter: Reporter,
+    what: str,
+    after: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Latents (T + 1, B, C, H, W) of all samples, in batches; ``after`` is called when a batch is done."""
+    batches, parts = conditions.batches(recipe.evaluation.batch_size), []
     with reporter.bar(f"sampling {what}", rollout.num_steps * len(batches)) as advance:
-        return torch.cat([rollout.trajectory(b, lambda: advance(""))[0] for b in batches], 1)
+        for batch in batches:
+            parts.append(rollout.trajectory(batch, lambda: advance(""))[0])
+            after()
+    return torch.cat(parts, 1)
 
 
 def latent_metrics(latents: Tensor, reference: Tensor) -> dict[str, Any]:
@@ -152,12 +166,20 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         RecipeError: the folder is no export.
     """
     full_pipeline = load_pipeline(recipe.model)
-    quantized_pipeline = load_export(folder, recipe)
+    quantized_pipeline = load_export(folder, recipe, reporter)
     # the export carries the scheduler it was calibrated for; both sides use it
     full_pipeline.register_modules(scheduler=quantized_pipeline.scheduler)
     full, quantized = Rollout(full_pipeline, recipe.sampling), Rollout(quantized_pipeline, recipe.sampling)
     held_out = held_out or held_out_reference(full, recipe, reporter)
-    latents = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized")
+    controller, traces = controller_of(quantized.denoiser), list[CacheStats]()
+    latents = sample(
+        quantized,
+        held_out.conditions,
+        recipe,
+        reporter,
+        f"held-out, quantized{' and cached' if controller else ''}",
+        lambda: traces.append(controller.stats()) if controller else None,
+    )
 
     first = held_out.conditions.batches(recipe.evaluation.batch_size)[0]
     planned = count_macs(
@@ -177,6 +199,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "held_out": sorted(set(held_out.inputs)),
         **latent_metrics(latents, held_out.latents),
         **cost_metrics(planned, full.denoiser, recipe.quantization.timestep_groups),
+        **(cache_metrics(controller, traces, planned) if controller else {}),
         "modules": [_module_row(p, errors.get(p.name), recipe.quantization.timestep_groups) for p in planned],
     }
     full_images, quantized_images = None, None
@@ -226,8 +249,29 @@ def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, timestep_gro
     }
 
 
-def load_export(folder: Path, recipe: Recipe) -> DiffusionPipeline:
-    """Load an export with plain diffusers onto the recipe's device.
+def cache_metrics(controller: Controller, traces: list[CacheStats], planned: list[PlannedModule]) -> dict[str, Any]:
+    """Full computations and memory of the cache, and bit-operations of a trajectory with it."""
+    nfc = torch.tensor([float(trace.nfc) for trace in traces], dtype=torch.float64)
+    steps = traces[0].num_steps
+    skipped = [p for p in planned if in_cache(p.name, controller.modules)]
+    operations, inside = sum(p.bit_operations for p in planned), sum(p.bit_operations for p in skipped)
+    with_cache = operations - inside * (1 - float(nfc.mean()) / steps)
+    return {
+        "cache": {
+            "estimation": controller.config.estimation,
+            "order": controller.config.forecast_order,
+            "nfc": {"mean": float(nfc.mean()), "std": float(nfc.std(correction=0))},
+            "num_steps": steps,
+            "full_steps": list(traces[0].full_steps),
+            "nbytes": max(trace.nbytes for trace in traces),
+            "modules": len(controller.modules),
+            "bit_operations_ratio": with_cache / max(1, sum(p.macs * 32 * 32 for p in planned)),
+        }
+    }
+
+
+def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) -> DiffusionPipeline:
+    """Load an export with plain diffusers onto the recipe's device, with its cache, or the recipe's where that differs.
 
     Raises:
         RecipeError: the folder is no export of this package.
@@ -241,7 +285,24 @@ def load_export(folder: Path, recipe: Recipe) -> DiffusionPipeline:
     if not quantized_layers(denoiser_of(pipeline)):
         raise RecipeError(f"{folder} holds no quantized layer: it was not written by accuquant")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(pick_device(recipe.model.device))
+    pipeline.to(pick_device(recipe.model.device))
+    if recipe.cache != recipe_of(folder).cache:
+        denoiser = denoiser_of(pipeline)
+        if controller_of(denoiser) is not None:
+            detach_cache(denoiser)
+        if recipe.cache is not None:
+            attach_cache(denoiser, _searched(recipe.cache, pipeline, recipe, reporter or Reporter(quiet=True)))
+    return pipeline
+
+
+def _searched(config: Cache, pipeline: DiffusionPipeline, recipe: Recipe, reporter: Reporter) -> Cache:
+    """A target given on the command line: searched on calibration samples, against the export without a cache."""
+    if not config.searches:
+        return config
+    rollout, split = Rollout(pipeline, recipe.sampling), load_split(recipe.data, family_of(pipeline).condition)
+    samples = draw(split.calibration, SEARCH_SAMPLES, recipe.data.seed * 100_000)
+    conditions = rollout.conditions(samples.inputs, samples.seeds)
+    return search_cache(rollout, conditions, rollout.trajectory(conditions)[0], config, reporter)
 
 
 def recipe_of(folder: Path, overrides: list[str] | None = None) -> Recipe:

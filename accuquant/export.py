@@ -77,6 +77,14 @@ def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{agreement['quantized']:.1%} (full {agreement['full_precision']:.1%})",
             ),
         ]
+    if "cache" in metrics:
+        cache = metrics["cache"]
+        spread = f" ± {cache['nfc']['std']:.1f}" if cache["nfc"]["std"] else ""
+        rows += [
+            ("full computations (NFC)", f"{cache['nfc']['mean']:.1f}{spread} of {cache['num_steps']} steps"),
+            ("cache memory", f"{cache['nbytes'] / 1e6:.1f} MB"),
+            ("bit-operations with the cache", f"{cache['bit_operations_ratio']:.3f} of float32"),
+        ]
     rows += [
         ("denoiser size", f"{size['quantized_bytes'] / 1e6:.2f} MB ({size['ratio']:.3f} of float32)"),
         ("its quantized layers", f"{size['layers_ratio']:.3f} of float32"),

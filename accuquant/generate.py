@@ -42,7 +42,7 @@ def generate(
     if target.suffix.lower() != ".png":
         raise RecipeError(f"--output {target}: the grid is a PNG; give a file name that ends in .png")
     recipe = recipe_of(folder, overrides)
-    pipeline = load_export(folder, recipe)
+    pipeline = load_export(folder, recipe, reporter)
     family = family_of(pipeline)
     if reference:
         set_arithmetic(denoiser_of(pipeline), "reference")

@@ -247,21 +247,25 @@ class Cache(Section):
             raise ValueError("schedule best needs target_nfc or target_seconds")
         if self.schedule != "rcs" and self.target_nfc and self.target_nfc % 1:
             raise ValueError(f"target_nfc must be whole (found {self.target_nfc:g}); schedule: rcs can meet a mean")
-        order, full, steps = self.forecast_order, self.full_steps, self.num_inference_steps
+        order, full = self.forecast_order, self.full_steps
         if self.estimation == "reuse" and order != 0:
             raise ValueError(f"order: estimation reuse has order 0 (found {order}); use estimation: taylor")
         if self.estimation == "rfe" and order < 1:
             raise ValueError("order: estimation rfe needs order 1 or more; use estimation: reuse")
-        if full is not None:
-            if full[0] != 0 or any(a >= b for a, b in itertools.pairwise(full)):
-                raise ValueError(f"schedule must rise from 0, which is always full (found {found(list(full))})")
-            if steps is not None and full[-1] >= steps:
-                raise ValueError(f"schedule: {full[-1]} is no step of {steps}, they count from 0")
-        self._enough_full_steps(steps)
+        if full is not None and (full[0] != 0 or any(a >= b for a, b in itertools.pairwise(full))):
+            raise ValueError(f"schedule must rise from 0, which is always full (found {found(list(full))})")
+        self.check_steps(self.num_inference_steps)
         return self
 
-    def _enough_full_steps(self, steps: int | None) -> None:
+    def check_steps(self, steps: int | None) -> None:
+        """Whether trajectories of this many steps (None: unknown) have the full steps that the config asks for.
+
+        Raises:
+            ValueError: they have not.
+        """
         order, most = self.forecast_order, float("inf")
+        if self.full_steps is not None and steps is not None and self.full_steps[-1] >= steps:
+            raise ValueError(f"schedule: {self.full_steps[-1]} is no step of {steps}, they count from 0")
         if self.full_steps is not None:
             most = len(self.full_steps)
         elif self.target_nfc is not None:
@@ -323,6 +327,11 @@ class Recipe(Section):
         m = self.objective.steps_per_group
         if m != "auto" and m > steps:
             raise ValueError(f"objective.steps_per_group is {m} but sampling has only {steps} steps")
+        if self.cache is not None:
+            try:
+                self.cache.check_steps(steps)
+            except ValueError as error:
+                raise ValueError(f"cache.{error}") from error
         if groups > steps:
             raise ValueError(f"quantization.timestep_groups is {groups} but sampling has only {steps} steps")
         quantized = [rule for rule in self.quantization.rules if rule.weight != "float"]

@@ -125,8 +125,11 @@ def _apply(tree: Any, override: str) -> None:
         place: Any = _index(node, part, override) if isinstance(node, list) else part
         if depth == len(parts) - 1:
             node[place] = value
+        elif isinstance(node, list):
+            node = node[place]
         else:
-            node = node[place] if isinstance(node, list) else node.setdefault(place, {})
+            node[place] = {} if node.get(place) is None else node[place]
+            node = node[place]
 
 
 def _index(node: list[Any], part: str, override: str) -> int:

@@ -141,6 +141,14 @@ def search_cache(
     return _search_steps(rollout, conditions, reference, config, int(nfc), reporter)
 
 
+def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
+    """Network evaluations, of ``batch_size`` samples each, that a search makes at most; full ones count as one."""
+    if not config.searches:
+        return 0
+    full = (config.target_nfc or num_steps) * SEARCH_SAMPLES / batch_size
+    return round(full * (TAU_TRIALS if config.schedule == "rcs" else config.trials + len(EMPHASES) + 2))
+
+
 def _search_steps(
     rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, nfc: int, reporter: Reporter
 ) -> Cache:

@@ -17,7 +17,7 @@ from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
 from accuquant.model.cache_state import Controller
-from accuquant.recipe import Cache
+from accuquant.recipe import Cache, RecipeError
 
 HOOK = "accuquant_cache"
 BLOCKS = r"(transformer_blocks|blocks|.*attentions\.\d+\.transformer_blocks)\.\d+"
@@ -28,7 +28,7 @@ FUSED = r"single_transformer_blocks\.\d+"  # attention and MLP side by side, and
 _eager: Callable[[Any], Any] = torch.compiler.disable(recursive=False)  # what a hook calls is compiled all the same
 
 
-class CacheError(ValueError):
+class CacheError(RecipeError):
     """A cache that cannot be put on this model, or is already there."""
 
 
@@ -196,6 +196,15 @@ def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[lis
             f"its modules include {shown[:200]}"
         )
     return found, fused
+
+
+def in_cache(name: str, cached: tuple[str, ...]) -> bool:
+    """Whether a module does not run where the cached ones are forecast: it is inside one, or fused into its input."""
+    for outer in cached:
+        block = outer.removesuffix(".proj_out")
+        if name == outer or name.startswith(f"{outer}.") or name.startswith((f"{block}.proj_mlp", f"{block}.attn.")):
+            return True
+    return False
 
 
 def _hook(module: nn.Module, hook: ModelHook) -> None:

@@ -17,8 +17,10 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from accuquant.model.caching import attach_cache
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, keep_float32, quantized_layers, trainable_layers
+from accuquant.recipe import Cache
 
 FORMAT_VERSION = 1
 
@@ -39,6 +41,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
     Args:
         layers: module name -> fields of `LayerSpec`.
         timestep_edges: descending timestep values between groups of activation scales.
+        cache: fields of the feature cache that loading puts on the model; None loads it without.
         version: of the file format.
 
     Raises:
@@ -49,6 +52,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         timestep_edges: list[float] | None = None,
+        cache: dict[str, Any] | None = None,
         version: int = FORMAT_VERSION,
         quant_method: str = Method.ACCUQUANT.value,
         **unknown: Any,
@@ -66,6 +70,10 @@ class AccuQuantConfig(QuantizationConfigMixin):
         self.version = version
         self.timestep_edges = timestep_edges
         self.layers = layers
+        try:
+            self.cache = None if cache is None else Cache(**cache)
+        except ValueError as error:
+            raise CheckpointError(f"quantization_config.cache: {error}") from error
         self.specs()
 
     def specs(self) -> dict[str, LayerSpec]:
@@ -80,7 +88,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
             "version": self.version,
             "timestep_edges": self.timestep_edges,
             "layers": self.layers,
-        }
+        } | ({} if self.cache is None else {"cache": self.cache.model_dump(mode="json", exclude_none=True)})
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -109,6 +117,8 @@ class AccuQuantQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.clock.attach(model)
         keep_float32(model, self.quantization_config.layers)
+        if self.quantization_config.cache is not None:
+            attach_cache(model, self.quantization_config.cache)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         found: set[str] = set()  # what the files hold; for shards, loaded_keys is what their index says
@@ -181,4 +191,11 @@ def harden_model(model: Any, clock: StepClock) -> None:
     model.hf_quantizer = AccuQuantQuantizer(config)
     model.is_quantized = True
     model.quantization_method = Method.ACCUQUANT
+    model.register_to_config(quantization_config=config)
+
+
+def store_cache(model: Any, cache: Cache) -> None:
+    """Have a hardened model's config.json name this cache, so that loading puts it on."""
+    config: AccuQuantConfig = model.hf_quantizer.quantization_config
+    config.cache = cache
     model.register_to_config(quantization_config=config)
