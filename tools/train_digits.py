@@ -249,7 +249,7 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
     latents, decoded = encode_bank(vae, images, generator)
     scaling_factor = 1 / latents.float().std().item()
     latents *= scaling_factor
-    vae.register_to_config(scaling_factor=scaling_factor)
+    vae.register_to_config(scaling_factor=scaling_factor, _name_or_path="")
 
     # 2. The classifier: half of each batch went through the autoencoder, as every generated image does.
     def classifier_loss(model: nn.Module, generator: torch.Generator) -> Tensor:
@@ -282,6 +282,7 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
         "transformer", lambda: make_transformer(given), dit_loss, options.steps_dit, options.lr_dit, recipe, options
     )
 
+    transformer.register_to_config(_name_or_path="")  # no folder of this machine
     id2label = {digit: str(digit) for digit in range(10)}
     pipe = DiTPipeline(transformer, vae, scheduler, id2label=id2label)
     pipe.register_to_config(id2label=id2label)  # or it would not reach model_index.json
