@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +202,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "held_out": sorted(set(held_out.inputs)),
         **latent_metrics(latents, held_out.latents),
         **cost_metrics(planned, full.denoiser, recipe.quantization.timestep_groups),
-        **(cache_metrics(controller, traces, planned) if controller else {}),
+        **(cache_metrics(controller, traces, planned, step_seconds(quantized, first)) if controller else {}),
         "modules": [_module_row(p, errors.get(p.name), recipe.quantization.timestep_groups) for p in planned],
     }
     full_images, quantized_images = None, None
@@ -249,8 +252,27 @@ def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, timestep_gro
     }
 
 
-def cache_metrics(controller: Controller, traces: list[CacheStats], planned: list[PlannedModule]) -> dict[str, Any]:
-    """Full computations and memory of the cache, and bit-operations of a trajectory with it."""
+def step_seconds(rollout: Rollout, conditions: Conditions) -> list[float]:
+    """Wall time of each step of one trajectory of these samples."""
+    marks = [time.perf_counter()]
+
+    def mark() -> None:
+        if conditions.noise.is_cuda:
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    rollout.trajectory(conditions, mark)
+    return [b - a for a, b in itertools.pairwise(marks)]
+
+
+def cache_metrics(
+    controller: Controller, traces: list[CacheStats], planned: list[PlannedModule], seconds: list[float]
+) -> dict[str, Any]:
+    """Full computations, memory and step times of the cache, and bit-operations of a trajectory with it."""
+    full_steps = set(controller.stats().full_steps)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for i, each in enumerate(seconds):
+        times[i in full_steps].append(each)
     nfc = torch.tensor([float(trace.nfc) for trace in traces], dtype=torch.float64)
     steps = traces[0].num_steps
     skipped = [p for p in planned if in_cache(p.name, controller.modules)]
@@ -265,6 +287,10 @@ def cache_metrics(controller: Controller, traces: list[CacheStats], planned: lis
             "full_steps": list(traces[0].full_steps),
             "nbytes": max(trace.nbytes for trace in traces),
             "modules": len(controller.modules),
+            "seconds": {
+                "full_step": statistics.median(times[True]),
+                "cached_step": statistics.median(times[False]) if times[False] else None,
+            },
             "bit_operations_ratio": with_cache / max(1, sum(p.macs * 32 * 32 for p in planned)),
         }
     }

@@ -83,6 +83,7 @@ def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("full computations (NFC)", f"{cache['nfc']['mean']:.1f}{spread} of {cache['num_steps']} steps"),
             ("cache memory", f"{cache['nbytes'] / 1e6:.1f} MB"),
+            ("a full step, a cached step", _step_times(cache["seconds"])),
             ("bit-operations with the cache", f"{cache['bit_operations_ratio']:.3f} of float32"),
         ]
     rows += [
@@ -91,6 +92,12 @@ def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("bit-operations", f"{metrics['bit_operations']['ratio']:.3f} of float32"),
     ]
     return rows
+
+
+def _step_times(seconds: dict[str, float | None]) -> str:
+    full, skipped = seconds["full_step"], seconds["cached_step"]
+    assert full is not None
+    return f"{full * 1e3:.1f} ms" + (f", {skipped * 1e3:.1f} ms ({full / skipped:.1f}x)" if skipped else "")
 
 
 def check_output(output: Path, overwrite: bool) -> None:

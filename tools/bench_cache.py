@@ -29,7 +29,7 @@ from torch import Tensor
 from accuquant.calibrate import open_model
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
-from accuquant.core.predictors import Taylor
+from accuquant.core.predictors import Differences, Norm, Taylor
 from accuquant.core.schedule import ForecastErrors, input_error, interval_steps
 from accuquant.data import calibration_samples, held_out_samples
 from accuquant.evaluate import image_metrics
@@ -175,7 +175,8 @@ def details(out: Out = DEFAULT_OUT, threads: Annotated[int, typer.Option(help="T
         bench, done = None, {_key(row) for row in rows_of(out)}
         for nfc in (14, 10, 7):
             interval = INTERVALS[nfc]
-            norms, schemes = ("sample", "token", "channel", "batch"), ("taylor", "newton")
+            norms: tuple[Norm, ...] = ("sample", "token", "channel", "batch")
+            schemes: tuple[Differences, ...] = ("taylor", "newton")
             chosen = {f"norm {norm}": Cache(interval=interval, norm=norm) for norm in norms}
             for estimation in ("taylor", "rfe"):
                 for scheme in schemes:
