@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import flux_arguments, make_flux, make_pipeline, sampled
-from diffusers import DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel, HeunDiscreteScheduler
 from torch import Tensor
 
 from accuquant.core.schedule import RCS
@@ -142,6 +142,17 @@ def test_a_run_aborted_after_its_first_step_spoils_nothing(seed: int) -> None:
     assert stats.nfc <= expected.nfc + (1 if seed == 5 else 0)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_what_was_aborted_after_its_first_step_does_not_matter(order: int) -> None:
+    results = list[Tensor]()
+    for aborted in ([3, 4], [5, 6]):
+        pipeline = make_pipeline()
+        attach_cache(pipeline.transformer, Cache(interval=3, order=order))
+        abort_after(pipeline, 1, class_labels=aborted)
+        results.append(sampled(pipeline, labels=(7, 8)))
+    assert torch.equal(*results)
+
+
 # ---- bare loops: guidance in two calls
 
 
@@ -156,10 +167,9 @@ def latent_at(i: int, batch: int = 2) -> Tensor:
 
 
 @torch.no_grad()
-def call(model: DiTTransformer2DModel, i: int, label: int) -> Tensor:
-    batch = 2
+def call(model: DiTTransformer2DModel, i: int, label: int, batch: int = 2) -> Tensor:
     timestep = torch.full((batch,), TIMESTEPS[i])
-    prediction: Tensor = model(latent_at(i), timestep=timestep, class_labels=torch.full((batch,), label)).sample
+    prediction: Tensor = model(latent_at(i, batch), timestep=timestep, class_labels=torch.full((batch,), label)).sample
     return prediction
 
 
@@ -230,6 +240,18 @@ def test_guidance_that_ends_half_way_goes_on_with_what_is_left(pipeline: DiTPipe
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_another_batch_size_begins_a_new_trajectory_below_an_aborted_one(pipeline: DiTPipeline) -> None:
+    """Image to image starts at a lower noise level, so the timestep does not rise."""
+    model, fresh_model = copy.deepcopy(pipeline.transformer), copy.deepcopy(pipeline.transformer)
+    controllers = [attach_cache(m, EVERY_THIRD) for m in (model, fresh_model)]
+    for i in range(3):
+        call(model, i, COND, batch=2)
+    for i in range(4, 10):
+        assert torch.equal(call(model, i, COND, batch=3), call(fresh_model, i, COND, batch=3))
+    assert controllers[0].stats() == controllers[1].stats()
+    assert controllers[0].stats().full_steps == (0, 1, 4)
+
+
 # ---- named contexts
 
 
@@ -288,6 +310,16 @@ def test_full_timesteps_are_noise_levels_at_any_number_of_steps(pipeline: DiTPip
     assert torch.equal(found, expected)
     if steps == 10:
         assert stats.full_steps == (0, 1, 3, 6)
+
+
+def test_second_order_solvers_call_a_timestep_twice_in_one_trajectory(pipeline: DiTPipeline) -> None:
+    """Heun's 2 T - 1 calls are one trajectory of that many steps, not T trajectories of which none is cached."""
+    pipeline = make_pipeline()
+    pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
+    controller = attach_cache(pipeline.transformer, EVERY_THIRD)
+    sampled(pipeline)
+    assert controller.stats().num_steps == 2 * 10 - 1
+    assert controller.stats().full_steps == (0, 1, 4, 7, 10, 13, 16)
 
 
 def test_rcs_watches_the_first_cached_module(pipeline: DiTPipeline) -> None:

@@ -287,6 +287,38 @@ def test_skipped_modules_give_tuples_and_shapes_as_computed_ones(family: tuple[R
     assert bool(joint) == any(part in row.modules for part in ("ff_context", "txt_mlp"))
 
 
+def test_each_module_remembers_its_own_input_and_output(family: tuple[Row, nn.Module]) -> None:
+    """The two streams of joint attention each have their own; a fused block's input is what its norm gives."""
+    row, model = family
+    controller = attach_cache(model, HALF)
+    seen: dict[str, tuple[list[Tensor], Any]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            known = [*args, *(kwargs[k] for k in ("hidden_states", "encoder_hidden_states") if k in kwargs)]
+            seen[name] = [t for t in known if isinstance(t, Tensor)], output
+
+        return keep
+
+    blocks = {name.removesuffix(".proj_out") for name in controller.modules if name.endswith(".proj_out")}
+    watched = [*controller.modules, *(f"{block}.norm" for block in blocks)]
+    handles = [model.get_submodule(n).register_forward_hook(note(n), with_kwargs=True) for n in watched]
+    call(row, model, 0)
+    for handle in handles:
+        handle.remove()
+    detach_cache(model)
+    for name in controller.modules:
+        inputs, output = seen[name]
+        if name.endswith(".proj_out"):
+            inputs = [seen[name.removesuffix("proj_out") + "norm"][1][0]]
+        outputs = output if isinstance(output, tuple) else (output,)
+        memories = controller.memories["call 0", name]
+        assert len(memories) == len(outputs)
+        for memory, given, made in zip(memories, inputs, outputs, strict=False):
+            assert memory is not None and memory.input is not None
+            assert torch.equal(memory.input, given) and torch.equal(memory.factors[0], made)
+
+
 def count(work: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         work()

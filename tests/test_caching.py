@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -292,3 +293,12 @@ def test_factors_may_wait_elsewhere(pipeline: DiTPipeline, cached: Tensor) -> No
     with pytest.raises(NotImplementedError, match="meta"):
         sampled(pipeline)
     assert {t.device.type for ms in controller.memories.values() for m in ms if m for t in m.tensors()} == {"meta"}
+
+
+def test_a_cached_model_refuses_to_be_copied(pipeline: DiTPipeline) -> None:
+    """The hooks of a copy would go on running the original's weights."""
+    attach_cache(pipeline.transformer, EVERY_THIRD)
+    with pytest.raises(CacheError, match="disable_cache"):
+        copy.deepcopy(pipeline.transformer)
+    detach_cache(pipeline.transformer)
+    copy.deepcopy(pipeline.transformer)

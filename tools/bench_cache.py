@@ -7,11 +7,12 @@ tau was searched; the other schedules are the same for all. Each run is one line
     python tools/bench_cache.py details          # norms, differences, warm-up, and what RCS watches
     python tools/bench_cache.py latency          # on a machine that does nothing else
     python tools/bench_cache.py table            # Markdown
-    python tools/bench_cache.py plot             # PNG: errors over NFC, changes over time, the ratio s, modules
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import statistics
 import time
@@ -30,7 +31,7 @@ from accuquant.calibrate import open_model
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.predictors import Differences, Norm, Taylor
-from accuquant.core.schedule import ForecastErrors, input_error, interval_steps
+from accuquant.core.schedule import input_error, interval_steps
 from accuquant.data import calibration_samples, held_out_samples
 from accuquant.evaluate import image_metrics
 from accuquant.model.caching import MODULES, cached_modules
@@ -39,7 +40,7 @@ from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache
 from accuquant.recipe_file import load_recipe
-from accuquant.search import SEARCH_SAMPLES, cached, record_grams, search_cache
+from accuquant.search import SEARCH_SAMPLES, cached, search_cache
 
 app = typer.Typer(add_completion=False, help=__doc__)
 INTERVALS = {14: 4, 11: 5, 10: 6, 8: 7, 7: 9}  # NFC of the published table -> interval, with two leading full steps
@@ -61,6 +62,7 @@ class Bench:
     held_out: Conditions
     held_out_latents: Tensor
     inputs: list[Any]
+    seeds: list[int]
     classifier: DigitClassifier
 
     @classmethod
@@ -73,7 +75,9 @@ class Bench:
             sets.append(rollout.conditions(part.inputs, part.seeds))
             latents.append(rollout.trajectory(sets[-1])[0])
         classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
-        return cls(rollout, seed, sets[0], latents[0], sets[1], latents[1], samples[1].inputs, classifier)
+        return cls(
+            rollout, seed, sets[0], latents[0], sets[1], latents[1], samples[1].inputs, samples[1].seeds, classifier
+        )
 
     def search(self, config: Cache) -> Cache:
         return search_cache(self.rollout, self.calibration, self.calibration_latents, config, Reporter(quiet=True))
@@ -137,6 +141,8 @@ def run(
                     for name, config in methods(nfc, order)
                 ]
                 wanted.append(("diffusers' TaylorSeer", lambda b, n=nfc, m=order: diffusers_taylorseer(b, n, m)))  # type: ignore[misc]
+                if importlib.util.find_spec("cache_dit"):
+                    wanted.append(("cache-dit", lambda b, n=nfc, m=order: cache_dit_taylorseer(b, n, m)))  # type: ignore[misc]
                 for name, judged in wanted:
                     key = {"part": "table", "seed": seed, "nfc": nfc, "order": order, "method": name}
                     if _key(key) not in done:
@@ -165,6 +171,40 @@ def diffusers_taylorseer(bench: Bench, nfc: int, order: int) -> dict[str, Any]:
         registry.remove_hook("taylorseer_cache", recurse=True)
         handle.remove()
     return {"nfc_mean": sum(counted), "nfc_std": 0.0, "nbytes": 0} | bench.figures(final)
+
+
+def cache_dit_taylorseer(bench: Bench, nfc: int, order: int) -> dict[str, Any]:
+    """cache-dit with TaylorSeer at our full steps; it forecasts whole blocks, and always computes one (of six here)."""
+    rival, pipe, finals = importlib.import_module("cache_dit"), bench.rollout.pipeline, list[Tensor]()
+    mask = [int(i in interval_steps(50, INTERVALS[nfc], 2)) for i in range(50)]
+    config = rival.DBCacheConfig(
+        Fn_compute_blocks=1,
+        residual_diff_threshold=1e9,
+        max_warmup_steps=2,
+        steps_computation_mask=mask,
+        steps_computation_policy="static",
+        num_inference_steps=50,
+    )
+    rival.enable_cache(
+        pipe, cache_config=config, calibrator_config=rival.TaylorSeerCalibratorConfig(taylorseer_order=order)
+    )
+    counted, decode = [0], pipe.vae.decode
+    net = bench.rollout.denoiser.get_submodule("transformer_blocks.3.ff.net.0")
+    handle = net.register_forward_hook(lambda *_: counted.append(1))
+
+    def record(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        finals.append(latents * pipe.vae.config.scaling_factor)
+        return decode(latents, *args, **kwargs)
+
+    pipe.vae.decode = record  # DiTPipeline returns no latents
+    try:
+        generators = [torch.Generator().manual_seed(s) for s in bench.seeds]
+        pipe(bench.inputs, guidance_scale=1.5, num_inference_steps=50, generator=generators)
+    finally:
+        del pipe.vae.decode
+        handle.remove()
+        rival.disable_cache(pipe)
+    return {"nfc_mean": sum(counted), "nfc_std": 0.0, "nbytes": 0} | bench.figures(finals[0])
 
 
 @app.command()
@@ -281,67 +321,6 @@ def table(out: Out = DEFAULT_OUT) -> None:
                         for c in columns
                     ]
                     print(f"| {name} | {' | '.join(cells)} |")
-
-
-@app.command()
-def plot(out: Out = DEFAULT_OUT, interval: Annotated[int, typer.Option(help="Gap of the forecasts.")] = 4) -> None:
-    """Draw errors over NFC, and from one full trajectory the changes over time, the ratio s and the modules' errors."""
-    import matplotlib.pyplot as plt
-
-    bench, rows = Bench.of(0), [r for r in rows_of(out) if r["part"] == "table"]
-    inputs, outputs = record_grams(bench.rollout, bench.calibration, Cache(interval=4))
-    names = [n.removeprefix("transformer_blocks.") for n in cached_modules(bench.rollout.denoiser)[0]]
-    figure, axes = plt.subplots(3, 2, figsize=(13, 13), constrained_layout=True)
-
-    for axis, order in zip(axes[0], (1, 2), strict=True):
-        for name in dict.fromkeys(r["method"] for r in rows if r["order"] == order):
-            points = []
-            for nfc in INTERVALS:
-                found = [r["relative_l2"] for r in rows if (r["method"], r["nfc"], r["order"]) == (name, nfc, order)]
-                points += [(nfc, statistics.mean(found), min(found), max(found))] if found else []
-            x, mean, low, high = zip(*points, strict=True)
-            axis.plot(x, mean, marker="o", label=name)
-            axis.fill_between(x, low, high, alpha=0.15)
-        axis.set(title=f"order {order}", xlabel="NFC of 50 steps", ylabel="relative L2 of final latent", yscale="log")
-        axis.legend(fontsize=8)
-
-    own_in, own_out = (gram.diagonal(dim1=-2, dim2=-1) for gram in (inputs, outputs))
-    moved = [
-        (own[..., 1:] + own[..., :-1] - 2 * gram.diagonal(offset=1, dim1=-2, dim2=-1)).clamp_min(0).sqrt()
-        for own, gram in ((own_in, inputs), (own_out, outputs))
-    ]
-    for change, own, label in zip(moved, (own_in, own_out), ("input", "output"), strict=True):
-        relative = (change / own[..., 1:].sqrt()).mean(1)
-        axes[1, 0].plot(relative.mean(0), label=f"{label}, mean of modules")
-        axes[1, 0].fill_between(range(49), relative.amin(0), relative.amax(0), alpha=0.15)
-    axes[1, 0].set(title="change from step to step, of the modules", xlabel="step", ylabel="relative", yscale="log")
-    axes[1, 0].legend()
-    ratio = (moved[1] / moved[0]).mean(1)
-    for row, name in zip(ratio, names, strict=True):
-        axes[1, 1].plot(row / row.mean(), linewidth=0.9, label=name)
-    axes[1, 1].set(title="ratio s of each module, over its mean", xlabel="step", ylabel="s / mean", yscale="log")
-    axes[1, 1].legend(fontsize=6, ncols=2)
-
-    steps = interval_steps(50, interval, 2)
-    for label, order, relational in (("reuse", 0, False), ("Taylor 1", 1, False), ("RFE 1", 1, True)):
-        per_module, per_step = [], torch.zeros(50)
-        for k in range(len(names)):
-            errors = ForecastErrors(inputs[k : k + 1], outputs[k : k + 1], order, relational, 0.0)
-            total = 0.0
-            for before, full, after in zip((0, *steps), steps, (*steps[1:], 50), strict=False):
-                skipped = errors.at(before, full)[full + 1 : after]
-                total += float(skipped.sum())
-                per_step[full + 1 : after] += skipped.float() / len(names)
-            per_module.append((total / (50 - len(steps))) ** 0.5)
-        axes[2, 0].plot(names, per_module, marker="o", label=label)
-        axes[2, 1].plot(per_step.sqrt(), label=label)
-    axes[2, 0].set(title=f"forecast error of the modules, interval {interval}", ylabel="relative", yscale="log")
-    axes[2, 0].tick_params(axis="x", rotation=60)
-    axes[2, 1].set(title="forecast error over time, all modules", xlabel="step", ylabel="relative")
-    for axis in axes[2]:
-        axis.legend()
-    figure.savefig(out / "cache.png", dpi=90)
-    print(f"wrote {out / 'cache.png'}")
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ class RFE:
         found, ratio = _difference(memory, step, output, self.order, self.differences), None
         if memory is not None and memory.input is not None and len(found.factors) > 1:
             moved = norm_of(input - memory.input, self.norm)
-            ratio = norm_of(output - memory.factors[0], self.norm) / moved.clamp_min(TINY)
+            ratio = norm_of(output - memory.factors[0], self.norm) / moved  # inf or nan where the input stood still
         return Memory(found.steps, found.factors, input, ratio)
 
     def predict(self, memory: Memory, step: int, input: Tensor) -> Tensor:
@@ -105,6 +105,7 @@ class RFE:
             return memory.factors[0] + change
         moved = norm_of(input - memory.input, self.norm)
         scale = memory.ratio * moved / norm_of(change, self.norm).clamp_min(TINY)
+        scale = torch.where(memory.ratio.isfinite(), scale, 1.0)  # Taylor's change
         return memory.factors[0] + (scale * change).to(change.dtype)
 
 

@@ -50,9 +50,9 @@ class RCS:
         self.accumulated = 0.0
         self.history: list[float] = []  # e of each step, for plots
 
-    def is_full(self, step: int, input: Tensor) -> bool:
+    def is_full(self, step: int, input: Tensor, forced: bool = False) -> bool:
         """Decide step ``step`` from the watched input (B, ..., C), and remember it if the step is full."""
-        full = self.memory is None or step < self.warmup
+        full = forced or self.memory is None or step < self.warmup
         error = 0.0
         if self.memory is not None:
             error = input_error(input, self.forecast.predict(self.memory, step, input))

@@ -2,8 +2,9 @@
 
 It learns of every call of the denoiser, in pipelines that name their calls (`cache_context`) and in those that do not:
 
-- a timestep above the last one, another batch size, or a context called twice at one timestep begins a new trajectory;
-- without named contexts, calls at one timestep with the same latent are the calls of guidance, told apart by order.
+- a timestep above the last one, another batch size, or another latent at the first timestep begins a new trajectory;
+- without named contexts, calls at one timestep with the same latent are the calls of guidance, told apart by order;
+- a later timestep that is called again with another latent is a step of its own (Heun, PNDM).
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Controller:
     def _forget(self) -> None:
         self.step, self.timestep, self.batch = -1, float("inf"), 0
         self.context, self.calls, self.calls_before = "", list[str](), 0
+        self.named = self.forced = False
         self.full: bool | None = None
         self.latent: Tensor | None = None
         self.memories: dict[tuple[str, str], tuple[Memory | None, ...]] = {}
@@ -84,9 +86,11 @@ class Controller:
         """The denoiser is called."""
         same = timestep == self.timestep
         repeated = name in self.calls if name else self.latent is not None and not _equal(self.latent, latent)
-        if timestep > self.timestep or (same and repeated) or (not same and self.batch not in (0, len(latent))):
+        again = same and bool(repeated)
+        if timestep > self.timestep or (again and self.step == 0) or (not same and self.batch not in (0, len(latent))):
             self.reset()
-            same = False
+        same = same and not again and self.step >= 0
+        self.named = name is not None
         if not same:
             self._next_step(timestep, len(latent))
         self.context = name or f"call {len(self.calls)}"
@@ -95,14 +99,16 @@ class Controller:
 
     def _next_step(self, timestep: float, batch: int) -> None:
         before, now = self.calls_before, len(self.calls)
-        self.step, self.timestep, self.batch = self.step + 1, timestep, batch
+        self.step, self.timestep, self.batch, self.forced = self.step + 1, timestep, batch, False
         self.full = self._scheduled(timestep)
         # Unnamed calls at the first timestep may have been a trajectory that was aborted right there: two calls are
         # believed to be guidance only when the second step has two as well.
-        if self.step == 1 and now > 1:
-            self.full = True
-        if self.step >= 2 and now != before:
+        if not self.named and self.step == 1 and now > 1:
+            self.forced = True
+        if not self.named and self.step >= 2 and now != before:
             self.memories = {key: _restarted(m) for key, m in self.memories.items() if key[0] in self.calls}
+            self.forced = True
+        if self.forced and self.rcs is None:
             self.full = True
         self.calls_before, self.calls = now, []
         self.trace.full.append(bool(self.full))
@@ -125,7 +131,7 @@ class Controller:
         """Whether this module is computed now; the first question in a step is what RCS answers by its input."""
         if self.full is None:
             assert self.rcs is not None
-            self.full = self.rcs.is_full(self.step, input)
+            self.full = self.rcs.is_full(self.step, input, self.forced)
             self.trace.input_errors.append(self.rcs.history[-1])
             self.trace.full[-1] = self.full
         known = (self.context, module) in self.memories
@@ -146,6 +152,8 @@ class Controller:
             memories.append(self.forecast.update(memory, self.step, stored, input))
         self.memories[key] = tuple(memories)
         self.trace.nbytes = max(self.trace.nbytes, sum(m.nbytes() for ms in self.memories.values() for m in ms if m))
+        if self.config.num_inference_steps == self.step + 1:
+            del self.memories[key]  # before the decoder needs the room
 
     def predict(self, module: str, inputs: tuple[Tensor, ...]) -> Any:
         key, outputs = (self.context, module), list[Tensor | None]()
@@ -157,7 +165,7 @@ class Controller:
             output = self.forecast.predict(memory, self.step, self._stored(input))
             outputs.append(output.to(input.device, input.dtype))
         if self.config.num_inference_steps == self.step + 1:
-            del self.memories[key]  # before the decoder needs the room
+            del self.memories[key]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _stored(self, tensor: Tensor) -> Tensor:

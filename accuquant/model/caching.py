@@ -32,10 +32,23 @@ class CacheError(RecipeError):
     """A cache that cannot be put on this model, or is already there."""
 
 
-class Calls(ModelHook):
-    """On the denoiser: tells the controller of each call, and of a pipeline's reset."""
+class Hook(ModelHook):
+    """What ours have in common."""
+
+    wrapper: Any = None  # the module's forward once the hook is on
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        raise CacheError("a copy of a cached model would run the original's weights; call disable_cache before copying")
+
+
+class Calls(Hook):
+    """On the denoiser: tells the controller of each call, and of a pipeline's reset.
+
+    Calls are followed by a pre-hook of torch's: offloading puts back forward methods as it found them.
+    """
 
     _is_stateful = True
+    handle: Any = None  # of the pre-hook
 
     def __init__(self, controller: Controller) -> None:
         super().__init__()
@@ -46,14 +59,13 @@ class Calls(ModelHook):
         return module
 
     @_eager
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def follow(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = dict(zip(self.names, args, strict=False)) | kwargs
         timestep, latent = given["timestep"], given["hidden_states" if "hidden_states" in given else "sample"]
         # the largest: image-to-video models give frames that are known already the timestep 0
         value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
         context = self.contexts._context
         self.controller.enter(context.name if context else None, value, latent)
-        return args, kwargs
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.controller.reset()
@@ -61,7 +73,7 @@ class Calls(ModelHook):
         return module
 
 
-class Cached(ModelHook):
+class Cached(Hook):
     """On a cached module: computes and remembers, or forecasts.
 
     Args:
@@ -84,7 +96,7 @@ class Cached(ModelHook):
         return output
 
 
-class Tap(ModelHook):
+class Tap(Hook):
     """On a fused block's norm: keeps its output, which is the input of attention and MLP both."""
 
     def __init__(self, controller: Controller, block: str) -> None:
@@ -97,7 +109,7 @@ class Tap(ModelHook):
         return output
 
 
-class Skipped(ModelHook):
+class Skipped(Hook):
     """On a fused block's attention and MLP projection: nothing is computed where their projection is forecast."""
 
     def __init__(self, controller: Controller, block: str) -> None:
@@ -122,12 +134,14 @@ def attach_cache(denoiser: nn.Module, config: Cache) -> Controller:
     """
     if controller_of(denoiser) is not None or getattr(denoiser, "is_cache_enabled", False):
         raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
-    if config.full_timesteps is None and (config.target_nfc or config.target_seconds):
+    if config.searches:
         raise CacheError("target_nfc and target_seconds need a search: give enable_cache the whole pipeline")
     names, fused = cached_modules(denoiser, config.modules)
     controller = Controller(config, (*names, *(f"{block}.proj_out" for block in fused)))
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    registry.register_hook(Calls(controller), HOOK)
+    calls = Calls(controller)
+    _hook(denoiser, calls)
+    calls.handle = denoiser.register_forward_pre_hook(calls.follow, with_kwargs=True)
     for name in names:
         _hook(denoiser.get_submodule(name), Cached(controller, name))
     for block in fused:
@@ -155,7 +169,16 @@ def detach_cache(denoiser: nn.Module) -> None:
         registry = vars(module).get("_diffusers_hook")
         if registry is None or HOOK not in registry.hooks:
             continue
+        hook = registry.hooks[HOOK]
+        if isinstance(hook, Calls):
+            hook.handle.remove()
+        outer, last = vars(module)["forward"], registry._hook_order[-1] == HOOK
+        on_top = last and outer is not hook.wrapper and vars(module).get("_old_forward") is hook.wrapper
         registry.remove_hook(HOOK, recurse=False)
+        if on_top:  # accelerate came later and called ours
+            module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+        elif last and outer is not hook.wrapper:  # ours is gone already: accelerate has put back what it had found
+            module.forward = outer
         forward = vars(module).get("forward")
         if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
             del module.forward
@@ -207,8 +230,9 @@ def in_cache(name: str, cached: tuple[str, ...]) -> bool:
     return False
 
 
-def _hook(module: nn.Module, hook: ModelHook) -> None:
+def _hook(module: nn.Module, hook: Hook) -> None:
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    hook.wrapper = module.forward
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -1,0 +1,81 @@
+"""Draws what tools/bench_cache.py measured, and why: errors over NFC, changes over time, the ratio s, modules.
+
+python tools/plot_cache.py    # writes cache.png beside the results
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import matplotlib.pyplot as plt
+import torch
+import typer
+from bench_cache import DEFAULT_OUT, INTERVALS, Bench, Out, rows_of
+
+from accuquant.core.schedule import ForecastErrors, interval_steps
+from accuquant.model.caching import cached_modules
+from accuquant.recipe import Cache
+from accuquant.search import record_grams
+
+
+def main(out: Out = DEFAULT_OUT) -> None:
+    """Draw errors over NFC, and from one full trajectory the changes over time, the ratio s and the modules' errors."""
+    interval = 4
+    bench, rows = Bench.of(0), [r for r in rows_of(out) if r["part"] == "table"]
+    inputs, outputs = record_grams(bench.rollout, bench.calibration, Cache(interval=4))
+    names = [n.removeprefix("transformer_blocks.") for n in cached_modules(bench.rollout.denoiser)[0]]
+    figure, axes = plt.subplots(3, 2, figsize=(13, 13), constrained_layout=True)
+
+    for axis, order in zip(axes[0], (1, 2), strict=True):
+        for name in dict.fromkeys(r["method"] for r in rows if r["order"] == order):
+            points = []
+            for nfc in INTERVALS:
+                found = [r["relative_l2"] for r in rows if (r["method"], r["nfc"], r["order"]) == (name, nfc, order)]
+                points += [(nfc, statistics.mean(found), min(found), max(found))] if found else []
+            x, mean, low, high = zip(*points, strict=True)
+            axis.plot(x, mean, marker="o", label=name)
+            axis.fill_between(x, low, high, alpha=0.15)
+        axis.set(title=f"order {order}", xlabel="NFC of 50 steps", ylabel="relative L2 of final latent", yscale="log")
+        axis.legend(fontsize=8)
+
+    own_in, own_out = (gram.diagonal(dim1=-2, dim2=-1) for gram in (inputs, outputs))
+    moved = [
+        (own[..., 1:] + own[..., :-1] - 2 * gram.diagonal(offset=1, dim1=-2, dim2=-1)).clamp_min(0).sqrt()
+        for own, gram in ((own_in, inputs), (own_out, outputs))
+    ]
+    for change, own, label in zip(moved, (own_in, own_out), ("input", "output"), strict=True):
+        relative = (change / own[..., 1:].sqrt()).mean(1)
+        axes[1, 0].plot(relative.mean(0), label=f"{label}, mean of modules")
+        axes[1, 0].fill_between(range(49), relative.amin(0), relative.amax(0), alpha=0.15)
+    axes[1, 0].set(title="change from step to step, of the modules", xlabel="step", ylabel="relative", yscale="log")
+    axes[1, 0].legend()
+    ratio = (moved[1] / moved[0]).mean(1)
+    for row, name in zip(ratio, names, strict=True):
+        axes[1, 1].plot(row / row.mean(), linewidth=0.9, label=name)
+    axes[1, 1].set(title="ratio s of each module, over its mean", xlabel="step", ylabel="s / mean", yscale="log")
+    axes[1, 1].legend(fontsize=6, ncols=2)
+
+    steps = interval_steps(50, interval, 2)
+    for label, order, relational in (("reuse", 0, False), ("Taylor 1", 1, False), ("RFE 1", 1, True)):
+        per_module, per_step = [], torch.zeros(50)
+        for k in range(len(names)):
+            errors = ForecastErrors(inputs[k : k + 1], outputs[k : k + 1], order, relational, 0.0)
+            total = 0.0
+            for before, full, after in zip((0, *steps), steps, (*steps[1:], 50), strict=False):
+                skipped = errors.at(before, full)[full + 1 : after]
+                total += float(skipped.sum())
+                per_step[full + 1 : after] += skipped.float() / len(names)
+            per_module.append((total / (50 - len(steps))) ** 0.5)
+        axes[2, 0].plot(names, per_module, marker="o", label=label)
+        axes[2, 1].plot(per_step.sqrt(), label=label)
+    axes[2, 0].set(title=f"forecast error of the modules, interval {interval}", ylabel="relative", yscale="log")
+    axes[2, 0].tick_params(axis="x", rotation=60)
+    axes[2, 1].set(title="forecast error over time, all modules", xlabel="step", ylabel="relative")
+    for axis in axes[2]:
+        axis.legend()
+    figure.savefig(out / "cache.png", dpi=90)
+    print(f"wrote {out / 'cache.png'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
