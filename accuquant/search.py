@@ -13,8 +13,6 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +23,8 @@ from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import ForecastErrors, best_steps, interval_steps
 from accuquant.data import draw
-from accuquant.model.cache_state import CacheStats, Controller
-from accuquant.model.caching import CacheError, attach_cache, controller_of, detach_cache
+from accuquant.model.cache_state import CacheStats
+from accuquant.model.caching import CacheError, attach_cache, cached, controller_of, detach_cache
 from accuquant.model.families import family_of
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Sampling
@@ -109,16 +107,6 @@ def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
         if isinstance(module := getattr(target, name, None), nn.Module):
             return module
     raise CacheError(f"{type(target).__name__} has neither a transformer nor a unet to cache")
-
-
-@contextmanager
-def cached(denoiser: nn.Module, config: Cache) -> Iterator[Controller]:
-    """A cache for as long as the block runs."""
-    controller = attach_cache(denoiser, config)
-    try:
-        yield controller
-    finally:
-        detach_cache(denoiser)
 
 
 def search_cache(

@@ -34,13 +34,13 @@ from accuquant.core.predictors import Differences, Norm, Taylor
 from accuquant.core.schedule import input_error, interval_steps
 from accuquant.data import calibration_samples, held_out_samples
 from accuquant.evaluate import image_metrics
-from accuquant.model.caching import MODULES, cached_modules
+from accuquant.model.caching import MODULES, cached, cached_modules
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache
 from accuquant.recipe_file import load_recipe
-from accuquant.search import SEARCH_SAMPLES, cached, search_cache
+from accuquant.search import SEARCH_SAMPLES, search_cache
 
 app = typer.Typer(add_completion=False, help=__doc__)
 INTERVALS = {14: 4, 11: 5, 10: 6, 8: 7, 7: 9}  # NFC of the published table -> interval, with two leading full steps

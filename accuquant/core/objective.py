@@ -56,7 +56,7 @@ def group_gradient(
         variances: (T + 1,) marginal variance of the latents, needed by ``gradient="variance"``.
         initial: (B, C, H, W) latent to start from instead of ``latents[start]``.
     """
-    x, eps = _history(solver, latents, predictions, start, stop)
+    x, eps = group_history(solver, latents, predictions, start, stop)
     if initial is not None:
         x[start] = initial
     with torch.no_grad():  # all but the last step; that one's graph is needed at once
@@ -68,15 +68,12 @@ def group_gradient(
     last = denoise(stop - 1, last_latent)
     eps[stop - 1] = last.detach()
     x[stop] = solver.step(stop - 1, x, eps)
-    value, error = _errors(x, latents, start, stop, loss)
+    value, error = group_errors(x, latents, start, stop, loss)
 
     # v[k] = dL/dx~_k as the chosen mode sees it
     v: dict[int, Tensor] = {stop: error[stop]}
     for i in reversed(range(start, stop)):
-        cotangent = torch.zeros_like(x[i])
-        for k in range(i, stop):
-            if solver.B[k, i] != 0:
-                cotangent += float(solver.B[k, i]) * v[k + 1]
+        cotangent = prediction_cotangent(solver, v, i, stop)
         if i == stop - 1:
             latent, prediction = last_latent, last
         else:
@@ -84,11 +81,20 @@ def group_gradient(
             prediction = denoise(i, latent)
         torch.autograd.backward([prediction], [cotangent])  # frees this step's graph
         if i > start:
-            v[i] = _latent_cotangent(gradient, solver, v, error, latent, i, stop, variances)
+            v[i] = latent_cotangent(gradient, solver, v, error, latent, i, stop, variances)
     return float(value.detach())
 
 
-def _latent_cotangent(
+def prediction_cotangent(solver: LinearSolver, v: dict[int, Tensor], i: int, stop: int) -> Tensor:
+    """c_i = sum_k B_ki v_{k+1}: what the group's loss wants of the prediction at step i."""
+    cotangent = torch.zeros_like(v[stop])
+    for k in range(i, stop):
+        if solver.B[k, i] != 0:
+            cotangent += float(solver.B[k, i]) * v[k + 1]
+    return cotangent
+
+
+def latent_cotangent(
     gradient: Gradient,
     solver: LinearSolver,
     v: dict[int, Tensor],
@@ -125,16 +131,16 @@ def full_gradient(
     loss: Loss = "terminal",
 ) -> float:
     """The same loss by plain back-propagation through all M steps; memory grows with M. Oracle and baseline."""
-    x, eps = _history(solver, latents, predictions, start, stop)
+    x, eps = group_history(solver, latents, predictions, start, stop)
     for i in range(start, stop):
         eps[i] = denoise(i, x[i])
         x[i + 1] = solver.step(i, x, eps)
-    value, _ = _errors(x, latents, start, stop, loss)
+    value, _ = group_errors(x, latents, start, stop, loss)
     value.backward()
     return float(value.detach())
 
 
-def _history(
+def group_history(
     solver: LinearSolver, latents: Tensor, predictions: Tensor, start: int, stop: int
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Full-precision latents and predictions that the group's updates read, the group's first latent among them."""
@@ -147,7 +153,7 @@ def _displacement(latents: Tensor, start: int, stop: int) -> Tensor:
     return (latents[stop] - latents[start]).square().sum().clamp_min(1e-12)
 
 
-def _errors(
+def group_errors(
     x: dict[int, Tensor], latents: Tensor, start: int, stop: int, loss: Loss
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Loss value and its own gradient at each compared latent."""

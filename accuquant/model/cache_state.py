@@ -59,6 +59,7 @@ class Controller:
         self.config, self.modules = config, modules
         self.forecast = forecast_of(config)
         self.last = Trace()
+        self.driven = False
         order = max(1, config.forecast_order)
         self.rcs = RCS(config.tau, order, config.warmup, config.max_gap) if config.tau is not None else None
         self._forget()
@@ -84,6 +85,8 @@ class Controller:
 
     def enter(self, name: str | None, timestep: float, latent: Tensor) -> None:
         """The denoiser is called."""
+        if self.driven:
+            return
         same = timestep == self.timestep
         repeated = name in self.calls if name else self.latent is not None and not _equal(self.latent, latent)
         again = same and bool(repeated)
@@ -96,6 +99,14 @@ class Controller:
         self.context = name or f"call {len(self.calls)}"
         self.calls.append(self.context)
         self.latent = latent
+
+    def drive(
+        self, context: str, step: int, full: bool, memories: dict[tuple[str, str], tuple[Memory | None, ...]]
+    ) -> None:
+        """Have the next calls be this step, full or not, from these memories; new ones keep their graph."""
+        self.driven, self.context, self.step, self.full = True, context, step, full
+        self.memories = dict(memories)
+        self.trace.full = [full]
 
     def _next_step(self, timestep: float, batch: int) -> None:
         before, now = self.calls_before, len(self.calls)
@@ -170,7 +181,8 @@ class Controller:
 
     def _stored(self, tensor: Tensor) -> Tensor:
         dtype = getattr(torch, self.config.factors_dtype) if self.config.factors_dtype else tensor.dtype
-        return tensor.detach().to(self.config.factors_device or tensor.device, dtype)
+        tensor = tensor if self.driven else tensor.detach()
+        return tensor.to(self.config.factors_device or tensor.device, dtype)
 
     def stats(self) -> CacheStats:
         trace = self.trace if self.step >= 0 else self.last

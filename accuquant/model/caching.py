@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -189,6 +190,16 @@ def detach_cache(denoiser: nn.Module) -> None:
     vars(denoiser).pop("_reset_stateful_cache", None)
     if "_diffusers_hook" in vars(denoiser):
         denoiser._diffusers_hook.invalidate_child_registries_cache()  # type: ignore[union-attr, operator]
+
+
+@contextmanager
+def cached(denoiser: nn.Module, config: Cache) -> Iterator[Controller]:
+    """A cache for as long as the block runs."""
+    controller = attach_cache(denoiser, config)
+    try:
+        yield controller
+    finally:
+        detach_cache(denoiser)
 
 
 def controller_of(denoiser: nn.Module) -> Controller | None:
