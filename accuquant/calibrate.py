@@ -20,8 +20,9 @@ from torch import Tensor
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.data import Samples, Split, calibration_samples, draw, load_split
-from accuquant.evaluate import HeldOut, evaluate, held_out_reference, latent_metrics, sample
+from accuquant.evaluate import evaluate
 from accuquant.export import check_output, model_card, publish
+from accuquant.measure import HeldOut, held_out_reference, latent_metrics, sample
 from accuquant.model.caching import cached_modules
 from accuquant.model.checkpoint import harden_model, store_cache
 from accuquant.model.clock import StepClock

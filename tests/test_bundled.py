@@ -12,7 +12,7 @@ from diffusers import DiTPipeline
 from test_rollout import decoder_input
 
 from accuquant.calibrate import describe, open_model
-from accuquant.evaluate import cost_metrics
+from accuquant.measure import cost_metrics
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import BUNDLED
 from accuquant.model.rollout import Rollout

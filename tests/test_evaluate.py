@@ -16,7 +16,8 @@ from torch import Tensor
 from accuquant.calibrate import calibrate
 from accuquant.console import Reporter
 from accuquant.data import load_split
-from accuquant.evaluate import evaluate, image_metrics, latent_metrics, load_export, recipe_of
+from accuquant.evaluate import evaluate, load_export, recipe_of
+from accuquant.measure import image_metrics, latent_metrics
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.layers import quantized_layers
 from accuquant.model.rollout import Rollout

@@ -22,7 +22,7 @@ import typer
 
 from accuquant.calibrate import Session, open_model, prepare
 from accuquant.console import Reporter
-from accuquant.evaluate import HeldOut, held_out_reference, latent_metrics
+from accuquant.measure import HeldOut, held_out_reference, latent_metrics
 from accuquant.model.layers import TrainableLayer, set_arithmetic
 from accuquant.optimise import REFRESHES
 from accuquant.recipe import Recipe

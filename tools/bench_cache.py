@@ -33,7 +33,7 @@ from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.predictors import Differences, Norm, Taylor
 from accuquant.core.schedule import input_error, interval_steps
 from accuquant.data import calibration_samples, held_out_samples
-from accuquant.evaluate import image_metrics
+from accuquant.measure import image_metrics
 from accuquant.model.caching import MODULES, cached, cached_modules
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import resolve
