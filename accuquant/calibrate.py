@@ -9,64 +9,27 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from accuquant.console import Reporter
-from accuquant.core.metrics import relative_l2
-from accuquant.data import Samples, Split, calibration_samples, draw, load_split
+from accuquant.data import calibration_samples
 from accuquant.evaluate import evaluate
 from accuquant.export import check_output, model_card, publish
 from accuquant.measure import HeldOut, held_out_reference, latent_metrics, sample
-from accuquant.model.caching import cached_modules
+from accuquant.model.caching import cached
 from accuquant.model.checkpoint import harden_model, store_cache
-from accuquant.model.clock import StepClock
-from accuquant.model.families import load_pipeline, set_scheduler
-from accuquant.model.layers import TrainableLayer, quantize_model
-from accuquant.model.plan import PlannedModule, count_macs, plan_modules
-from accuquant.model.rollout import Rollout
-from accuquant.optimise import Reference, Tuner
+from accuquant.model.plan import PlannedModule, count_macs
+from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 from accuquant.recipe_file import dump_recipe
 from accuquant.search import SEARCH_SAMPLES, search_cache, search_calls
+from accuquant.session import VALIDATION_SAMPLES, Session, open_model, prepare, validation_error
 
 AUTO_CANDIDATES = (1, 2, 5)
 AUTO_SHARE = 0.25  # of the budget, spent on each candidate's trial
-VALIDATION_SAMPLES = 8
-VALIDATION_SEED_OFFSET = 500_000  # noise that neither calibration nor evaluation uses
-OBSERVED_VALUES = 16384  # activations kept per module and timestep group for the scale search
-
-
-@dataclass
-class Session:
-    """A model ready to be tuned: quantized in place, with initial scales and its full-precision reference."""
-
-    recipe: Recipe
-    rollout: Rollout
-    clock: StepClock
-    planned: list[PlannedModule]
-    layers: dict[str, TrainableLayer]
-    reference: Reference
-    validation: Reference
-
-    def tuner(self, objective: Objective, steps_per_group: int) -> Tuner:
-        tuned = {p.name: self.layers[p.name] for p in self.planned if p.tune}
-        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, self.recipe.data.seed, steps_per_group)
-
-    def snapshot(self) -> dict[str, dict[str, Tensor]]:
-        """Everything calibration may change."""
-        return {n: {k: v.clone() for k, v in layer.state_dict().items()} for n, layer in self.layers.items()}
-
-    def restore(self, snapshot: dict[str, dict[str, Tensor]]) -> None:
-        for name, layer in self.layers.items():
-            if "rounding_logits" not in snapshot[name]:
-                layer.rounding_logits = None
-            layer.load_state_dict(snapshot[name])
 
 
 def calibrate(
@@ -99,20 +62,26 @@ def calibrate(
     initial = _initial_metrics(session, held_out, reporter, partial / "initial.json")
     started = time.monotonic()
     tuner, tried = tune(session, reporter, partial, resume)
+    history, cache, naive = tuner.history, None, None
+    if recipe.cache is not None:
+        cache = _cache(recipe.cache, session, reporter, partial / "cache.json")
+        naive = _naive_metrics(session, cache, held_out, reporter, partial / "naive.json")
+        history = history + tune_cached(session, cache, tuner, reporter, partial, resume)
 
     staging = partial / "export"
     shutil.rmtree(staging, ignore_errors=True)
     harden_model(rollout.denoiser, session.clock)
-    if recipe.cache is not None:
-        store_cache(rollout.denoiser, _cache(recipe.cache, session, reporter, partial / "cache.json"))
+    if cache is not None:
+        store_cache(rollout.denoiser, cache)
     rollout.pipeline.save_pretrained(staging, max_shard_size=recipe.export.max_shard_size)
     (staging / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     record = {
         "initial": initial,
+        "naive": naive,
         "calibration": {
-            "history": tuner.history,
-            "network_evaluations": tuner.network_evaluations,
-            "seconds": round(tuner.seconds, 1),
+            "history": history,
+            "network_evaluations": history[-1]["network_evaluations"] if history else 0,
+            "seconds": round(history[-1]["seconds"], 1) if history else 0.0,
             "steps_per_group": tuner.steps_per_group,
             "gradient": recipe.objective.gradient,
             "loss": recipe.objective.loss,
@@ -126,62 +95,6 @@ def calibrate(
     publish(staging, output)
     shutil.rmtree(partial)
     return output
-
-
-def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
-    """Load pipeline and data names and apply the rules; whatever is wrong with a recipe shows here.
-
-    Raises:
-        RecipeError: see `load_pipeline`, `plan_modules`, `load_split` and `Rollout`.
-    """
-    pipeline = load_pipeline(recipe.model)
-    set_scheduler(pipeline, recipe.sampling.scheduler)
-    rollout = Rollout(pipeline, recipe.sampling)
-    planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
-    if recipe.cache is not None:
-        cached_modules(rollout.denoiser, recipe.cache.modules)
-    split = load_split(recipe.data, rollout.family.condition)
-    if rollout.family.condition == "class_id":
-        highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
-        if highest >= count:
-            raise RecipeError(f"data.path: {recipe.data.path} has class_id {highest}; this model has 0 to {count - 1}")
-    return rollout, planned, split
-
-
-def prepare(
-    recipe: Recipe,
-    rollout: Rollout,
-    planned: list[PlannedModule],
-    split: Split,
-    reporter: Reporter,
-    kept: Path | None = None,
-) -> Session:
-    """Sample the references in full precision, replace the modules, and find the initial scales.
-
-    Args:
-        kept: file that keeps the reference trajectories, so that a resumed run need not sample them again.
-    """
-    samples = calibration_samples(split, recipe.data)
-    checked = draw(split.calibration, VALIDATION_SAMPLES, recipe.data.seed * 100_000 + VALIDATION_SEED_OFFSET)
-    reference = _reference(rollout, samples, checked, recipe, reporter, kept)
-    index = torch.arange(len(samples) + len(checked), device=reference.latents.device)
-
-    specs = {p.name: p.spec for p in planned if p.spec is not None}
-    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
-    search = recipe.quantization.initialization == "mse"
-    reporter.detail(f"initial weight scales of {len(specs)} modules ({recipe.quantization.initialization})")
-    layers = quantize_model(rollout.denoiser, specs, clock, search)
-    session = Session(
-        recipe,
-        rollout,
-        clock,
-        planned,
-        layers,
-        reference.take(index[: len(samples)]),
-        reference.take(index[len(samples) :]),
-    )
-    _activation_scales(session, search, reporter)
-    return session
 
 
 def tune(session: Session, reporter: Reporter, partial: Path, resume: bool) -> tuple[Tuner, dict[str, float]]:
@@ -210,6 +123,27 @@ def tune(session: Session, reporter: Reporter, partial: Path, resume: bool) -> t
     return tuner, tried
 
 
+def tune_cached(
+    session: Session, cache: Cache, alone: Tuner, reporter: Reporter, partial: Path, resume: bool
+) -> list[dict[str, Any]]:
+    """Go on calibrating with the cache on; returns the updates' records, counted on from those without it."""
+    objective, state = session.recipe.objective, partial / "state-cached.safetensors"
+    if not objective.cached_iterations:
+        return []
+    objective = objective.model_copy(update={"iterations": objective.cached_iterations, "warmup_fraction": 0.0})
+    tuner = session.tuner(objective, alone.steps_per_group, cache)
+    if resume and state.is_file():
+        tuner.load(state)
+    with reporter.bar("calibrating with the cache on", objective.iterations, len(tuner.history)) as advance:
+        tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
+    before = {
+        "iteration": len(alone.history),
+        "network_evaluations": alone.network_evaluations,
+        "seconds": alone.seconds,
+    }
+    return [entry | {k: round(entry[k] + before[k], 3) for k in before} for entry in tuner.history]
+
+
 def equal_cost(objective: Objective, steps_per_group: int) -> Objective:
     """The same number of network evaluations that ``iterations`` updates with M = 1 make; one update makes 2 M - 1."""
     iterations = max(1, round(objective.iterations / (2 * steps_per_group - 1))) if objective.iterations else 0
@@ -230,12 +164,6 @@ def try_steps_per_group(session: Session, reporter: Reporter) -> dict[str, float
             session.restore(start)
             advance(f"M = {m}: {tried[str(m)]:.4f}")
     return tried
-
-
-def validation_error(session: Session) -> float:
-    """Relative L2 of the final latent on the session's validation noise, as the model is now."""
-    latents, _ = session.rollout.trajectory(session.validation.conditions)
-    return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
 
 def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
@@ -271,62 +199,6 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     }
 
 
-def _reference(
-    rollout: Rollout, samples: Samples, checked: Samples, recipe: Recipe, reporter: Reporter, kept: Path | None
-) -> Reference:
-    """Full-precision trajectories of calibration and validation samples, in this order."""
-    conditions = rollout.conditions(samples.inputs + checked.inputs, samples.seeds + checked.seeds)
-    if kept is not None and kept.is_file():
-        found = load_file(kept, device=str(conditions.noise.device))
-        return Reference(found["latents"], found["predictions"], conditions)
-    batches = conditions.batches(recipe.objective.batch_size)
-    parts = []
-    with reporter.bar("sampling calibration set, full precision", rollout.num_steps * len(batches)) as advance:
-        for batch in batches:
-            parts.append(rollout.trajectory(batch, lambda: advance("")))
-    latents, predictions = (torch.cat([p[k] for p in parts], 1) for k in (0, 1))
-    if kept is not None:
-        temporary = kept.with_suffix(".tmp")
-        save_file({"latents": latents.contiguous(), "predictions": predictions.contiguous()}, temporary)
-        temporary.rename(kept)
-    return Reference(latents, predictions, conditions)
-
-
-@torch.no_grad()
-def _activation_scales(session: Session, search: bool, reporter: Reporter) -> None:
-    """Static scales per timestep group, from the inputs modules see along the full-precision trajectories."""
-    observed = {n: layer for n, layer in session.layers.items() if layer.spec.static}
-    if not observed:
-        return
-    rollout, reference, clock = session.rollout, session.reference, session.clock
-    groups = torch.tensor([clock.group_of(float(t)) for t in rollout.timesteps])
-    values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(clock.num_groups)] for n in observed}
-    chosen = torch.arange(
-        min(len(reference.conditions), session.recipe.objective.batch_size), device=reference.latents.device
-    )
-    conditions = reference.conditions.take(chosen)
-
-    def observe(layer: TrainableLayer, tokens: Tensor) -> None:
-        share = OBSERVED_VALUES // int((groups == clock.group).sum())
-        flat = tokens.flatten()
-        picked = torch.randint(len(flat), (share,), generator=torch.Generator().manual_seed(0)).to(flat.device)
-        # the ends always belong to the sample: round-to-nearest covers the whole range
-        values[layer.name][clock.group].append(torch.cat([flat[picked], flat.min()[None], flat.max()[None]]))
-
-    for layer in session.layers.values():
-        layer.quantized = False
-    for layer in observed.values():
-        layer.observer = observe
-    with reporter.bar("activation scales", rollout.num_steps) as advance:
-        for i in range(rollout.num_steps):
-            rollout.predict(i, reference.latents[i][chosen], conditions)
-            advance("")
-    for layer in session.layers.values():
-        layer.observer, layer.quantized = None, True
-    for name, layer in observed.items():
-        layer.set_activation_scale([torch.cat(v) for v in values[name]], search)
-
-
 def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> Cache:
     """The recipe's cache with its target searched for on the quantized model, against full precision."""
     if not config.searches:
@@ -340,6 +212,18 @@ def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> C
     )
     kept.write_text(config.model_dump_json(), encoding="utf-8")
     return config
+
+
+def _naive_metrics(session: Session, cache: Cache, held_out: HeldOut, reporter: Reporter, kept: Path) -> dict[str, Any]:
+    """Held-out error of naive stacking: the model as it was quantized alone, under the cache."""
+    if kept.is_file():
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    with cached(session.rollout.denoiser, cache):
+        latents = sample(session.rollout, held_out.conditions, session.recipe, reporter, "held-out, naive stacking")
+    metrics = latent_metrics(latents, held_out.latents)
+    kept.write_text(json.dumps(metrics), encoding="utf-8")
+    return metrics
 
 
 def _initial_metrics(session: Session, held_out: HeldOut, reporter: Reporter, kept: Path) -> dict[str, Any]:

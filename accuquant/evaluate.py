@@ -17,6 +17,7 @@ from accuquant.measure import (
     HeldOut,
     cache_metrics,
     cost_metrics,
+    decompose,
     held_out_reference,
     image_metrics,
     latent_metrics,
@@ -94,9 +95,15 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
             metrics |= image_metrics(
                 quantized_images, full_images, held_out.inputs, _classifier(recipe, full_images.device)
             )
+    if controller:
+        metrics |= decompose(full, quantized, latents, held_out, recipe, reporter)
     calibration = folder / "calibration.json"
     if calibration.is_file():
         metrics |= json.loads(calibration.read_text(encoding="utf-8"))
+    naive = metrics.pop("naive", None) if recipe.cache == recipe_of(folder).cache else None
+    if controller:  # naive stacking was measured when the export was made, for the cache it was made with
+        metrics["E_naive"] = naive["relative_l2_per_step"][-1] if naive else None
+        metrics["decomposition"]["E_naive"] = naive["relative_l2_per_step"] if naive else None
     _write(folder / "metrics.json", json.dumps(metrics, indent=2))
     rows = recipe.evaluation.num_images
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")

@@ -80,7 +80,11 @@ def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     if "cache" in metrics:
         cache = metrics["cache"]
         spread = f" ± {cache['nfc']['std']:.1f}" if cache["nfc"]["std"] else ""
+        naive = metrics.get("E_naive")
+        parts = " + ".join(f"{metrics[k]:.4f} {name}" for k, name in (("E_q", "quantized"), ("E_c", "cached")))
         rows += [
+            ("where it comes from", f"{parts} + {metrics['interaction']:.4f} interaction"),
+            *([("naive stacking", f"{naive:.4f} relative L2")] if naive else []),
             ("full computations (NFC)", f"{cache['nfc']['mean']:.1f}{spread} of {cache['num_steps']} steps"),
             ("cache memory", f"{cache['nbytes'] / 1e6:.1f} MB"),
             ("a full step, a cached step", _step_times(cache["seconds"])),

@@ -17,7 +17,7 @@ from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
 from accuquant.data import held_out_samples, load_split
 from accuquant.model.cache_state import CacheStats, Controller
-from accuquant.model.caching import in_cache
+from accuquant.model.caching import attach_cache, cached, controller_of, detach_cache, in_cache
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.layers import QuantizedLayer, quantized_layers
 from accuquant.model.plan import PlannedModule
@@ -169,6 +169,32 @@ def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, timestep_gro
             "ratio": planned_operations / max(operations, 1),
         },
     }
+
+
+def decompose(
+    full: Rollout, quantized: Rollout, both: Tensor, held_out: HeldOut, recipe: Recipe, reporter: Reporter
+) -> dict[str, Any]:
+    """Where the error of a quantized model with a cache comes from: relative L2 against full precision, same noise.
+
+    E_q: quantized only; E_c: cache only; E_qc: both; interaction = E_qc - E_q - E_c; of the final latent, and per step.
+
+    Args:
+        both: (T + 1, B, C, H, W), latents of the quantized model with its cache.
+    """
+    controller = controller_of(quantized.denoiser)
+    assert controller is not None
+    detach_cache(quantized.denoiser)
+    try:
+        alone = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized without the cache")
+    finally:
+        attach_cache(quantized.denoiser, controller.config)
+    with cached(full.denoiser, controller.config):
+        only = sample(full, held_out.conditions, recipe, reporter, "held-out, full precision with the cache")
+    sides = (("E_q", alone), ("E_c", only), ("E_qc", both))
+    curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}
+    curves["interaction"] = curves["E_qc"] - curves["E_q"] - curves["E_c"]
+    final: dict[str, Any] = {name: float(curve[-1]) for name, curve in curves.items()}
+    return final | {"decomposition": {name: curve.tolist() for name, curve in curves.items()}}
 
 
 def step_seconds(rollout: Rollout, conditions: Conditions) -> list[float]:

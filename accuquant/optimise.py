@@ -21,11 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from accuquant.core import rounding
+from accuquant.core.cached_objective import cached_group_gradient, cached_groups
 from accuquant.core.objective import group_gradient, groups
+from accuquant.model.cached_steps import CachedSteps
+from accuquant.model.caching import cached
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import TrainableLayer
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.recipe import Objective, RecipeError
+from accuquant.recipe import Cache, Objective, RecipeError
 
 SAVE_EVERY_SECONDS = 20.0
 ROUNDING_WEIGHT = 0.01  # of AdaRound's regulariser against the normalised group loss
@@ -60,6 +63,7 @@ class Tuner:
     """Calibrates the trainable layers of a rollout's denoiser against a reference.
 
     Attributes:
+        cache: on during the updates; groups then begin at its full steps, and only those count as evaluations.
         history: one entry an update: iteration, loss, steps_per_group, network_evaluations so far, seconds.
     """
 
@@ -70,6 +74,7 @@ class Tuner:
     objective: Objective
     seed: int = 0
     steps_per_group: int = 1
+    cache: Cache | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     network_evaluations: int = 0
     seconds: float = 0.0
@@ -90,6 +95,17 @@ class Tuner:
         """Make the remaining updates; with ``state``, save there now and then and when interrupted."""
         if not self.parameters:
             return
+        if self.cache is None:
+            self._run(state, progress)
+            return
+        batch = self.reference.conditions.take(self._batch(0))
+        with cached(self.rollout.denoiser, self.cache) as controller:
+            self.rollout.trajectory(batch)
+            self.full_steps = controller.stats().full_steps
+        with cached(self.rollout.denoiser, self.cache) as self.controller:
+            self._run(state, progress)
+
+    def _run(self, state: Path | None, progress: Callable[[dict[str, Any]], None] | None) -> None:
         saved = time.monotonic()
         try:
             while len(self.history) < self.objective.iterations:
@@ -114,22 +130,7 @@ class Tuner:
             self._refresh(iteration)
         self.optimizer.zero_grad(set_to_none=True)
 
-        def denoise(i: int, x: Tensor) -> Tensor:
-            self.network_evaluations += 1
-            return self.rollout.predict(i, x, reference.conditions)
-
-        loss = group_gradient(
-            denoise,
-            self.rollout.solver,
-            reference.latents,
-            reference.predictions,
-            start,
-            stop,
-            gradient=self.objective.gradient,
-            loss=self.objective.loss,
-            variances=self.reference.variances,
-            initial=None if self.drifted is None else self.drifted[start][batch],
-        )
+        loss = self._gradient(reference, start, stop, None if self.drifted is None else self.drifted[start][batch])
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of update {iteration} (steps {start} to {stop - 1}) is {loss}; "
@@ -149,10 +150,32 @@ class Tuner:
             "seconds": round(self.seconds, 3),
         }
 
+    def _gradient(self, reference: Reference, start: int, stop: int, initial: Tensor | None) -> float:
+        """Add the group's gradient to the parameters', with the cache where there is one; returns the loss."""
+        how: dict[str, Any] = {
+            "gradient": self.objective.gradient,
+            "loss": self.objective.loss,
+            "variances": self.reference.variances,
+        }
+        group = (self.rollout.solver, reference.latents, reference.predictions, start, stop)
+        if self.cache is not None:
+            steps = CachedSteps(self.rollout, self.controller, reference.conditions, self.full_steps)
+            loss = cached_group_gradient(steps, *group, self.full_steps, **how)
+            self.network_evaluations += steps.full_evaluations
+            return loss
+
+        def denoise(i: int, x: Tensor) -> Tensor:
+            self.network_evaluations += 1
+            return self.rollout.predict(i, x, reference.conditions)
+
+        return group_gradient(denoise, *group, initial=initial, **how)
+
     def _group(self, iteration: int) -> tuple[int, int]:
         """Groups in random order, each once before any comes again; M = 1 during the warm-up."""
         warm = iteration < self.objective.warmup_fraction * self.objective.iterations
-        cut = groups(self.rollout.num_steps, 1 if warm else self.steps_per_group)
+        length = 1 if warm else self.steps_per_group
+        num_steps = self.rollout.num_steps
+        cut = groups(num_steps, length) if self.cache is None else cached_groups(self.full_steps, num_steps, length)
         epoch, position = divmod(iteration, len(cut))
         return cut[int(torch.randperm(len(cut), generator=self._generator(1, epoch))[position])]
 

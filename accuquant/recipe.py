@@ -163,6 +163,7 @@ class Objective(Section):
         "full_precision", description="trajectory whose latents groups start from"
     )
     iterations: int = Field(400, ge=0, description="updates of the parameters")
+    cached_iterations: int = Field(0, ge=0, description="further updates, made with the recipe's cache on")
     warmup_fraction: Number = Field(0.0, ge=0, le=1, description="first share of the updates, made with M = 1")
     batch_size: int = Field(8, ge=1)
     learn: tuple[Learned, ...] = Field(("weight", "weight_scale", "activation_scale"), min_length=1)
@@ -332,6 +333,8 @@ class Recipe(Section):
                 self.cache.check_steps(steps)
             except ValueError as error:
                 raise ValueError(f"cache.{error}") from error
+        if self.objective.cached_iterations and self.cache is None:
+            raise ValueError("objective.cached_iterations: needs a cache: section, which it calibrates with")
         if groups > steps:
             raise ValueError(f"quantization.timestep_groups is {groups} but sampling has only {steps} steps")
         quantized = [rule for rule in self.quantization.rules if rule.weight != "float"]

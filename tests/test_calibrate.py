@@ -17,12 +17,13 @@ from conftest import recipe_tree
 from diffusers import DiTPipeline
 from safetensors.torch import load_file
 
-from accuquant.calibrate import calibrate, open_model, prepare
+from accuquant.calibrate import calibrate
 from accuquant.console import Reporter
 from accuquant.model.layers import quantized_layers, set_arithmetic
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Recipe, RecipeError
 from accuquant.recipe_file import parse_recipe
+from accuquant.session import open_model, prepare
 
 QUIET = Reporter(quiet=True)
 
@@ -101,7 +102,7 @@ def test_existing_output_is_not_touched(export: Path, model_folder: Path) -> Non
 
 def test_tuning_lowers_the_group_loss(model_folder: Path, tmp_path: Path) -> None:
     """The claim, not the shape: the error of whole trajectories falls on noise that calibration never saw."""
-    from accuquant.calibrate import validation_error
+    from accuquant.session import validation_error
 
     recipe = make_recipe(
         model_folder, tmp_path / "out", objective={"iterations": 60, "batch_size": 4, "steps_per_group": 1}

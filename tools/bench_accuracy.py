@@ -20,13 +20,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from accuquant.calibrate import Session, open_model, prepare
 from accuquant.console import Reporter
 from accuquant.measure import HeldOut, held_out_reference, latent_metrics
 from accuquant.model.layers import TrainableLayer, set_arithmetic
 from accuquant.optimise import REFRESHES
 from accuquant.recipe import Recipe
 from accuquant.recipe_file import load_recipe, parse_recipe
+from accuquant.session import Session, open_model, prepare
 
 app = typer.Typer(add_completion=False, help=__doc__)
 

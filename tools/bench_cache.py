@@ -27,7 +27,6 @@ from diffusers.hooks import HookRegistry, TaylorSeerCacheConfig, apply_taylorsee
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor
 
-from accuquant.calibrate import open_model
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.predictors import Differences, Norm, Taylor
@@ -41,6 +40,7 @@ from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache
 from accuquant.recipe_file import load_recipe
 from accuquant.search import SEARCH_SAMPLES, search_cache
+from accuquant.session import open_model
 
 app = typer.Typer(add_completion=False, help=__doc__)
 INTERVALS = {14: 4, 11: 5, 10: 6, 8: 7, 7: 9}  # NFC of the published table -> interval, with two leading full steps
