@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from accuquant.console import Reporter
 from accuquant.data import calibration_samples
@@ -22,6 +23,7 @@ from accuquant.measure import HeldOut, held_out_reference, latent_metrics, sampl
 from accuquant.model.caching import cached
 from accuquant.model.checkpoint import harden_model, store_cache
 from accuquant.model.plan import PlannedModule, count_macs
+from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 from accuquant.recipe_file import dump_recipe
@@ -29,6 +31,7 @@ from accuquant.search import SEARCH_SAMPLES, search_cache, search_calls
 from accuquant.session import VALIDATION_SAMPLES, Session, open_model, prepare, validation_error
 
 AUTO_CANDIDATES = (1, 2, 5)
+TYPICAL_NFC = 14  # for the gap that noise is measured over, where tau or a time leaves it open
 AUTO_SHARE = 0.25  # of the budget, spent on each candidate's trial
 
 
@@ -200,17 +203,22 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
 
 
 def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> Cache:
-    """The recipe's cache with its target searched for on the quantized model, against full precision."""
-    if not config.searches:
+    """The recipe's cache with its noise measured, and its target searched for on the quantized model."""
+    if not config.searches and not config.noise_aware:
         return config
     if kept.is_file():
         return Cache.model_validate_json(kept.read_text(encoding="utf-8"))
-    reference = session.reference
+    reference, num_steps = session.reference, session.rollout.num_steps
+    if config.noise_aware:
+        gap = config.interval or round(num_steps / (config.target_nfc or len(config.full_steps or ()) or TYPICAL_NFC))
+        config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
     chosen = torch.arange(min(SEARCH_SAMPLES, len(reference.conditions)), device=reference.latents.device)
-    config = search_cache(
-        session.rollout, reference.conditions.take(chosen), reference.latents[:, chosen], config, reporter
-    )
-    kept.write_text(config.model_dump_json(), encoding="utf-8")
+    if config.searches:
+        conditions = reference.conditions.take(chosen)
+        config = search_cache(session.rollout, conditions, reference.latents[:, chosen], config, reporter)
+    temporary = kept.with_suffix(".tmp")
+    temporary.write_text(config.model_dump_json(), encoding="utf-8")
+    temporary.rename(kept)
     return config
 
 
@@ -242,7 +250,12 @@ def _check_output(recipe: Recipe, output: Path, partial: Path, resume: bool, ove
     if resume:
         if not (partial / "recipe.yaml").is_file():
             raise RecipeError(f"--resume: there is no interrupted run in {partial}")
-        if (partial / "recipe.yaml").read_text(encoding="utf-8") != dump_recipe(recipe):
+        begun = yaml.safe_load((partial / "recipe.yaml").read_text(encoding="utf-8"))
+        wanted = yaml.safe_load(dump_recipe(recipe))
+        if not isinstance(begun, dict) or begun | {"cache": None} != wanted | {"cache": None}:
             raise RecipeError(f"--resume: the recipe has changed since {partial} was begun; --overwrite starts over")
+        if begun.get("cache") != wanted["cache"]:  # a target that could not be met may be put right
+            for name in ("cache.json", "naive.json", "state-cached.safetensors"):
+                (partial / name).unlink(missing_ok=True)
     elif partial.exists() and not overwrite:
         raise RecipeError(f"{partial} holds an interrupted run; --resume continues it, --overwrite starts over")

@@ -99,7 +99,10 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         metrics |= decompose(full, quantized, latents, held_out, recipe, reporter)
     calibration = folder / "calibration.json"
     if calibration.is_file():
-        metrics |= json.loads(calibration.read_text(encoding="utf-8"))
+        record = json.loads(calibration.read_text(encoding="utf-8"))
+        if len(record["initial"]["relative_l2_per_step"]) != len(metrics["relative_l2_per_step"]):
+            record |= {"initial": None, "naive": None}  # they are of another number of steps
+        metrics |= {key: value for key, value in record.items() if value is not None}
     naive = metrics.pop("naive", None) if recipe.cache == recipe_of(folder).cache else None
     if controller:  # naive stacking was measured when the export was made, for the cache it was made with
         metrics["E_naive"] = naive["relative_l2_per_step"][-1] if naive else None

@@ -206,17 +206,19 @@ class Cache(Section):
     interval: int | None = Field(None, ge=1, description="a full step every so many")
     tau: Number | None = Field(None, gt=0, description="RCS: full when the input's forecast error adds up to this")
     target_nfc: Number | None = Field(None, ge=1, description="search for this mean number of full computations")
-    target_seconds: Number | None = Field(None, gt=0, description="search for this time of one trajectory")
+    target_seconds: Number | None = Field(None, gt=0, description="search for this time of one trajectory of 8 samples")
     trials: int = Field(60, ge=0, description="sampled trajectories that refine a `best` schedule")
     warmup: int = Field(2, ge=1, description="leading full steps: 2 for DiT, 3 for FLUX, 1 for HunyuanVideo")
     max_gap: int | None = Field(None, ge=1, description="rcs: the longest distance of two full steps")
     norm: Literal["sample", "token", "channel", "batch"] = Field("sample", description="scope of the norms of rfe")
     differences: Literal["taylor", "newton"] = Field("taylor", description="newton: exact under uneven gaps")
+    noise_aware: bool = Field(False, description="forecasts know the quantization noise that calibration measures")
     modules: str | None = Field(None, description="regular expression, matched against the whole module name")
     factors_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="as the output if absent")
     factors_device: str | None = Field(None, description="where factors wait, such as cpu; by the model if absent")
     num_inference_steps: int | None = Field(None, ge=1, description="if known, factors are freed after their last use")
     full_timesteps: Numbers | None = Field(None, description="written by a search: timestep values of the full steps")
+    noise: dict[str, Numbers] | None = Field(None, description="written by calibration: of each module, see noise.py")
     measured_nfc: Numbers | None = Field(None, description="written by a search: NFC, mean and std over samples")
 
     @property
@@ -236,8 +238,8 @@ class Cache(Section):
     def _consistent(self) -> Cache:
         keys, targets = ("interval", "tau", "target_nfc", "target_seconds"), (self.target_nfc, self.target_seconds)
         given = [key for key in keys if getattr(self, key) is not None] + ["schedule"] * (self.full_steps is not None)
-        measured = self.measured_nfc is not None and len(given) <= 2
-        if len(given) != 1 and not measured:
+        given += ["full_timesteps"] * (bool(self.full_timesteps) and not given)
+        if len(given) != 1:
             alternatives = f"{', '.join(keys)} or a list of steps as schedule"
             raise ValueError(f"give exactly one of {alternatives} (found {' and '.join(given) or 'none'})")
         if self.schedule == "interval" and self.interval is None:
@@ -249,8 +251,12 @@ class Cache(Section):
         if self.schedule != "rcs" and self.target_nfc and self.target_nfc % 1:
             raise ValueError(f"target_nfc must be whole (found {self.target_nfc:g}); schedule: rcs can meet a mean")
         order, full = self.forecast_order, self.full_steps
+        if self.factors_device and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", self.factors_device):
+            raise ValueError(f"factors_device: {self.factors_device!r} is no device; cpu, cuda or cuda:1 are")
         if self.estimation == "reuse" and order != 0:
             raise ValueError(f"order: estimation reuse has order 0 (found {order}); use estimation: taylor")
+        if self.noise_aware and order < 1:
+            raise ValueError("noise_aware: order 0 has no change that noise could spoil; leave it out")
         if self.estimation == "rfe" and order < 1:
             raise ValueError("order: estimation rfe needs order 1 or more; use estimation: reuse")
         if full is not None and (full[0] != 0 or any(a >= b for a, b in itertools.pairwise(full))):
@@ -333,8 +339,6 @@ class Recipe(Section):
                 self.cache.check_steps(steps)
             except ValueError as error:
                 raise ValueError(f"cache.{error}") from error
-        if self.objective.cached_iterations and self.cache is None:
-            raise ValueError("objective.cached_iterations: needs a cache: section, which it calibrates with")
         if groups > steps:
             raise ValueError(f"quantization.timestep_groups is {groups} but sampling has only {steps} steps")
         quantized = [rule for rule in self.quantization.rules if rule.weight != "float"]

@@ -166,7 +166,9 @@ def _explain(error: ValidationError) -> list[str]:
         elif kind == "missing":  # unless it is there, misspelt
             lines += [f"{path} is missing"] if e["loc"][-1] not in meant else []
         elif kind == "value_error":  # our own words; those about a section begin with its key
-            lines.append(path + ("" if not path else "." if isinstance(value, dict) else ": ") + str(e["ctx"]["error"]))
+            text = str(e["ctx"]["error"])
+            about_key = isinstance(value, dict) and re.split(r"[ :]", text)[0] in _keys_at(e["loc"])
+            lines.append(path + ("" if not path else "." if about_key else ": ") + text)
         elif kind != "too_short" or not value:  # pydantic counts the valid entries
             message = WORDS.get(kind) or e["msg"].replace("Input should be", "must be")
             if kind == "model_type":

@@ -141,7 +141,7 @@ def _search_steps(
     rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, nfc: int, reporter: Reporter
 ) -> Cache:
     """The best list of ``nfc`` full steps that was found."""
-    num_steps, warmup = rollout.num_steps, config.warmup
+    num_steps, warmup = rollout.num_steps, min(config.warmup, rollout.num_steps)
     errors: dict[tuple[int, ...], float] = {}
 
     def error(steps: tuple[int, ...]) -> float:
@@ -154,7 +154,7 @@ def _search_steps(
     # proposals: the fixed interval that comes nearest from below, and dynamic programming
     interval = next(n for n in range(1, num_steps + 1) if len(interval_steps(num_steps, n, warmup)) <= nfc)
     proposals = {_filled(interval_steps(num_steps, interval, warmup), num_steps, nfc)}
-    longest = max(8, math.ceil(4 * num_steps / nfc))
+    longest = max(8, math.ceil(4 * num_steps / nfc), math.ceil((num_steps - warmup + 1) / (nfc - warmup + 1)))
     inputs, outputs = record_grams(rollout, conditions, config)
     for emphasis in EMPHASES:
         table = ForecastErrors(inputs, outputs, config.forecast_order, config.estimation == "rfe", emphasis)
@@ -247,7 +247,7 @@ def record_grams(rollout: Rollout, conditions: Conditions, config: Cache) -> tup
 
 def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache) -> float:
     """NFC at which one trajectory takes the asked time, from the times of all steps full and of the fewest."""
-    fewest = max(config.warmup, config.forecast_order + 1)
+    fewest = min(rollout.num_steps, max(config.warmup, config.forecast_order + 1))
     seconds = []
     for full in (rollout.num_steps, fewest):
         with cached(rollout.denoiser, _with(config, schedule=tuple(range(full)))):
@@ -260,6 +260,8 @@ def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache) -> 
                 times.append(time.perf_counter() - started)
         seconds.append(sorted(times)[1])
     assert config.target_seconds is not None
+    if seconds[0] <= config.target_seconds:  # without skipping anything
+        return rollout.num_steps
     if not seconds[1] < config.target_seconds:
         raise CacheError(
             f"target_seconds: {config.target_seconds:g} s cannot be met; {len(conditions)} samples take "

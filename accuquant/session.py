@@ -65,6 +65,8 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     Raises:
         RecipeError: see `load_pipeline`, `plan_modules`, `load_split` and `Rollout`.
     """
+    if recipe.objective.cached_iterations and recipe.cache is None:  # an export may well be evaluated without its cache
+        raise RecipeError("objective.cached_iterations: needs a cache: section, which it calibrates with")
     pipeline = load_pipeline(recipe.model)
     set_scheduler(pipeline, recipe.sampling.scheduler)
     rollout = Rollout(pipeline, recipe.sampling)

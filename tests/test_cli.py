@@ -251,7 +251,7 @@ def test_inspect_prints_every_quantized_module(export: Path) -> None:
         assert f" {module['weight']} " in row and f" {module['group_size'] or 'row'} " in row
         assert f"{float(scales.min()):.3g} .. {float(scales.max()):.3g}" in row
         assert row.endswith(f"{module['quantized_bytes'] / 1e3:.1f}")
-    assert lines[-1] == "timestep groups: 3, edges at timesteps 581, 249"
+    assert lines[-2:] == ["timestep groups: 3, edges at timesteps 581, 249", "cache: none"]
 
 
 def read_png(path: Path) -> Image.Image:

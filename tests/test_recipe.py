@@ -14,12 +14,13 @@ from accuquant.recipe import Recipe, RecipeError
 from accuquant.recipe_file import dump_recipe, find_shipped, list_shipped, load_recipe, parse_recipe
 
 OBJECTIVE_KEYS = (
-    "steps_per_group, gradient, loss, inputs, iterations, warmup_fraction, batch_size, learn, learning_rates"
+    "steps_per_group, gradient, loss, inputs, iterations, cached_iterations, warmup_fraction, batch_size, learn, "
+    "learning_rates"
 )
 RULE_KEYS = (
     "modules, weight, activation, granularity, group_size, symmetric, activation_scale, activation_symmetric, tune"
 )
-SECTIONS = "model, sampling, data, quantization, objective, evaluation, export"
+SECTIONS = "model, sampling, data, quantization, objective, cache, evaluation, export"
 TYPES = "'int8', 'int6', 'int4', 'int3' or 'float'"
 WRITE_IT_AS = "write it as section.key=value, for example objective.steps_per_group=5"
 

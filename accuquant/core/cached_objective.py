@@ -81,7 +81,7 @@ def cached_group_gradient(
     x, eps = group_history(solver, latents, predictions, start, stop)
     inside = [i for i in full_steps if start <= i < stop]
     with torch.no_grad():
-        state = _state_before(denoiser, full_steps, start, latents, x)
+        state = at_start = _state_before(denoiser, full_steps, start, latents, x)
         for i in range(start, stop):
             if i in inside:
                 eps[i], state = denoiser.full(i, x[i], state)
@@ -95,7 +95,7 @@ def cached_group_gradient(
     carried: State = {}  # w of the segment's state, from the full step after it
     for full, after in reversed(list(itertools.pairwise((*inside, stop)))):
         with torch.no_grad():
-            before = _state_before(denoiser, full_steps, full, latents, x)
+            before = at_start if full == start else _state_before(denoiser, full_steps, full, latents, x)
         before = {key: t.detach().requires_grad_(full > start) for key, t in before.items()}
         latent = x[full].detach().requires_grad_(follows and full > start)
         prediction, state = denoiser.full(full, latent, before)

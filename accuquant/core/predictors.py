@@ -11,6 +11,9 @@ Steps are counted upwards; k is the number of steps since the last full computat
              s = ||O(i) - O(i - N)|| / ||I(i) - I(i - N)||, d = Taylor's change  RFC, arXiv 2602.19506, eq. for RFE
 
 The paper leaves the scope of the norms open; ours is one norm for each sample, in float32.
+
+Quantization makes O and I noisy, and a forecast k steps past a gap of N amplifies the noise. `NoiseAware` knows its
+energy and takes the share of the change that is best in least squares; without noise it is Taylor or RFE itself.
 """
 
 from __future__ import annotations
@@ -109,7 +112,59 @@ class RFE:
         return memory.factors[0] + (scale * change).to(change.dtype)
 
 
-Forecast = Reuse | Taylor | RFE
+@final
+@dataclass(frozen=True)
+class NoiseAware:
+    """Taylor's or RFE's change, as much of it as the noise leaves worth taking.
+
+    With O = true + n, E||n||^2 = sigma^2 and the change d = sum_l c_l O(i_l), c_0 that of the last output, the multiple
+    of d with the least expected error is (gamma ||true d||^2 - c_0 sigma^2) / ||d||^2, where ||true d||^2 is
+    ||d||^2 - sigma^2 sum c_l^2 and gamma the ratio of the true change's length to it: 1 for Taylor, and for RFE
+    s ||I moved|| / ||true d|| with the noise taken out of each length. At order 1 this is
+    beta = ((k/N)(||dO||^2 - 2 sigma^2) - sigma^2) / ||dO||^2 in the place of k/N (derived).
+
+    Args:
+        relational: RFE's magnitude; else Taylor's.
+        output_noise, input_noise: sigma^2 over ||O||^2 and over ||I||^2.
+    """
+
+    order: int
+    differences: Differences
+    norm: Norm
+    relational: bool
+    output_noise: float
+    input_noise: float
+
+    def update(self, memory: Memory | None, step: int, output: Tensor, input: Tensor) -> Memory:
+        found, ratio = _difference(memory, step, output, self.order, self.differences), None
+        if self.relational and memory is not None and memory.input is not None and len(found.factors) > 1:
+            own_out, own_in = self._noise(output, input)
+            changed = norm_of(output - memory.factors[0], self.norm) ** 2 - 2 * own_out
+            moved = norm_of(input - memory.input, self.norm) ** 2 - 2 * own_in
+            ratio = (changed.clamp_min(0) / moved.clamp_min(0)).sqrt()  # inf or nan where the input stood still
+        return Memory(found.steps, found.factors, input if self.relational else None, ratio)
+
+    def predict(self, memory: Memory, step: int, input: Tensor) -> Tensor:
+        change = _change(memory, step, self.differences)
+        weights = change_weights(memory, step, self.differences)
+        if not weights:
+            return memory.factors[0]
+        own_out, own_in = self._noise(memory.factors[0], input)
+        length = (norm_of(change, self.norm) ** 2).clamp_min(TINY)
+        true = (length - own_out * sum(c * c for c in weights)).clamp_min(0)
+        gamma = torch.ones_like(true)
+        if memory.ratio is not None and memory.input is not None:
+            moved = (norm_of(input - memory.input, self.norm) ** 2 - 2 * own_in).clamp_min(0).sqrt()
+            gamma = memory.ratio * moved / true.sqrt().clamp_min(TINY)
+            gamma = torch.where(memory.ratio.isfinite(), gamma, 1.0)
+        share = ((gamma * true - weights[0] * own_out) / length).clamp_min(0)
+        return memory.factors[0] + (share * change).to(change.dtype)
+
+    def _noise(self, output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+        return self.output_noise * norm_of(output, self.norm) ** 2, self.input_noise * norm_of(input, self.norm) ** 2
+
+
+Forecast = Reuse | Taylor | RFE | NoiseAware
 
 
 def norm_of(x: Tensor, scope: Norm) -> Tensor:
@@ -142,8 +197,34 @@ def _difference(memory: Memory | None, step: int, output: Tensor, order: int, di
 
 def _change(memory: Memory, step: int, differences: Differences) -> Tensor:
     """What the factors of order 1 and more add, at ``step``."""
-    change, k, weight = torch.zeros_like(memory.factors[0]), step - memory.steps[0], 1.0
-    for j, factor in enumerate(memory.factors[1:], 1):
-        weight = weight * (step - memory.steps[j - 1]) if differences == "newton" else k**j / math.factorial(j)
+    change = torch.zeros_like(memory.factors[0])
+    for weight, factor in zip(_factor_weights(memory, step, differences), memory.factors[1:], strict=True):
         change = change + weight * factor
     return change
+
+
+def _factor_weights(memory: Memory, step: int, differences: Differences) -> list[float]:
+    """Of the factors of order 1 and more."""
+    weights, k, product = list[float](), step - memory.steps[0], 1.0
+    for j in range(1, len(memory.factors)):
+        product *= step - memory.steps[j - 1]
+        weights.append(product if differences == "newton" else k**j / math.factorial(j))
+    return weights
+
+
+def change_weights(memory: Memory, step: int, differences: Differences) -> list[float]:
+    """c_l: the change at ``step`` as a sum over the outputs it comes from, newest first; none before two of them."""
+    total = [0.0] * len(memory.factors)
+    for order, weight in enumerate(_factor_weights(memory, step, differences), 1):
+        for index, coefficient in enumerate(_mix(memory.steps, order, differences)):
+            total[index] += weight * coefficient
+    return total if len(total) > 1 else []
+
+
+def _mix(steps: tuple[int, ...], order: int, differences: Differences) -> tuple[float, ...]:
+    """The factor of this order as coefficients of the outputs at ``steps``; the recursion of `_difference`."""
+    if order == 0:
+        return (1.0,)
+    newer, older = (*_mix(steps, order - 1, differences), 0.0), (0.0, *_mix(steps[1:], order - 1, differences))
+    distance = steps[0] - (steps[order] if differences == "newton" else steps[1])
+    return tuple((a - b) / distance for a, b in zip(newer, older, strict=True))

@@ -134,18 +134,19 @@ class ForecastErrors:
         """(T,): squared error relative to the output at each step, mean over modules and samples."""
         i, p, gram = full, before, self.outputs
         own = gram.diagonal(dim1=-2, dim2=-1)
+        scale = own.clamp_min(1e-30)  # a projection may still be all zeros
         reuse = own + own[..., i : i + 1] - 2 * gram[..., i, :]
         if self.order == 0 or p == i:
-            return (reuse / own).mean((0, 1))
+            return (reuse / scale).mean((0, 1))
         if self.relational:
             moved = self.inputs.diagonal(dim1=-2, dim2=-1)
             moved = (moved + moved[..., i : i + 1] - 2 * self.inputs[..., i, :]).clamp_min(0)
             a = (moved / moved[..., p : p + 1].clamp_min(1e-30)).sqrt()
         else:
-            a = ((torch.arange(gram.shape[-1]) - i) / (i - p)).expand_as(own)
+            a = ((torch.arange(gram.shape[-1]) - i).double() / (i - p)).expand_as(own)
         along = gram[..., i : i + 1, i] - gram[..., i, :] - gram[..., p : p + 1, i] + gram[..., p, :]
         change = own[..., i : i + 1] + own[..., p : p + 1] - 2 * gram[..., i : i + 1, p]
-        return ((reuse + 2 * a * along + a**2 * change) / own).mean((0, 1))
+        return ((reuse + 2 * a * along + a**2 * change) / scale).mean((0, 1))
 
     def cost(self, before: int, full: int, after: int) -> float:
         """Weighted sum over the skipped steps, as `best_steps` asks it."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accuquant.core.predictors import RFE, Forecast, Memory, Reuse, Taylor
+from accuquant.core.predictors import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor
 from accuquant.core.schedule import RCS, interval_is_full
 from accuquant.recipe import Cache
 
@@ -57,7 +57,7 @@ class Controller:
 
     def __init__(self, config: Cache, modules: tuple[str, ...]) -> None:
         self.config, self.modules = config, modules
-        self.forecast = forecast_of(config)
+        self.forecasts = {module: forecast_of(config, module) for module in modules}
         self.last = Trace()
         self.driven = False
         order = max(1, config.forecast_order)
@@ -160,7 +160,7 @@ class Controller:
                 continue
             memory = memory if memory and memory.factors[0].shape == tensor.shape else None
             stored, input = self._stored(tensor), self._stored(inputs[min(i, len(inputs) - 1)])
-            memories.append(self.forecast.update(memory, self.step, stored, input))
+            memories.append(self.forecasts[module].update(memory, self.step, stored, input))
         self.memories[key] = tuple(memories)
         self.trace.nbytes = max(self.trace.nbytes, sum(m.nbytes() for ms in self.memories.values() for m in ms if m))
         if self.config.num_inference_steps == self.step + 1:
@@ -173,7 +173,7 @@ class Controller:
                 outputs.append(None)
                 continue
             input = inputs[min(i, len(inputs) - 1)]
-            output = self.forecast.predict(memory, self.step, self._stored(input))
+            output = self.forecasts[module].predict(memory, self.step, self._stored(input))
             outputs.append(output.to(input.device, input.dtype))
         if self.config.num_inference_steps == self.step + 1:
             del self.memories[key]
@@ -190,7 +190,13 @@ class Controller:
         return CacheStats(full, len(trace.full), trace.nbytes, tuple(trace.input_errors), self.modules)
 
 
-def forecast_of(config: Cache) -> Forecast:
+def forecast_of(config: Cache, module: str) -> Forecast:
+    """A module's forecast; with ``noise_aware`` each module has its own noise."""
+    if config.noise_aware and config.estimation != "reuse":
+        assert config.noise is not None
+        own_out, own_in = config.noise[module]
+        relational = config.estimation == "rfe"
+        return NoiseAware(config.forecast_order, config.differences, config.norm, relational, own_out, own_in)
     if config.estimation == "reuse":
         return Reuse()
     if config.estimation == "taylor":

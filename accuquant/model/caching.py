@@ -138,7 +138,10 @@ def attach_cache(denoiser: nn.Module, config: Cache) -> Controller:
     if config.searches:
         raise CacheError("target_nfc and target_seconds need a search: give enable_cache the whole pipeline")
     names, fused = cached_modules(denoiser, config.modules)
-    controller = Controller(config, (*names, *(f"{block}.proj_out" for block in fused)))
+    modules = (*names, *(f"{block}.proj_out" for block in fused))
+    if config.noise_aware and (unknown := [name for name in modules if name not in (config.noise or {})]):
+        raise CacheError(f"noise_aware: no noise was measured for {', '.join(unknown[:3])}; `accuquant calibrate` does")
+    controller = Controller(config, modules)
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     calls = Calls(controller)
     _hook(denoiser, calls)
@@ -215,6 +218,10 @@ def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[lis
         CacheError: the pattern, or ours, matches none.
     """
     names = [name for name, _ in denoiser.named_modules() if name]
+    try:
+        re.compile(pattern or MODULES)
+    except re.error as error:
+        raise CacheError(f"cache.modules: {pattern!r} is no regular expression: {error}") from error
     found = [name for name in names if re.fullmatch(pattern or MODULES, name)]
     fused = [
         name

@@ -14,10 +14,11 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from accuquant.model.caching import attach_cache
+from accuquant.model.caching import CacheError, attach_cache
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, keep_float32, quantized_layers, trainable_layers
 from accuquant.recipe import Cache
@@ -72,7 +73,10 @@ class AccuQuantConfig(QuantizationConfigMixin):
         self.layers = layers
         try:
             self.cache = None if cache is None else Cache(**cache)
-        except ValueError as error:
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()]
+            raise CheckpointError(f"quantization_config.cache: {'; '.join(lines)}") from error
+        except TypeError as error:
             raise CheckpointError(f"quantization_config.cache: {error}") from error
         self.specs()
 
@@ -118,7 +122,10 @@ class AccuQuantQuantizer(DiffusersQuantizer):
         self.clock.attach(model)
         keep_float32(model, self.quantization_config.layers)
         if self.quantization_config.cache is not None:
-            attach_cache(model, self.quantization_config.cache)
+            try:
+                attach_cache(model, self.quantization_config.cache)
+            except CacheError as error:
+                raise CheckpointError(f"quantization_config.cache: {error}") from error
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         found: set[str] = set()  # what the files hold; for shards, loaded_keys is what their index says
