@@ -19,10 +19,7 @@ from accuquant.recipe_file import dump_recipe, load_recipe, parse_recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 6  # of recipe_tree
-KEYS = (
-    "estimation, order, schedule, interval, tau, target_nfc, target_seconds, trials, warmup, max_gap, norm, "
-    "differences, modules, factors_dtype, factors_device, num_inference_steps, full_timesteps, measured_nfc"
-)
+KEYS = ", ".join(Cache.model_fields)
 ONE_OF = "give exactly one of interval, tau, target_nfc, target_seconds or a list of steps as schedule"
 SCHEDULE = "must be interval, rcs, best or a list of full steps"
 
