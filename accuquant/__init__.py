@@ -5,10 +5,10 @@ Importing the package makes diffusers' `from_pretrained` understand the checkpoi
 
 __version__ = "0.1.0"
 
-from accuquant.model.caching import CacheError
+from accuquant.model.cache_state import CacheError, CacheStats
 from accuquant.model.checkpoint import AccuQuantConfig, CheckpointError, register
 from accuquant.model.layers import set_arithmetic
-from accuquant.recipe import FORAConfig, Recipe, RecipeError, RFCConfig, TaylorSeerConfig
+from accuquant.recipe import Cache, FORAConfig, Recipe, RecipeError, RFCConfig, TaylorSeerConfig
 from accuquant.recipe_file import load_recipe
 from accuquant.search import cache_stats, disable_cache, enable_cache
 
@@ -16,7 +16,9 @@ register()
 
 __all__ = [
     "AccuQuantConfig",
+    "Cache",
     "CacheError",
+    "CacheStats",
     "CheckpointError",
     "FORAConfig",
     "RFCConfig",

@@ -27,7 +27,7 @@ from accuquant.measure import (
     step_seconds,
 )
 from accuquant.model.cache_state import CacheStats
-from accuquant.model.caching import attach_cache, controller_of, detach_cache
+from accuquant.model.caching import attach_cache, controller_of, detach_cache, uncached
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import denoiser_of, family_of, load_pipeline, pick_device, resolve
 from accuquant.model.layers import quantized_layers
@@ -71,7 +71,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         lambda: full.predict(0, first.noise, first),
         len(first),
     )
-    errors = module_errors(full, quantized.denoiser, held_out)
+    with uncached(quantized.denoiser):  # a pattern may cache the very layers that are looked at
+        errors = module_errors(full, quantized.denoiser, held_out)
     metrics: dict[str, Any] = {
         "accuquant": __version__,
         "model": recipe.model.id,

@@ -17,7 +17,7 @@ from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
 from accuquant.data import held_out_samples, load_split
 from accuquant.model.cache_state import CacheStats, Controller
-from accuquant.model.caching import attach_cache, cached, controller_of, detach_cache, in_cache
+from accuquant.model.caching import cached, controller_of, in_cache, uncached
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.layers import QuantizedLayer, quantized_layers
 from accuquant.model.plan import PlannedModule
@@ -56,7 +56,9 @@ def sample(
     after: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Latents (T + 1, B, C, H, W) of all samples, in batches; ``after`` is called when a batch is done."""
-    batches, parts = conditions.batches(recipe.evaluation.batch_size), []
+    controller, parts = controller_of(rollout.denoiser), []
+    alone = controller is not None and controller.rcs is not None  # RCS decides for a batch; tau is for single samples
+    batches = conditions.batches(1 if alone else recipe.evaluation.batch_size)
     with reporter.bar(f"sampling {what}", rollout.num_steps * len(batches)) as advance:
         for batch in batches:
             parts.append(rollout.trajectory(batch, lambda: advance(""))[0])
@@ -183,11 +185,8 @@ def decompose(
     """
     controller = controller_of(quantized.denoiser)
     assert controller is not None
-    detach_cache(quantized.denoiser)
-    try:
+    with uncached(quantized.denoiser):
         alone = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized without the cache")
-    finally:
-        attach_cache(quantized.denoiser, controller.config)
     with cached(full.denoiser, controller.config):
         only = sample(full, held_out.conditions, recipe, reporter, "held-out, full precision with the cache")
     sides = (("E_q", alone), ("E_c", only), ("E_qc", both))

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 IntegerType = Literal["int8", "int6", "int4", "int3"]
 
@@ -179,8 +179,8 @@ class Objective(Section):
 
 
 def _schedule(value: Any) -> Any:
-    words = ["interval", "rcs", "best"]
-    steps = tuple(value) if isinstance(value, list | tuple) else ()
+    words = ["interval", "rcs", "dps", "best"]
+    steps = tuple(value) if isinstance(value, list | tuple | range) else ()
     if value is None or value in words or (steps and all(type(i) is int for i in steps)):
         return steps or value
     raise ValueError(
@@ -188,7 +188,7 @@ def _schedule(value: Any) -> Any:
     )
 
 
-Schedule = Annotated[Literal["interval", "rcs", "best"] | tuple[int, ...] | None, BeforeValidator(_schedule)]
+Schedule = Annotated[Literal["interval", "rcs", "dps", "best"] | tuple[int, ...] | None, BeforeValidator(_schedule)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
@@ -201,7 +201,8 @@ class Cache(Section):
     estimation: Literal["rfe", "taylor", "reuse"] = Field("rfe", description="forecast of RFC, TaylorSeer or FORA")
     order: int | None = Field(None, ge=0, le=4, description="of the forecast; 2 if absent, 0 for reuse")
     schedule: Schedule = Field(
-        None, description="interval; rcs (tau, or a target that tau is searched for); best: searched; or full steps"
+        None,
+        description="interval; rcs: by tau; dps: CacheQuant's, of mean gap interval; best: searched; or full steps",
     )
     interval: int | None = Field(None, ge=1, description="a full step every so many")
     tau: Number | None = Field(None, gt=0, description="RCS: full when the input's forecast error adds up to this")
@@ -232,7 +233,8 @@ class Cache(Section):
     @property
     def searches(self) -> bool:
         """Whether a search has to be made before this can run."""
-        return bool(self.target_nfc or self.target_seconds) and self.full_timesteps is None and self.tau is None
+        wanted = self.schedule == "dps" or self.target_nfc is not None or self.target_seconds is not None
+        return wanted and self.full_timesteps is None and self.tau is None
 
     @model_validator(mode="after")
     def _consistent(self) -> Cache:
@@ -242,8 +244,15 @@ class Cache(Section):
         if len(given) != 1:
             alternatives = f"{', '.join(keys)} or a list of steps as schedule"
             raise ValueError(f"give exactly one of {alternatives} (found {' and '.join(given) or 'none'})")
-        if self.schedule == "interval" and self.interval is None:
-            raise ValueError("schedule interval needs interval, for example interval: 4")
+        if self.schedule in ("interval", "dps") and self.interval is None:
+            raise ValueError(f"schedule {self.schedule} needs interval, for example interval: 4")
+        rcs = self.schedule == "rcs" or self.tau is not None
+        if self.max_gap is not None and not rcs and not any(targets):
+            raise ValueError("max_gap is for tau and targets; with interval or a list of steps the gaps are given")
+        if self.full_steps is not None and self.warmup != 2:
+            raise ValueError("warmup: the list of steps in schedule says which are full; leave warmup out")
+        if self.schedule in ("interval", "dps", "best") and self.tau is not None:
+            raise ValueError(f"schedule {self.schedule} knows no tau; use schedule: rcs, or leave schedule out")
         if self.schedule == "rcs" and self.interval is not None:
             raise ValueError("schedule rcs needs tau or target_nfc, not interval")
         if self.schedule == "best" and not any(targets):
@@ -281,25 +290,43 @@ class Cache(Section):
                 raise ValueError(f"target_nfc: {most:g} is more than the {steps} steps there are")
             if most < self.warmup:
                 raise ValueError(f"target_nfc: {most:g} is less than the {self.warmup} full steps of warmup")
+        elif self.schedule == "dps" and self.interval is not None and steps is not None:
+            most = -(-steps // self.interval)
         elif self.interval is not None and steps is not None:
             most = self.warmup + max(0, steps - self.warmup) // self.interval
         if most <= order and most != steps:
             raise ValueError(f"order {order} needs {order + 1} full steps, and there are {most:g}; lower the order")
 
 
-class FORAConfig(Cache):
+class _Config(Cache):
+    """A cache as Python code asks for it: mistakes are `RecipeError`s in one line."""
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            lines = []
+            for e in error.errors():
+                key, message = ".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")
+                if e["type"] == "extra_forbidden":
+                    message = f"no such setting{nearest(key, list(type(self).model_fields))}"
+                lines.append(f"{key}: {message}" if key else message)
+            raise RecipeError(f"{type(self).__name__}: {'; '.join(lines)}") from None
+
+
+class FORAConfig(_Config):
     """FORA (arXiv 2407.01425): the last output again, at a fixed interval."""
 
     estimation: Literal["reuse"] = "reuse"
 
 
-class TaylorSeerConfig(Cache):
+class TaylorSeerConfig(_Config):
     """TaylorSeer (arXiv 2503.06923): a Taylor forecast, at a fixed interval."""
 
     estimation: Literal["taylor"] = "taylor"
 
 
-class RFCConfig(Cache):
+class RFCConfig(_Config):
     """RFC (arXiv 2602.19506): Taylor's direction with the input's magnitude, at the steps that the input's error asks.
 
     With ``target_nfc`` the full steps are searched; ``schedule="rcs"`` searches tau instead.
@@ -335,6 +362,9 @@ class Recipe(Section):
         if m != "auto" and m > steps:
             raise ValueError(f"objective.steps_per_group is {m} but sampling has only {steps} steps")
         if self.cache is not None:
+            known = self.cache.num_inference_steps
+            if known is not None and known != steps:
+                raise ValueError(f"cache.num_inference_steps is {known}, sampling.num_inference_steps {steps}")
             try:
                 self.cache.check_steps(steps)
             except ValueError as error:

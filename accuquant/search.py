@@ -8,6 +8,7 @@ steps, kept where a sampled trajectory's final latent gets nearer to the referen
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
-from accuquant.core.schedule import ForecastErrors, best_steps, interval_steps
+from accuquant.core.schedule import ForecastErrors, best_steps, dps_steps, interval_steps
 from accuquant.data import draw
-from accuquant.model.cache_state import CacheStats
-from accuquant.model.caching import CacheError, attach_cache, cached, controller_of, detach_cache
-from accuquant.model.families import family_of
+from accuquant.model.cache_state import CacheError, CacheStats
+from accuquant.model.caching import attach_cache, cached, controller_of, detach_cache
+from accuquant.model.families import FAMILIES, family_of
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Sampling
 from accuquant.recipe_file import shipped_folder
@@ -40,20 +41,25 @@ def enable_cache(
     target: DiffusionPipeline | nn.Module,
     config: Cache,
     *,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 4.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     inputs: list[Any] | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> Cache:
     """Put a feature cache on a pipeline's denoiser.
 
-    The keyword arguments matter where the config has a target: they say what is sampled to search for it.
+    The keyword arguments matter where the config has a target: they say what is sampled to search for it (some dozens
+    of trajectories of eight samples).
 
     Args:
         target: a diffusers pipeline, or its denoiser.
         config: `FORAConfig`, `TaylorSeerConfig`, `RFCConfig`, or a recipe's `Cache`.
+        num_inference_steps, guidance_scale: by default the pipeline's own. A number of steps that is given is checked
+            against the order and the schedule, also without a target.
         inputs: class ids or prompts for the search; by default the model's classes or the shipped prompts.
         seed: of the search's noise.
+        progress: show bars.
 
     Returns:
         the config in effect: a target is replaced by what was found.
@@ -61,18 +67,33 @@ def enable_cache(
     Raises:
         CacheError: there is a cache already, nothing to cache, or a target for a pipeline that cannot be sampled.
     """
+    if not isinstance(config, Cache):
+        raise CacheError(f"config must be a FORAConfig, TaylorSeerConfig or RFCConfig, found {config!r}")
     denoiser = denoiser_of_any(target)
+    if num_inference_steps is not None:
+        try:
+            config.check_steps(num_inference_steps)
+        except ValueError as error:
+            raise CacheError(str(error)) from error
     if config.searches:
         if not isinstance(target, DiffusionPipeline):
             raise CacheError("a target is searched by sampling: give enable_cache the whole pipeline, or set tau")
         if controller_of(denoiser) is not None:
             raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
-        rollout = Rollout(
-            target, Sampling(num_inference_steps=num_inference_steps, guidance_scale=float(guidance_scale))
-        )
+        if type(target).__name__ not in (known := [family.pipeline for family in FAMILIES]):
+            raise CacheError(
+                f"a target can be searched for {' and '.join(known)}, not for {type(target).__name__}; "
+                "set interval, tau or a list of steps as schedule"
+            )
+        usual = inspect.signature(type(target).__call__).parameters
+        steps = num_inference_steps or usual["num_inference_steps"].default
+        guidance = usual["guidance_scale"].default if guidance_scale is None else guidance_scale
+        rollout = Rollout(target, Sampling(num_inference_steps=steps, guidance_scale=float(guidance)))
         samples = draw(inputs or _known_inputs(target), SEARCH_SAMPLES, seed)
         conditions = rollout.conditions(samples.inputs, samples.seeds)
-        config = search_cache(rollout, conditions, rollout.trajectory(conditions)[0], config, Reporter(quiet=True))
+        config = search_cache(
+            rollout, conditions, rollout.trajectory(conditions)[0], config, Reporter(quiet=not progress)
+        )
     attach_cache(denoiser, config)
     return config
 
@@ -102,7 +123,14 @@ def cache_stats(target: DiffusionPipeline | nn.Module) -> CacheStats:
 def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
     """The transformer or U-Net of any pipeline; a module is its own."""
     if isinstance(target, nn.Module):
-        return target
+        inner = getattr(target, "_orig_mod", target)  # of a module that torch.compile has wrapped
+        assert isinstance(inner, nn.Module)
+        return inner
+    if getattr(target, "transformer_2", None) is not None:
+        raise CacheError(
+            f"{type(target).__name__} has two denoisers; enable a cache on pipeline.transformer and on "
+            "pipeline.transformer_2, each apart"
+        )
     for name in ("transformer", "unet"):
         if isinstance(module := getattr(target, name, None), nn.Module):
             return module
@@ -121,6 +149,8 @@ def search_cache(
     Raises:
         CacheError: the target cannot be met.
     """
+    if config.schedule == "dps":
+        return _dps(rollout, conditions, config, reporter)
     nfc = config.target_nfc or _nfc_of_seconds(rollout, conditions, config)
     if nfc > rollout.num_steps:
         raise CacheError(f"target_nfc: {nfc:g} is more than the {rollout.num_steps} steps there are")
@@ -133,6 +163,8 @@ def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
     """Network evaluations, of ``batch_size`` samples each, that a search makes at most; full ones count as one."""
     if not config.searches:
         return 0
+    if config.schedule == "dps":
+        return num_steps
     full = (config.target_nfc or num_steps) * SEARCH_SAMPLES / batch_size
     return round(full * (TAU_TRIALS if config.schedule == "rcs" else config.trials + len(EMPHASES) + 2))
 
@@ -154,7 +186,9 @@ def _search_steps(
     # proposals: the fixed interval that comes nearest from below, and dynamic programming
     interval = next(n for n in range(1, num_steps + 1) if len(interval_steps(num_steps, n, warmup)) <= nfc)
     proposals = {_filled(interval_steps(num_steps, interval, warmup), num_steps, nfc)}
-    longest = max(8, math.ceil(4 * num_steps / nfc), math.ceil((num_steps - warmup + 1) / (nfc - warmup + 1)))
+    longest = config.max_gap or max(
+        8, math.ceil(4 * num_steps / nfc), math.ceil((num_steps - warmup + 1) / (nfc - warmup + 1))
+    )
     inputs, outputs = record_grams(rollout, conditions, config)
     for emphasis in EMPHASES:
         table = ForecastErrors(inputs, outputs, config.forecast_order, config.estimation == "rfe", emphasis)
@@ -217,9 +251,34 @@ def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: fl
     return best
 
 
-@torch.no_grad()
+def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Reporter) -> Cache:
+    """CacheQuant's list of full steps, from the cached modules' outputs along a trajectory of the model as it is."""
+    assert config.interval is not None
+    distances = torch.zeros(rollout.num_steps, rollout.num_steps, dtype=torch.float64)
+    for pairs in record_features(rollout, conditions, config).values():
+        outputs = torch.stack([output.flatten() for _, output in pairs])
+        distances += torch.cdist(outputs, outputs, p=1).double()
+    try:
+        steps = dps_steps(distances, config.interval)
+    except ValueError as error:
+        raise CacheError(f"cache.interval: {error}") from error
+    reporter.say(f"cache: {len(steps)} full steps of {rollout.num_steps}")
+    timesteps = tuple(float(rollout.timesteps[i]) for i in steps)
+    return _with(config, full_timesteps=timesteps, measured_nfc=(float(len(steps)), 0.0))
+
+
 def record_grams(rollout: Rollout, conditions: Conditions, config: Cache) -> tuple[Tensor, Tensor]:
     """Inner products of the cached modules' inputs and outputs over one full trajectory, each (modules, B, T, T)."""
+    grams, kept = [], record_features(rollout, conditions, config)
+    for side in (0, 1):
+        stacked = [torch.stack([pair[side] for pair in pairs]).double() for pairs in kept.values()]
+        grams.append(torch.stack([torch.einsum("ibd,jbd->bij", x, x) for x in stacked]))
+    return grams[0], grams[1]
+
+
+@torch.no_grad()
+def record_features(rollout: Rollout, conditions: Conditions, config: Cache) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Input and output (B, ...) of cached modules at every step of one full trajectory, of two samples."""
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
     taken = conditions.take(torch.arange(min(2, len(conditions)), device=conditions.noise.device))
     probe = _with(config, schedule=tuple(range(rollout.num_steps)))
@@ -238,11 +297,7 @@ def record_grams(rollout: Rollout, conditions: Conditions, config: Cache) -> tup
 
         controller.remember = record  # type: ignore[method-assign]
         rollout.trajectory(taken)
-    grams = []
-    for side in (0, 1):
-        stacked = [torch.stack([pair[side] for pair in pairs]).double() for pairs in kept.values()]
-        grams.append(torch.stack([torch.einsum("ibd,jbd->bij", x, x) for x in stacked]))
-    return grams[0], grams[1]
+    return kept
 
 
 def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache) -> float:

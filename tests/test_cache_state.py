@@ -13,7 +13,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, HeunDiscreteScheduler
 from torch import Tensor
 
 from accuquant.core.schedule import RCS
-from accuquant.model.cache_state import CacheStats, Controller
+from accuquant.model.cache_state import CacheError, CacheStats, Controller
 from accuquant.model.caching import attach_cache, detach_cache
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Cache, Sampling
@@ -299,13 +299,16 @@ def test_a_context_named_twice_at_one_timestep_begins_a_new_trajectory() -> None
 
 @pytest.mark.parametrize("steps", [10, 25, 7])
 def test_full_timesteps_are_noise_levels_at_any_number_of_steps(pipeline: DiTPipeline, steps: int) -> None:
-    """The first step at or below each level is full, and the first of all."""
+    """As many full steps: the first of all, and for each further level the first one at or below it that is left."""
     timesteps = [float(t) for t in Rollout(pipeline, Sampling(num_inference_steps=10)).timesteps]
     levels = [timesteps[i] for i in (0, 1, 3, 6)]
     found, stats = fresh(Cache(target_nfc=4, full_timesteps=levels, order=1), steps=steps)
     schedule = [float(t) for t in Rollout(pipeline, Sampling(num_inference_steps=steps)).timesteps]
-    first_below = {next(i for i, t in enumerate(schedule) if t <= level) for level in levels}
-    assert stats.full_steps == tuple(sorted(first_below | {0}))
+    full_steps = [0]
+    for level in levels[1:]:
+        below = next(i for i, t in enumerate(schedule) if t <= level)
+        full_steps.append(max(full_steps[-1] + 1, below))
+    assert stats.full_steps == tuple(full_steps)
     expected, _ = fresh(Cache(schedule=stats.full_steps, order=1), steps=steps)
     assert torch.equal(found, expected)
     if steps == 10:
@@ -351,3 +354,32 @@ def test_memory_is_free_after_the_last_step_when_it_is_known(pipeline: DiTPipeli
         assert controller.memories == {}
         assert kept.memories
     assert controller.stats() == kept.stats()
+
+
+def test_timesteps_may_rise(pipeline: DiTPipeline) -> None:
+    """Mochi's do; the direction is that of the first two, and only a turn begins a new trajectory."""
+    controller = attach_cache(copy.deepcopy(pipeline.transformer), EVERY_THIRD)
+    latent = torch.zeros(2, 4, 8, 8)
+    for _ in range(2):
+        for i in range(10):
+            controller.enter(None, 100.0 * i, latent + i)
+        assert controller.stats().num_steps == 10
+        assert controller.stats().full_steps == (0, 1, 4, 7)
+
+
+def test_a_latent_that_is_written_in_place_is_another_latent(pipeline: DiTPipeline) -> None:
+    controller, latent = attach_cache(copy.deepcopy(pipeline.transformer), EVERY_THIRD), torch.zeros(1, 4, 8, 8)
+    controller.enter(None, 900.0, latent)
+    controller.enter(None, 900.0, latent)
+    assert controller.context == "call 1"
+    controller.enter(None, 900.0, latent.add_(1))
+    assert controller.context == "call 0"
+
+
+def test_a_step_more_than_was_promised_is_an_error(pipeline: DiTPipeline) -> None:
+    attach_cache(pipeline.transformer, EVERY_THIRD.model_copy(update={"num_inference_steps": 6}))
+    try:
+        with pytest.raises(CacheError, match="num_inference_steps is 6"):
+            sampled(pipeline)
+    finally:
+        detach_cache(pipeline.transformer)

@@ -12,7 +12,8 @@ from diffusers import DiTPipeline, FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from accuquant.model.caching import CacheError, attach_cache, controller_of, detach_cache
+from accuquant.model.cache_state import CacheError
+from accuquant.model.caching import attach_cache, controller_of, detach_cache
 from accuquant.recipe import Cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -302,3 +303,14 @@ def test_a_cached_model_refuses_to_be_copied(pipeline: DiTPipeline) -> None:
         copy.deepcopy(pipeline.transformer)
     detach_cache(pipeline.transformer)
     copy.deepcopy(pipeline.transformer)
+
+
+def test_a_pattern_of_everything_caches_the_outermost_modules_once() -> None:
+    """Parts of a module that is cached never run alone, nor do parts of a fused block."""
+    model = make_flux()
+    controller = attach_cache(model, Cache(interval=2, order=1, modules=r".*(attn|ff|proj_out|proj_mlp|to_q).*"))
+    names = controller.modules
+    assert len(set(names)) == len(names)
+    assert not any(a != b and b.startswith(f"{a}.") for a in names for b in names)
+    assert any(name.endswith(".proj_out") for name in names)
+    detach_cache(model)

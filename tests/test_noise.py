@@ -13,8 +13,8 @@ from accuquant.calibrate import calibrate
 from accuquant.console import Reporter
 from accuquant.core.predictors import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor, change_weights
 from accuquant.evaluate import load_export, recipe_of
-from accuquant.model.cache_state import forecast_of
-from accuquant.model.caching import CacheError, attach_cache, controller_of
+from accuquant.model.cache_state import CacheError, forecast_of
+from accuquant.model.caching import attach_cache, controller_of
 from accuquant.model.families import denoiser_of
 from accuquant.noise import measure_noise
 from accuquant.recipe import Cache

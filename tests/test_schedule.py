@@ -11,7 +11,7 @@ import torch
 from conftest import finite_differences
 from torch import Tensor
 
-from accuquant.core.schedule import RCS, best_steps, interval_steps
+from accuquant.core.schedule import RCS, best_steps, dps_steps, interval_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,3 +165,32 @@ def test_impossible_lists_are_refused_and_why(num_full: int, warmup: int, max_ga
 
 def test_the_tightest_list_there_is_is_found() -> None:
     assert best_steps(lambda before, full, after: 0.0, 9, 3, warmup=1, max_gap=3) == (0, 3, 6)
+
+
+@pytest.mark.parametrize(("num_steps", "interval"), [(8, 2), (10, 3), (12, 3), (12, 4), (11, 5)])
+def test_dps_against_brute_force(num_steps: int, interval: int) -> None:
+    """CacheQuant's schedule: ceil(T / N) groups of ceil(N / 2) to 2 N steps, least sum of distances to their starts."""
+    for seed in range(3):
+        features = torch.randn(num_steps, 6, generator=torch.Generator().manual_seed(seed)).cumsum(0)
+        distances = torch.cdist(features, features, p=1)
+        count, found = -(-num_steps // interval), []
+        for inner in itertools.combinations(range(1, num_steps), count - 1):
+            groups = list(itertools.pairwise((0, *inner, num_steps)))
+            if all(-(-interval // 2) <= b - a <= 2 * interval for a, b in groups):
+                total = sum(float((features[t] - features[a]).abs().sum()) for a, b in groups for t in range(a, b))
+                found.append((total, (0, *inner)))
+        assert dps_steps(distances, interval) == min(found)[1]
+
+
+def test_dps_says_when_steps_cannot_be_cut_that_way() -> None:
+    with pytest.raises(ValueError, match="steps apart"):
+        dps_steps(torch.ones(4, 4), 9)
+
+
+def test_rcs_computes_in_full_where_the_error_is_no_number() -> None:
+    rcs, nothing = RCS(1e9, 1, 2), torch.full((1, 4), float("nan"))
+    assert [rcs.is_full(i, x) for i, x in enumerate([torch.ones(1, 4)] * 3 + [nothing] * 3)] == [
+        True,
+        True,
+        False,
+    ] + 3 * [True]

@@ -17,11 +17,12 @@ from accuquant import CacheError, FORAConfig, RFCConfig, TaylorSeerConfig, cache
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.core.predictors import RFE, Forecast, Memory, Reuse, Taylor
-from accuquant.core.schedule import ForecastErrors, interval_steps
-from accuquant.model.caching import controller_of
+from accuquant.core.schedule import ForecastErrors, dps_steps, interval_steps
+from accuquant.data import draw
+from accuquant.model.caching import cached_modules, controller_of
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Sampling
-from accuquant.search import cached, record_grams, search_cache
+from accuquant.search import _known_inputs, cached, record_grams, search_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -359,3 +360,22 @@ def test_prompts_can_be_searched_with(inputs: list[str] | None) -> None:
     assert (stats.nfc, stats.num_steps) == (4, 8)
     steps = pipeline.scheduler.timesteps
     assert config.full_timesteps == tuple(float(steps[i]) for i in stats.full_steps)
+
+
+def test_dps_is_taken_from_the_recorded_outputs() -> None:
+    """CacheQuant's list through the public function, against the distances of the modules' outputs themselves."""
+    pipeline = make_pipeline()
+    config = enable_cache(pipeline, FORAConfig(schedule="dps", interval=3), num_inference_steps=12, guidance_scale=1.5)
+    disable_cache(pipeline)
+    rollout = Rollout(pipeline, Sampling(num_inference_steps=12, guidance_scale=1.5))
+    samples = draw(_known_inputs(pipeline), 8, 0)
+    conditions = rollout.conditions(samples.inputs, samples.seeds).take(torch.arange(2))
+    distances, outputs = torch.zeros(12, 12), dict[str, list[Tensor]]()
+    for name in cached_modules(rollout.denoiser)[0]:
+        found = outputs.setdefault(name, [])
+        module = rollout.denoiser.get_submodule(name)
+        handle = module.register_forward_hook(lambda _, args, output, found=found: found.append(output.flatten()))
+        rollout.trajectory(conditions)
+        handle.remove()
+        distances += (torch.stack(found)[:, None] - torch.stack(found)[None]).abs().sum(-1)
+    assert config.full_timesteps == tuple(float(rollout.timesteps[i]) for i in dps_steps(distances, 3))

@@ -5,6 +5,7 @@ Steps count from 0 to T - 1. NFC is the number of full computations in a traject
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import final
 
@@ -57,7 +58,7 @@ class RCS:
         if self.memory is not None:
             error = input_error(input, self.forecast.predict(self.memory, step, input))
             far = self.max_gap is not None and step - self.memory.steps[0] >= self.max_gap
-            full = full or far or self.accumulated + error > self.tau
+            full = full or far or not self.accumulated + error <= self.tau  # an error that is no number is full too
         self.history.append(error)
         self.accumulated = 0.0 if full else self.accumulated + error
         if full:
@@ -72,7 +73,12 @@ def input_error(input: Tensor, forecast: Tensor) -> float:
 
 
 def best_steps(
-    cost: Callable[[int, int, int], float], num_steps: int, num_full: int, warmup: int = 1, max_gap: int | None = None
+    cost: Callable[[int, int, int], float],
+    num_steps: int,
+    num_full: int,
+    warmup: int = 1,
+    max_gap: int | None = None,
+    min_gap: int = 1,
 ) -> tuple[int, ...]:
     """The list of ``num_full`` full steps with the least total cost, by dynamic programming; O(T^3 K) costs.
 
@@ -80,7 +86,7 @@ def best_steps(
         cost: ``cost(before, full, next)``: what the skipped steps full + 1 ... next - 1 lose, when ``before`` was the
             full step ahead of ``full`` (equal to it at the first one). ``next`` may be T.
         warmup: leading steps that are full in every list.
-        max_gap: the longest distance of two full steps; by default any.
+        max_gap, min_gap: distances that two full steps may have, and the last one and the end; by default any.
 
     Raises:
         ValueError: no list has that many steps.
@@ -97,17 +103,43 @@ def best_steps(
     for _ in range(num_full - warmup):
         longer: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
         for (before, full), (total, steps) in paths.items():
-            for after in range(full + 1, min(num_steps, full + longest + 1)):
+            for after in range(full + min_gap, min(num_steps, full + longest + 1)):
                 found = (total + cost(before, full, after), (*steps, after))
                 if (full, after) not in longer or found < longer[full, after]:
                     longer[full, after] = found
         paths = longer
-    ends = (
+    ends = [
         (total + cost(before, full, num_steps), steps)
         for (before, full), (total, steps) in paths.items()
-        if num_steps - full <= longest
-    )
+        if min_gap <= num_steps - full <= longest
+    ]
+    if not ends:
+        raise ValueError(
+            f"no schedule of {num_steps} steps has {num_full} full ones {min_gap} to {longest} steps apart"
+        )
     return min(ends)[1]
+
+
+def dps_steps(distances: Tensor, interval: int) -> tuple[int, ...]:
+    """CacheQuant's schedule (arXiv 2503.01323): K = ceil(T / N) groups, least sum of ||F_t - F_i||_1 from their starts.
+
+    Groups have between ceil(N / 2) and 2 N steps.
+
+    Args:
+        distances: (T, T), ||F_t - F_i||_1 of the cached features at row i and column t.
+        interval: N.
+
+    Raises:
+        ValueError: T steps cannot be cut that way.
+    """
+    num_steps = len(distances)
+    sums = torch.cat([torch.zeros(num_steps, 1, dtype=torch.float64), distances.double().cumsum(1)], 1).tolist()
+
+    def cost(before: int, full: int, after: int) -> float:
+        return float(sums[full][after] - sums[full][full])
+
+    num_full = math.ceil(num_steps / interval)
+    return best_steps(cost, num_steps, num_full, 1, 2 * interval, math.ceil(interval / 2))
 
 
 class ForecastErrors:

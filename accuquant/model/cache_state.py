@@ -2,9 +2,11 @@
 
 It learns of every call of the denoiser, in pipelines that name their calls (`cache_context`) and in those that do not:
 
-- a timestep above the last one, another batch size, or another latent at the first timestep begins a new trajectory;
+- a timestep against the trajectory's direction (most fall, Mochi's rise), another batch size, or another latent at the
+  first timestep begins a new trajectory;
 - without named contexts, calls at one timestep with the same latent are the calls of guidance, told apart by order;
-- a later timestep that is called again with another latent is a step of its own (Heun, PNDM).
+- a later timestep that is called again with another latent is a step of its own (Heun, PNDM). Guidance whose two calls
+  have different latents has to name them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ from torch import Tensor
 
 from accuquant.core.predictors import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor
 from accuquant.core.schedule import RCS, interval_is_full
-from accuquant.recipe import Cache
+from accuquant.recipe import Cache, RecipeError
+
+
+class CacheError(RecipeError):
+    """A cache that cannot be put on this model, is already there, or is not what its config says."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class CacheStats:
     num_steps: int
     nbytes: int
     input_errors: tuple[float, ...]
-    modules: tuple[str, ...]
+    modules: tuple[str, ...] = field(repr=False)
 
     @property
     def nfc(self) -> int:
@@ -71,14 +77,15 @@ class Controller:
         self._forget()
 
     def _forget(self) -> None:
-        self.step, self.timestep, self.batch = -1, float("inf"), 0
+        self.step, self.timestep, self.batch, self.direction = -1, 0.0, 0, 0.0
+        self.nbytes = 0
         self.context, self.calls, self.calls_before = "", list[str](), 0
         self.named = self.forced = False
         self.full: bool | None = None
         self.latent: Tensor | None = None
         self.memories: dict[tuple[str, str], tuple[Memory | None, ...]] = {}
         self.tapped: dict[str, Tensor] = {}
-        self.timesteps_above = 0  # of the listed full timesteps, those that the trajectory has passed
+        self.timesteps_done = 0  # of the listed full timesteps after the first
         self.trace = Trace()
         if self.rcs is not None:
             self.rcs.reset()
@@ -87,18 +94,21 @@ class Controller:
         """The denoiser is called."""
         if self.driven:
             return
-        same = timestep == self.timestep
+        same, moved = self.step >= 0 and timestep == self.timestep, timestep - self.timestep
         repeated = name in self.calls if name else self.latent is not None and not _equal(self.latent, latent)
         again = same and bool(repeated)
-        if timestep > self.timestep or (again and self.step == 0) or (not same and self.batch not in (0, len(latent))):
+        turned = moved * self.direction < 0
+        if turned or (again and self.step == 0) or (not same and self.batch not in (0, len(latent))):
             self.reset()
+        elif self.step == 0 and not same:
+            self.direction = moved
         same = same and not again and self.step >= 0
         self.named = name is not None
         if not same:
             self._next_step(timestep, len(latent))
         self.context = name or f"call {len(self.calls)}"
         self.calls.append(self.context)
-        self.latent = latent
+        self.latent = latent.clone()  # a loop may write the next latent into the same tensor
 
     def drive(
         self, context: str, step: int, full: bool, memories: dict[tuple[str, str], tuple[Memory | None, ...]]
@@ -110,6 +120,8 @@ class Controller:
 
     def _next_step(self, timestep: float, batch: int) -> None:
         before, now = self.calls_before, len(self.calls)
+        if self.step + 1 == self.config.num_inference_steps:
+            raise CacheError(f"cache.num_inference_steps is {self.step + 1}, and a step more was sampled; correct it")
         self.step, self.timestep, self.batch, self.forced = self.step + 1, timestep, batch, False
         self.full = self._scheduled(timestep)
         # Unnamed calls at the first timestep may have been a trajectory that was aborted right there: two calls are
@@ -118,6 +130,7 @@ class Controller:
             self.forced = True
         if not self.named and self.step >= 2 and now != before:
             self.memories = {key: _restarted(m) for key, m in self.memories.items() if key[0] in self.calls}
+            self.nbytes = sum(m.nbytes() for ms in self.memories.values() for m in ms if m)
             self.forced = True
         if self.forced and self.rcs is None:
             self.full = True
@@ -131,10 +144,10 @@ class Controller:
             return None
         if config.full_steps is not None:
             return step in config.full_steps
-        if config.full_timesteps is not None:  # at the first step at or below each listed value
-            above = self.timesteps_above
-            self.timesteps_above = sum(t >= timestep for t in config.full_timesteps)
-            return step == 0 or self.timesteps_above > above
+        if config.full_timesteps is not None:  # at the first step at or below each listed value, or as soon as may be
+            due = sum(t >= timestep for t in config.full_timesteps[1:]) > self.timesteps_done
+            self.timesteps_done += due and step > 0
+            return step == 0 or due
         assert config.interval is not None
         return interval_is_full(step, config.interval, config.warmup)
 
@@ -153,6 +166,7 @@ class Controller:
     def remember(self, module: str, inputs: tuple[Tensor, ...], output: Any) -> None:
         key, tensors = (self.context, module), output if isinstance(output, tuple) else (output,)
         old = self.memories.get(key) or (None,) * len(tensors)
+        self.nbytes -= sum(memory.nbytes() for memory in old if memory)
         memories = list[Memory | None]()
         for i, (memory, tensor) in enumerate(zip(old, tensors, strict=True)):
             if not isinstance(tensor, Tensor):
@@ -162,7 +176,9 @@ class Controller:
             stored, input = self._stored(tensor), self._stored(inputs[min(i, len(inputs) - 1)])
             memories.append(self.forecasts[module].update(memory, self.step, stored, input))
         self.memories[key] = tuple(memories)
-        self.trace.nbytes = max(self.trace.nbytes, sum(m.nbytes() for ms in self.memories.values() for m in ms if m))
+        self.nbytes += sum(memory.nbytes() for memory in memories if memory)
+        watched = self.rcs.memory.nbytes() if self.rcs is not None and self.rcs.memory is not None else 0
+        self.trace.nbytes = max(self.trace.nbytes, self.nbytes + watched)
         if self.config.num_inference_steps == self.step + 1:
             del self.memories[key]  # before the decoder needs the room
 

@@ -17,8 +17,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
-from accuquant.model.cache_state import Controller
-from accuquant.recipe import Cache, RecipeError
+from accuquant.model.cache_state import CacheError, Controller
+from accuquant.recipe import Cache
 
 HOOK = "accuquant_cache"
 BLOCKS = r"(transformer_blocks|blocks|.*attentions\.\d+\.transformer_blocks)\.\d+"
@@ -27,10 +27,6 @@ FUSED = r"single_transformer_blocks\.\d+"  # attention and MLP side by side, and
 
 
 _eager: Callable[[Any], Any] = torch.compiler.disable(recursive=False)  # what a hook calls is compiled all the same
-
-
-class CacheError(RecipeError):
-    """A cache that cannot be put on this model, or is already there."""
 
 
 class Hook(ModelHook):
@@ -205,6 +201,19 @@ def cached(denoiser: nn.Module, config: Cache) -> Iterator[Controller]:
         detach_cache(denoiser)
 
 
+@contextmanager
+def uncached(denoiser: nn.Module) -> Iterator[None]:
+    """Without its cache, if it has one, for as long as the block runs."""
+    controller = controller_of(denoiser)
+    if controller is not None:
+        detach_cache(denoiser)
+    try:
+        yield
+    finally:
+        if controller is not None:
+            attach_cache(denoiser, controller.config)
+
+
 def controller_of(denoiser: nn.Module) -> Controller | None:
     registry = vars(denoiser).get("_diffusers_hook")
     hook = registry.get_hook(HOOK) if registry is not None else None
@@ -222,7 +231,10 @@ def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[lis
         re.compile(pattern or MODULES)
     except re.error as error:
         raise CacheError(f"cache.modules: {pattern!r} is no regular expression: {error}") from error
-    found = [name for name in names if re.fullmatch(pattern or MODULES, name)]
+    found = list[str]()
+    for name in names:  # a module inside one that is cached already never runs alone
+        if re.fullmatch(pattern or MODULES, name) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
     fused = [
         name
         for name in names
@@ -230,6 +242,10 @@ def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[lis
         and all(hasattr(denoiser.get_submodule(name), part) for part in ("norm", "attn", "proj_mlp", "proj_out"))
         and re.fullmatch(pattern or ".*", f"{name}.proj_out")
     ]
+    # attention with the MLP in it (Flux2) is a cached module like any other; parts of fused blocks are not
+    singles = [f"{name}.attn" for name in names if re.fullmatch(FUSED, name) and name not in fused]
+    found += [name for name in singles if name in names and re.fullmatch(pattern or ".*", name) and name not in found]
+    found = [name for name in found if not any(name == block or name.startswith(f"{block}.") for block in fused)]
     if not found and not fused:
         shown = ", ".join(name for name in names if name.count(".") == 2) or ", ".join(names[:8])
         raise CacheError(

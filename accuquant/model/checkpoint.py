@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from accuquant.model.caching import CacheError, attach_cache
+from accuquant.model.cache_state import CacheError
+from accuquant.model.caching import attach_cache
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, keep_float32, quantized_layers, trainable_layers
 from accuquant.recipe import Cache
