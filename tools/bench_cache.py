@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,11 +27,12 @@ import typer
 from diffusers.hooks import HookRegistry, TaylorSeerCacheConfig, apply_taylorseer_cache
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
-from accuquant.core.predictors import Differences, Norm, Taylor
-from accuquant.core.schedule import input_error, interval_steps
+from accuquant.core.predictors import Differences, Norm
+from accuquant.core.schedule import RCS, interval_steps
 from accuquant.data import calibration_samples, held_out_samples
 from accuquant.measure import image_metrics
 from accuquant.model.caching import MODULES, cached, cached_modules
@@ -43,7 +45,8 @@ from accuquant.search import SEARCH_SAMPLES, search_cache
 from accuquant.session import open_model
 
 app = typer.Typer(add_completion=False, help=__doc__)
-INTERVALS = {14: 4, 11: 5, 10: 6, 8: 7, 7: 9}  # NFC of the published table -> interval, with two leading full steps
+# NFC -> interval, with two leading full steps; 14 to 7 are those of the published table
+INTERVALS = {26: 2, 18: 3, 14: 4, 11: 5, 10: 6, 8: 7, 7: 9, 6: 12, 5: 16}
 SEEDS = (0, 1, 2)
 HELD_OUT = 30
 TRIALS = 24  # that refine a searched schedule; the default of 60 gains a little more
@@ -114,6 +117,7 @@ def methods(nfc: int, order: int) -> Iterator[tuple[str, Cache]]:
     interval = INTERVALS[nfc]
     if order == 1:
         yield "FORA", Cache(estimation="reuse", interval=interval)
+        yield "FORA, CacheQuant's steps", Cache(estimation="reuse", schedule="dps", interval=math.ceil(50 / nfc))
     yield "TaylorSeer", Cache(estimation="taylor", order=order, interval=interval)
     yield "+ RFE", Cache(order=order, interval=interval)
     yield "+ RCS", Cache(estimation="taylor", order=order, schedule="rcs", target_nfc=nfc)
@@ -128,6 +132,7 @@ def run(
     out: Out = DEFAULT_OUT,
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     nfcs: Annotated[str, typer.Option(help="Comma-separated.")] = "14,11,10,8,7",
+    orders: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2",
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
 ) -> None:
     """Make the missing runs of the table."""
@@ -135,7 +140,7 @@ def run(
     for seed in map(int, seeds.split(",")):
         bench, done = None, {_key(row) for row in rows_of(out)}
         for nfc in map(int, nfcs.split(",")):
-            for order in (1, 2):
+            for order in map(int, orders.split(",")):
                 wanted: list[tuple[str, Callable[[Bench], dict[str, Any]]]] = [
                     (name, lambda b, c=config: b.judge(b.search(c) if c.searches else c))  # type: ignore[misc]
                     for name, config in methods(nfc, order)
@@ -246,15 +251,8 @@ def watched_steps(bench: Bench, index: int, nfc: int) -> tuple[int, ...]:
     handle.remove()
 
     def chosen(tau: float) -> tuple[int, ...]:
-        forecast, memory, total, full = Taylor(2), None, 0.0, list[int]()
-        for i, x in enumerate(inputs):
-            if memory is not None and i >= 2:
-                total += input_error(x, forecast.predict(memory, i, x))
-                if total <= tau:
-                    continue
-            total, memory = 0.0, forecast.update(memory, i, x, x)
-            full.append(i)
-        return tuple(full)
+        rcs = RCS(tau, 2, 2)
+        return tuple(i for i, x in enumerate(inputs) if rcs.is_full(i, x))
 
     low, high = 1e-4, 100.0
     for _ in range(40):
@@ -269,16 +267,18 @@ def latency(
     repeats: Annotated[int, typer.Option(help="Trajectories timed of each, alternating.")] = 10,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
 ) -> None:
-    """Seconds of one trajectory of eight samples: medians of alternating runs, and the factors' memory."""
+    """One trajectory of eight samples: seconds (medians of alternating runs), multiply-adds, memory of the factors."""
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     bench = Bench.of(0)
     configs: dict[str, Cache] = {"full": Cache(schedule=tuple(range(50)))}
-    for nfc, interval in INTERVALS.items():
+    for nfc, interval in ((14, 4), (10, 6), (7, 9)):
         configs |= {
             f"FORA {nfc}": Cache(estimation="reuse", interval=interval),
             f"TaylorSeer {nfc}": Cache(estimation="taylor", interval=interval),
-            f"RFC {nfc}": Cache(interval=interval),
+            f"RFC forecast {nfc}": Cache(interval=interval),
         }
+    configs["RFC tau 0.2"] = Cache(tau=0.2)
     times: dict[str, list[float]] = {"no cache": [], **{name: [] for name in configs}}
     for _ in range(repeats):
         started = time.perf_counter()
@@ -291,9 +291,18 @@ def latency(
                 times[name].append(time.perf_counter() - started)
     plain = statistics.median(times["no cache"])
     found = {name: {"seconds": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
+    for name, config in configs.items():
+        with cached(bench.rollout.denoiser, config) as controller, FlopCounterMode(display=False) as counter:
+            bench.rollout.trajectory(bench.calibration)
+            stats = controller.stats()
+        found[name] |= {"nfc": stats.nfc, "nbytes": stats.nbytes, "multiply_adds": counter.get_total_flops() / 2}
     (out / "latency.json").write_text(json.dumps({"threads": threads, "repeats": repeats, "runs": found}, indent=1))
     for name, row in found.items():
-        print(f"{name:16} {row['seconds']:.3f} s ({row['min']:.3f} to {row['max']:.3f}), {plain / row['seconds']:.2f}x")
+        costs = (
+            f"{row['multiply_adds'] / 1e9:.1f} G multiply-adds, {row['nbytes'] / 1e6:.1f} MB" if "nbytes" in row else ""
+        )
+        spread = f"{row['seconds']:.3f} s ({row['min']:.3f} to {row['max']:.3f})"
+        print(f"{name:16} {spread} {plain / row['seconds']:.2f}x  {costs}")
 
 
 @app.command()

@@ -24,12 +24,12 @@ def main(out: Out = DEFAULT_OUT) -> None:
     bench, rows = Bench.of(0), [r for r in rows_of(out) if r["part"] == "table"]
     inputs, outputs = record_grams(bench.rollout, bench.calibration, Cache(interval=4))
     names = [n.removeprefix("transformer_blocks.") for n in cached_modules(bench.rollout.denoiser)[0]]
-    figure, axes = plt.subplots(3, 2, figsize=(13, 13), constrained_layout=True)
+    figure, axes = plt.subplots(4, 2, figsize=(13, 17), constrained_layout=True)
 
     for axis, order in zip(axes[0], (1, 2), strict=True):
         for name in dict.fromkeys(r["method"] for r in rows if r["order"] == order):
             points = []
-            for nfc in INTERVALS:
+            for nfc in sorted(INTERVALS):
                 found = [r["relative_l2"] for r in rows if (r["method"], r["nfc"], r["order"]) == (name, nfc, order)]
                 points += [(nfc, statistics.mean(found), min(found), max(found))] if found else []
             x, mean, low, high = zip(*points, strict=True)
@@ -55,6 +55,21 @@ def main(out: Out = DEFAULT_OUT) -> None:
     axes[1, 1].set(title="ratio s of each module, over its mean", xlabel="step", ylabel="s / mean", yscale="log")
     axes[1, 1].legend(fontsize=6, ncols=2)
 
+    # the direction of the last change, against that of the change k steps on; and s of the two guidance halves
+    gap, half = interval, outputs.shape[1] // 2
+    for k in (1, 2, 4):
+        cosine = []
+        for i in range(gap, 50 - k):
+            last = own_out[..., i] + own_out[..., i - gap] - 2 * outputs[..., i, i - gap]
+            ahead = own_out[..., i + k] + own_out[..., i] - 2 * outputs[..., i + k, i]
+            both = outputs[..., i + k, i] - outputs[..., i + k, i - gap] - own_out[..., i] + outputs[..., i, i - gap]
+            cosine.append((both / (last * ahead).sqrt()).mean())
+        axes[3, 0].plot(range(gap, 50 - k), cosine, label=f"k = {k}")
+    axes[3, 0].set(title=f"cosine of the change over the last {gap} steps with that of the next k", xlabel="step")
+    for part, label in ((slice(0, half), "conditional"), (slice(half, None), "unconditional")):
+        axes[3, 1].plot((moved[1] / moved[0])[:, part].mean((0, 1)), label=label)
+    axes[3, 1].set(title="ratio s of the guidance halves, mean of modules", xlabel="step")
+
     steps = interval_steps(50, interval, 2)
     for label, order, relational in (("reuse", 0, False), ("Taylor 1", 1, False), ("RFE 1", 1, True)):
         per_module, per_step = [], torch.zeros(50)
@@ -71,7 +86,7 @@ def main(out: Out = DEFAULT_OUT) -> None:
     axes[2, 0].set(title=f"forecast error of the modules, interval {interval}", ylabel="relative", yscale="log")
     axes[2, 0].tick_params(axis="x", rotation=60)
     axes[2, 1].set(title="forecast error over time, all modules", xlabel="step", ylabel="relative")
-    for axis in axes[2]:
+    for axis in (*axes[2], *axes[3]):
         axis.legend()
     figure.savefig(out / "cache.png", dpi=90)
     print(f"wrote {out / 'cache.png'}")
