@@ -3,7 +3,8 @@
 A list of full steps (`schedule: best`, the default of a target) is found in three stages, each dearer and nearer to the
 truth than the one before: dynamic programming over forecast errors of one recorded trajectory, for several weightings
 of early against late steps; a sampled trajectory for each of these lists and the fixed interval; moves of single full
-steps, kept where a sampled trajectory's final latent gets nearer to the reference. `schedule: rcs` searches tau.
+steps, kept where a sampled trajectory gets nearer to the reference: by the geometric mean of the relative errors of
+latents and images, for what is far in one can be near in the other. `schedule: rcs` searches tau.
 """
 
 from __future__ import annotations
@@ -175,12 +176,14 @@ def _search_steps(
     """The best list of ``nfc`` full steps that was found."""
     num_steps, warmup = rollout.num_steps, min(config.warmup, rollout.num_steps)
     errors: dict[tuple[int, ...], float] = {}
+    images = rollout.decode(reference[-1])
 
     def error(steps: tuple[int, ...]) -> float:
         if steps not in errors:
             with cached(rollout.denoiser, _with(config, schedule=steps)):
-                latents, _ = rollout.trajectory(conditions)
-            errors[steps] = float(relative_l2(latents[-1], reference[-1]).mean())
+                final = rollout.trajectory(conditions)[0][-1]
+            apart = relative_l2(final, reference[-1]).mean() * relative_l2(rollout.decode(final), images).mean()
+            errors[steps] = math.sqrt(apart)
         return errors[steps]
 
     # proposals: the fixed interval that comes nearest from below, and dynamic programming

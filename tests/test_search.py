@@ -47,8 +47,9 @@ def reference(rollout: Rollout, conditions: Conditions) -> Tensor:
 
 def final_error(rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache) -> float:
     with cached(rollout.denoiser, config):
-        latents, _ = rollout.trajectory(conditions)
-    return float(relative_l2(latents[-1], reference[-1]).mean())
+        final = rollout.trajectory(conditions)[0][-1]
+    images = relative_l2(rollout.decode(final), rollout.decode(reference[-1])).mean()
+    return float((relative_l2(final, reference[-1]).mean() * images).sqrt())
 
 
 def images(pipeline: DiTPipeline, steps: int = STEPS) -> Tensor:
