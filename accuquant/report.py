@@ -68,6 +68,7 @@ def write_report(
         change=_change(metrics),
         images=_images(full, quantized),
         accumulation=_themed(lambda axes, theme: _accumulation(axes, theme, metrics)),
+        decomposition=_decomposition_chart(metrics),
         calibration=calibration,
         loss=_loss_chart(calibration.get("history") or []),
         auto=_auto(calibration),
@@ -167,9 +168,9 @@ def _reduction(part: dict[str, Any] | None, before: str, after: str) -> float | 
 
 
 def _change(metrics: dict[str, Any]) -> dict[str, float] | None:
-    """What calibration did to the final error."""
+    """What calibration did to the final error; with a cache, to quantization's part of it."""
     before = ((metrics.get("initial") or {}).get("final_relative_l2") or {}).get("mean")
-    after = metrics["final_relative_l2"]["mean"]
+    after = metrics.get("E_q", metrics["final_relative_l2"]["mean"])
     return {"before": before, "after": after, "less": 1 - after / before} if before and after == after else None
 
 
@@ -244,6 +245,7 @@ def _accumulation(axes: Axes, theme: dict[str, str], metrics: dict[str, Any]) ->
     if before is not None:
         axes.plot(steps, [100 * v for v in before], color=theme["other"], dashes=(5, 3), label="before calibration")
     label = "quantized" if before is None else "after calibration"
+    label += " and cached" if metrics.get("cache") else ""
     axes.plot(steps, mean, color=theme["main"], linewidth=2.2, label=label)
     if band := metrics.get("relative_l2_per_step_std"):
         low = [max(0.0, m - 100 * s) for m, s in zip(mean, band, strict=True)]
@@ -253,6 +255,25 @@ def _accumulation(axes: Axes, theme: dict[str, str], metrics: dict[str, Any]) ->
     axes.set(xlabel="denoising steps made", ylabel="relative L2 error of the latents (%)")
     axes.set_xlim(0, max(1, len(mean) - 1))
     axes.set_ylim(bottom=0)
+
+
+def _decomposition_chart(metrics: dict[str, Any]) -> dict[str, str] | None:
+    return _themed(lambda axes, theme: _decomposition(axes, theme, metrics)) if metrics.get("decomposition") else None
+
+
+def _decomposition(axes: Axes, theme: dict[str, str], metrics: dict[str, Any]) -> None:
+    curves = {name: [100 * v for v in curve] for name, curve in metrics["decomposition"].items() if curve}
+    steps = range(len(curves["E_qc"]))
+    axes.plot(steps, curves["E_qc"], color=theme["main"], linewidth=2.2, label="both (E_qc)")
+    axes.plot(steps, curves["E_q"], color=theme["other"], dashes=(5, 3), label="quantized only (E_q)")
+    axes.plot(steps, curves["E_c"], color=theme["ink"], dashes=(1, 2), label="cached only (E_c)")
+    if "E_naive" in curves and abs(curves["E_naive"][-1] - curves["E_qc"][-1]) > 1e-3 * curves["E_qc"][-1]:
+        axes.plot(steps, curves["E_naive"], color=theme["soft"], label="calibrated without the cache, then cached")
+    top = max(map(max, curves.values()))
+    axes.vlines([i + 1 for i in metrics["cache"]["full_steps"]], -0.05 * top, 0, color=theme["main"], linewidth=1.5)
+    axes.set(xlabel="denoising steps made; ticks below are full computations", ylabel="relative L2 error (%)")
+    axes.set_xlim(0, len(steps) - 1)
+    axes.set_ylim(bottom=-0.06 * top)
 
 
 def _loss_chart(history: list[dict[str, Any]]) -> dict[str, str] | None:

@@ -22,6 +22,7 @@ from accuquant.model.rollout import Rollout
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe_file import parse_recipe
+from accuquant.report import percent
 from accuquant.session import Session, open_model, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,6 +77,16 @@ def test_naive_stacking_is_the_model_before_it_was_calibrated_with_the_cache(
     found = json.loads((calibrate(alone, QUIET) / "metrics.json").read_text())
     assert found["E_naive"] == pytest.approx(found["E_qc"], rel=1e-5)
     assert metrics["E_naive"] == pytest.approx(found["E_qc"], rel=1e-5)
+
+
+def test_the_report_shows_them(export: Path, metrics: dict[str, Any]) -> None:
+    page = (export / "report.html").read_text()
+    section = page[page.index('<section id="cache">') :]
+    section = section[: section.index("</section>")]
+    assert "3 of 6 steps in full" in section
+    for name in ("E_q", "E_c", "E_qc"):
+        assert percent(metrics[name]) in section
+    assert section.count("data:image/png;base64,") == 2  # for light and for dark pages
 
 
 def test_another_cache_has_no_naive_figure(export: Path, tmp_path: Path) -> None:
