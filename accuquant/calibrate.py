@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from accuquant.console import Reporter
+from accuquant.correct import fit_correction
 from accuquant.data import calibration_samples
 from accuquant.evaluate import evaluate
 from accuquant.export import check_output, model_card, publish
@@ -65,17 +66,21 @@ def calibrate(
     initial = _initial_metrics(session, held_out, reporter, partial / "initial.json")
     started = time.monotonic()
     tuner, tried = tune(session, reporter, partial, resume)
-    history, cache, naive = tuner.history, None, None
+    history, cache, naive, correction = tuner.history, None, None, None
     if recipe.cache is not None:
         cache = _cache(recipe.cache, session, reporter, partial / "cache.json")
-        naive = _naive_metrics(session, cache, held_out, reporter, partial / "naive.json")
+        naive = _naive_metrics(
+            session, cache.model_copy(update={"corrected": False}), held_out, reporter, partial / "naive.json"
+        )
         history = history + tune_cached(session, cache, tuner, reporter, partial, resume)
+        if cache.corrected:
+            cache, correction = fit_correction(session, cache, reporter)
 
     staging = partial / "export"
     shutil.rmtree(staging, ignore_errors=True)
     harden_model(rollout.denoiser, session.clock)
     if cache is not None:
-        store_cache(rollout.denoiser, cache)
+        store_cache(rollout.denoiser, cache, correction)
     rollout.pipeline.save_pretrained(staging, max_shard_size=recipe.export.max_shard_size)
     (staging / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     record = {
@@ -134,7 +139,8 @@ def tune_cached(
     if not objective.cached_iterations:
         return []
     objective = objective.model_copy(update={"iterations": objective.cached_iterations, "warmup_fraction": 0.0})
-    tuner = session.tuner(objective, alone.steps_per_group, cache)
+    uncorrected = cache.model_copy(update={"corrected": False})  # which is fitted last, to the weights as they end up
+    tuner = session.tuner(objective, alone.steps_per_group, uncorrected)
     if resume and state.is_file():
         tuner.load(state)
     with reporter.bar("calibrating with the cache on", objective.iterations, len(tuner.history)) as advance:

@@ -142,6 +142,11 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
         if controller_of(denoiser) is not None:
             detach_cache(denoiser)
         if recipe.cache is not None:
+            if recipe.cache.corrected:
+                raise RecipeError(
+                    "cache.corrected: the correction belongs to the cache that this export was calibrated with; "
+                    "another one needs --set cache.corrected=false"
+                )
             attach_cache(denoiser, _searched(recipe.cache, pipeline, recipe, reporter or Reporter(quiet=True)))
     return pipeline
 

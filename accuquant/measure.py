@@ -17,7 +17,7 @@ from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
 from accuquant.data import held_out_samples, load_split
 from accuquant.model.cache_state import CacheStats, Controller
-from accuquant.model.caching import cached, controller_of, in_cache, uncached
+from accuquant.model.caching import CORRECTION, cached, controller_of, in_cache, uncached
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.layers import QuantizedLayer, quantized_layers
 from accuquant.model.plan import PlannedModule
@@ -187,7 +187,8 @@ def decompose(
     assert controller is not None
     with uncached(quantized.denoiser):
         alone = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized without the cache")
-    with cached(full.denoiser, controller.config):
+    correction = getattr(quantized.denoiser, CORRECTION, None)
+    with cached(full.denoiser, controller.config, correction):
         only = sample(full, held_out.conditions, recipe, reporter, "held-out, full precision with the cache")
     sides = (("E_q", alone), ("E_c", only), ("E_qc", both))
     curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}

@@ -214,12 +214,15 @@ class Cache(Section):
     norm: Literal["sample", "token", "channel", "batch"] = Field("sample", description="scope of the norms of rfe")
     differences: Literal["taylor", "newton"] = Field("taylor", description="newton: exact under uneven gaps")
     noise_aware: bool = Field(False, description="forecasts know the quantization noise that calibration measures")
+    corrected: bool = Field(False, description="calibration fits a slope and an intercept to each forecast channel")
     modules: str | None = Field(None, description="regular expression, matched against the whole module name")
     factors_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="as the output if absent")
     factors_device: str | None = Field(None, description="where factors wait, such as cpu; by the model if absent")
     num_inference_steps: int | None = Field(None, ge=1, description="if known, factors are freed after their last use")
     full_timesteps: Numbers | None = Field(None, description="written by a search: timestep values of the full steps")
     noise: dict[str, Numbers] | None = Field(None, description="written by calibration: of each module, see noise.py")
+    correction_timesteps: Numbers | None = Field(None, description="written by calibration")
+    correction_channels: dict[str, int] | None = Field(None, description="written by calibration")
     measured_nfc: Numbers | None = Field(None, description="written by a search: NFC, mean and std over samples")
 
     @property
@@ -247,6 +250,8 @@ class Cache(Section):
         if self.schedule in ("interval", "dps") and self.interval is None:
             raise ValueError(f"schedule {self.schedule} needs interval, for example interval: 4")
         rcs = self.schedule == "rcs" or self.tau is not None
+        if self.corrected and rcs:
+            raise ValueError("corrected: steps that RCS skips differ from sample to sample; use interval or target_nfc")
         if self.max_gap is not None and not rcs and not any(targets):
             raise ValueError("max_gap is for tau and targets; with interval or a list of steps the gaps are given")
         if self.full_steps is not None and self.warmup != 2:

@@ -11,12 +11,14 @@ It learns of every call of the denoiser, in pipelines that name their calls (`ca
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from accuquant.core.correction import apply_affine
 from accuquant.core.predictors import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor
 from accuquant.core.schedule import RCS, interval_is_full
 from accuquant.recipe import Cache, RecipeError
@@ -58,6 +60,30 @@ class Trace:
     input_errors: list[float] = field(default_factory=list)
 
 
+class Correction(nn.Module):
+    """Slope and intercept of every channel of the cached modules' forecasts, at the timesteps they were fitted at.
+
+    Args:
+        timesteps: S values; a step between them takes the nearest.
+        channels: of each cached module's output.
+    """
+
+    def __init__(self, timesteps: Sequence[float], channels: dict[str, int]) -> None:
+        super().__init__()
+        self.timesteps = list(timesteps)
+        for name, count in channels.items():
+            identity = torch.stack([torch.ones(len(timesteps), count), torch.zeros(len(timesteps), count)], 1)
+            self.register_parameter(name.replace(".", "/"), nn.Parameter(identity, requires_grad=False))
+
+    def of(self, module: str) -> Tensor:
+        """(S, 2, C) of a module."""
+        return self.get_parameter(module.replace(".", "/"))
+
+    def correct(self, module: str, forecast: Tensor, timestep: float) -> Tensor:
+        nearest = min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
+        return apply_affine(self.of(module)[nearest], forecast)
+
+
 class Controller:
     """The state that all hooks of one denoiser share."""
 
@@ -65,7 +91,8 @@ class Controller:
         self.config, self.modules = config, modules
         self.forecasts = {module: forecast_of(config, module) for module in modules}
         self.last = Trace()
-        self.driven = False
+        self.driven = self.paused = False
+        self.correct: Callable[[str, Tensor], Tensor] | None = None
         order = max(1, config.forecast_order)
         self.rcs = RCS(config.tau, order, config.warmup, config.max_gap) if config.tau is not None else None
         self._forget()
@@ -92,7 +119,7 @@ class Controller:
 
     def enter(self, name: str | None, timestep: float, latent: Tensor) -> None:
         """The denoiser is called."""
-        if self.driven:
+        if self.driven or self.paused:
             return
         same, moved = self.step >= 0 and timestep == self.timestep, timestep - self.timestep
         repeated = name in self.calls if name else self.latent is not None and not _equal(self.latent, latent)
@@ -190,7 +217,8 @@ class Controller:
                 continue
             input = inputs[min(i, len(inputs) - 1)]
             output = self.forecasts[module].predict(memory, self.step, self._stored(input))
-            outputs.append(output.to(input.device, input.dtype))
+            output = output.to(input.device, input.dtype)
+            outputs.append(output if self.correct is None or i > 0 else self.correct(module, output))
         if self.config.num_inference_steps == self.step + 1:
             del self.memories[key]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)

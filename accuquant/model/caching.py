@@ -17,10 +17,13 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
-from accuquant.model.cache_state import CacheError, Controller
+from accuquant.model.cache_state import CacheError, Controller, Correction
 from accuquant.recipe import Cache
 
 HOOK = "accuquant_cache"
+CORRECTION = (
+    "cache_correction"  # the denoiser's submodule that holds a fitted one, so that it is saved with the weights
+)
 BLOCKS = r"(transformer_blocks|blocks|.*attentions\.\d+\.transformer_blocks)\.\d+"
 MODULES = BLOCKS + r"\.(attn\d?|ff|ffn|ff_context|img_mlp|txt_mlp)"
 FUSED = r"single_transformer_blocks\.\d+"  # attention and MLP side by side, and one projection of both
@@ -83,6 +86,8 @@ class Cached(Hook):
 
     @_eager
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.controller.paused:
+            return self.fn_ref.original_forward(*args, **kwargs)
         inputs = _inputs(args, kwargs)
         if self.tap:
             inputs = (self.controller.tapped.pop(self.tap),)
@@ -115,7 +120,8 @@ class Skipped(Hook):
 
     @_eager
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.controller.computes(f"{self.block}.proj_out", self.controller.tapped[self.block]):
+        tapped = self.controller.tapped[self.block]
+        if self.controller.paused or self.controller.computes(f"{self.block}.proj_out", tapped):
             return self.fn_ref.original_forward(*args, **kwargs)
         inputs = _inputs(args, kwargs)
         if isinstance(module, nn.Linear) or hasattr(module, "out_features"):  # right in shape, and never read
@@ -123,8 +129,11 @@ class Skipped(Hook):
         return inputs if len(inputs) > 1 else inputs[0]
 
 
-def attach_cache(denoiser: nn.Module, config: Cache) -> Controller:
+def attach_cache(denoiser: nn.Module, config: Cache, correction: Correction | None = None) -> Controller:
     """Put a cache on a denoiser.
+
+    Args:
+        correction: of its forecasts, where the config asks for one; by default that of the loaded checkpoint.
 
     Raises:
         CacheError: it has one already, no module matches, or the config asks for a search that has to be made first.
@@ -138,6 +147,12 @@ def attach_cache(denoiser: nn.Module, config: Cache) -> Controller:
     if config.noise_aware and (unknown := [name for name in modules if name not in (config.noise or {})]):
         raise CacheError(f"noise_aware: no noise was measured for {', '.join(unknown[:3])}; `accuquant calibrate` does")
     controller = Controller(config, modules)
+    if config.corrected:
+        correction = correction or getattr(denoiser, CORRECTION, None)
+        if correction is None:
+            raise CacheError("corrected: nothing was fitted for this model; `accuquant calibrate` does")
+        found = correction
+        controller.correct = lambda module, forecast: found.correct(module, forecast, controller.timestep)
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     calls = Calls(controller)
     _hook(denoiser, calls)
@@ -192,9 +207,9 @@ def detach_cache(denoiser: nn.Module) -> None:
 
 
 @contextmanager
-def cached(denoiser: nn.Module, config: Cache) -> Iterator[Controller]:
+def cached(denoiser: nn.Module, config: Cache, correction: Correction | None = None) -> Iterator[Controller]:
     """A cache for as long as the block runs."""
-    controller = attach_cache(denoiser, config)
+    controller = attach_cache(denoiser, config, correction)
     try:
         yield controller
     finally:

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from accuquant.model.cache_state import CacheError
-from accuquant.model.caching import attach_cache
+from accuquant.model.cache_state import CacheError, Correction
+from accuquant.model.caching import CORRECTION, attach_cache
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, keep_float32, quantized_layers, trainable_layers
 from accuquant.recipe import Cache
@@ -118,10 +118,16 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 )
             model.set_submodule(name, layer)
         self.clock = clock
+        cache = config.cache
+        if cache is not None and cache.corrected:
+            with torch.device("meta"):
+                setattr(
+                    model, CORRECTION, Correction(cache.correction_timesteps or (), cache.correction_channels or {})
+                )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.clock.attach(model)
-        keep_float32(model, self.quantization_config.layers)
+        keep_float32(model, [*self.quantization_config.layers, CORRECTION])
         if self.quantization_config.cache is not None:
             try:
                 attach_cache(model, self.quantization_config.cache)
@@ -202,8 +208,10 @@ def harden_model(model: Any, clock: StepClock) -> None:
     model.register_to_config(quantization_config=config)
 
 
-def store_cache(model: Any, cache: Cache) -> None:
-    """Have a hardened model's config.json name this cache, so that loading puts it on."""
+def store_cache(model: Any, cache: Cache, correction: Correction | None) -> None:
+    """Have a hardened model's config.json name this cache, so that loading puts it on; and save its correction."""
+    if correction is not None:
+        setattr(model, CORRECTION, correction)
     config: AccuQuantConfig = model.hf_quantizer.quantization_config
     config.cache = cache
     model.register_to_config(quantization_config=config)
