@@ -20,7 +20,7 @@ from accuquant import __version__
 from accuquant.console import Reporter
 from accuquant.export import figures
 from accuquant.model.checkpoint import CheckpointError
-from accuquant.recipe import Recipe, RecipeError
+from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe_file import list_shipped, load_recipe, shipped_folder
 
 app = typer.Typer(
@@ -230,6 +230,7 @@ def _print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> No
             f"{before / 1e6:.2f} MB -> {after / 1e6:.2f} MB (quantized ones {layers:.3f} of float32)",
         ),
         ("bit-operations", f"{operations:.3f} of float32"),
+        *([("cache", _cache_words(recipe.cache))] if recipe.cache else []),
         ("network evaluations", f"{evaluations['tuning']} tuning + {evaluations['sampling']} sampling"),
         ("memory beside the model", f"about {costs['memory_bytes'] / 1e9:.2f} GB + one step's activations"),
         ("estimated time", f"about {_duration(costs['seconds'])}"),
@@ -239,6 +240,13 @@ def _print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> No
     for name, value in rows:
         out.print(f"{name:26} {value}")
     out.print("\ndry run: nothing was written")
+
+
+def _cache_words(cache: Cache) -> str:
+    """Forecast and schedule, as the recipe has them."""
+    keys = ("interval", "tau", "target_nfc", "target_seconds", "schedule")
+    how = ", ".join(f"{key} {getattr(cache, key)}" for key in keys if getattr(cache, key) is not None)
+    return f"{cache.estimation}, order {cache.forecast_order}, {how}"
 
 
 def _print_metrics(folder: Path) -> None:

@@ -12,6 +12,7 @@ from conftest import recipe_tree
 from safetensors.torch import load_file
 
 from accuquant.calibrate import calibrate
+from accuquant.cli import app
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.evaluate import evaluate, load_export, recipe_of
@@ -21,7 +22,7 @@ from accuquant.model.families import denoiser_of, load_pipeline
 from accuquant.model.rollout import Rollout
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe, RecipeError
-from accuquant.recipe_file import parse_recipe
+from accuquant.recipe_file import dump_recipe, parse_recipe
 from accuquant.report import percent
 from accuquant.session import Session, open_model, prepare
 
@@ -176,3 +177,10 @@ def test_the_session_is_left_without_a_cache(model_folder: Path, tmp_path: Path)
     tuner.run()
     after, _ = session.rollout.trajectory(session.validation.conditions)
     assert torch.equal(before, after)
+
+
+def test_the_dry_run_names_the_cache(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(make_recipe(model_folder, tmp_path / "out")))
+    app(["calibrate", str(file), "--dry-run"], standalone_mode=False)
+    assert "rfe, order 1, schedule (0, 1, 4)" in capsys.readouterr().out
