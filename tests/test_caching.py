@@ -314,3 +314,10 @@ def test_a_pattern_of_everything_caches_the_outermost_modules_once() -> None:
     assert not any(a != b and b.startswith(f"{a}.") for a in names for b in names)
     assert any(name.endswith(".proj_out") for name in names)
     detach_cache(model)
+
+
+def test_an_order_that_was_never_reached_is_said(pipeline: DiTPipeline) -> None:
+    attach_cache(pipeline.transformer, Cache(interval=8, order=3, estimation="taylor"))
+    with pytest.warns(UserWarning, match="order 3 needs 4 full computations, this trajectory of 10 steps had 3"):
+        images(pipeline)
+    detach_cache(pipeline.transformer)

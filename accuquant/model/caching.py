@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,14 @@ class Calls(Hook):
         self.controller.enter(context.name if context else None, value, latent)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
+        """A pipeline is done."""
+        stats, order = self.controller.stats(), self.controller.config.forecast_order
+        if self.controller.step >= 0 and stats.nfc <= order and stats.nfc < stats.num_steps:
+            warnings.warn(
+                f"order {order} needs {order + 1} full computations, this trajectory of {stats.num_steps} steps had "
+                f"{stats.nfc}: a lower order was used. Lower order or interval",
+                stacklevel=2,
+            )
         self.controller.reset()
         self.contexts._context = None
         return module
