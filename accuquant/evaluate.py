@@ -100,12 +100,14 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         metrics |= decompose(full, quantized, latents, held_out, recipe, reporter)
     calibration = folder / "calibration.json"
     if calibration.is_file():
-        record = json.loads(calibration.read_text(encoding="utf-8"))
-        if len(record["initial"]["relative_l2_per_step"]) != len(metrics["relative_l2_per_step"]):
-            record |= {"initial": None, "naive": None}  # they are of another number of steps
+        record, made = json.loads(calibration.read_text(encoding="utf-8")), recipe_of(folder)
+        if (recipe.sampling, recipe.evaluation.num_samples) != (made.sampling, made.evaluation.num_samples):
+            record |= {"initial": None, "naive": None}  # they were measured on other trajectories
+        if recipe.cache != made.cache:
+            record["naive"] = None
         metrics |= {key: value for key, value in record.items() if value is not None}
-    naive = metrics.pop("naive", None) if recipe.cache == recipe_of(folder).cache else None
-    if controller:  # naive stacking was measured when the export was made, for the cache it was made with
+    naive = metrics.pop("naive", None)
+    if controller:
         metrics["E_naive"] = naive["relative_l2_per_step"][-1] if naive else None
         metrics["decomposition"]["E_naive"] = naive["relative_l2_per_step"] if naive else None
     _write(folder / "metrics.json", json.dumps(metrics, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,6 @@ def test_the_report_shows_them(export: Path, metrics: dict[str, Any]) -> None:
 
 
 def test_another_cache_has_no_naive_figure(export: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(export, folder)
     found = evaluate(folder, recipe_of(folder, ["cache={interval: 2, order: 1}"]), QUIET)
@@ -184,3 +183,12 @@ def test_the_dry_run_names_the_cache(model_folder: Path, tmp_path: Path, capsys:
     file.write_text(dump_recipe(make_recipe(model_folder, tmp_path / "out")))
     app(["calibrate", str(file), "--dry-run"], standalone_mode=False)
     assert "rfe, order 1, schedule (0, 1, 4)" in capsys.readouterr().out
+
+
+def test_other_samples_have_no_figures_from_before(export: Path, tmp_path: Path) -> None:
+    """What was measured before calibration, and of naive stacking, was measured on the samples of the recipe."""
+    folder = Path(shutil.copytree(export, tmp_path / "copy"))
+    found = evaluate(folder, recipe_of(folder, ["evaluation.num_samples=2"]), QUIET)
+    assert found["E_naive"] is None and "initial" not in found
+    again = evaluate(folder, recipe_of(folder), QUIET)
+    assert again["E_naive"] is not None and "initial" in again
