@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,18 @@ def calibrate(
     held_out = held_out_reference(rollout, recipe, reporter)
     session = prepare(recipe, rollout, planned, split, reporter, partial / "reference.safetensors")
 
-    initial = _initial_metrics(session, held_out, reporter, partial / "initial.json")
+    initial = _held_out_metrics(session, held_out, reporter, partial / "initial.json", "before calibration")
     started = time.monotonic()
     tuner, tried = tune(session, reporter, partial, resume)
     history, cache, naive, correction = tuner.history, None, None, None
     if recipe.cache is not None:
         cache = _cache(recipe.cache, session, reporter, partial / "cache.json")
-        naive = _naive_metrics(
-            session, cache.model_copy(update={"corrected": False}), held_out, reporter, partial / "naive.json"
-        )
-        history = history + tune_cached(session, cache, tuner, reporter, partial, resume)
+        uncorrected = cache.model_copy(
+            update={"corrected": False}
+        )  # which is fitted last, to the weights as they end up
+        kept = partial / "naive.json"
+        naive = _held_out_metrics(session, held_out, reporter, kept, "naive stacking", uncorrected)
+        history = history + tune_cached(session, uncorrected, tuner, reporter, partial, resume)
         if cache.corrected:
             cache, correction = fit_correction(session, cache, reporter)
 
@@ -139,8 +142,7 @@ def tune_cached(
     if not objective.cached_iterations:
         return []
     objective = objective.model_copy(update={"iterations": objective.cached_iterations, "warmup_fraction": 0.0})
-    uncorrected = cache.model_copy(update={"corrected": False})  # which is fitted last, to the weights as they end up
-    tuner = session.tuner(objective, alone.steps_per_group, uncorrected)
+    tuner = session.tuner(objective, alone.steps_per_group, cache)
     if resume and state.is_file():
         tuner.load(state)
     with reporter.bar("calibrating with the cache on", objective.iterations, len(tuner.history)) as advance:
@@ -228,24 +230,15 @@ def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> C
     return config
 
 
-def _naive_metrics(session: Session, cache: Cache, held_out: HeldOut, reporter: Reporter, kept: Path) -> dict[str, Any]:
-    """Held-out error of naive stacking: the model as it was quantized alone, under the cache."""
+def _held_out_metrics(
+    session: Session, held_out: HeldOut, reporter: Reporter, kept: Path, what: str, cache: Cache | None = None
+) -> dict[str, Any]:
+    """Held-out error of the model as it is now, under the cache if one is given; a resumed run finds it in ``kept``."""
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return found
-    with cached(session.rollout.denoiser, cache):
-        latents = sample(session.rollout, held_out.conditions, session.recipe, reporter, "held-out, naive stacking")
-    metrics = latent_metrics(latents, held_out.latents)
-    kept.write_text(json.dumps(metrics), encoding="utf-8")
-    return metrics
-
-
-def _initial_metrics(session: Session, held_out: HeldOut, reporter: Reporter, kept: Path) -> dict[str, Any]:
-    """Held-out error before any update, for the report."""
-    if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
-    latents = sample(session.rollout, held_out.conditions, session.recipe, reporter, "held-out, before calibration")
+    with nullcontext() if cache is None else cached(session.rollout.denoiser, cache):
+        latents = sample(session.rollout, held_out.conditions, session.recipe, reporter, f"held-out, {what}")
     metrics = latent_metrics(latents, held_out.latents)
     kept.write_text(json.dumps(metrics), encoding="utf-8")
     return metrics

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accuquant.console import Reporter
-from accuquant.core.correction import fit_affine
+from accuquant.core.correction import apply_affine, fit_affine
 from accuquant.model.cache_state import Correction
 from accuquant.model.caching import cached
 from accuquant.recipe import Cache
-from accuquant.session import Session
+from accuquant.session import Session, watched
 
 CORRECTION_SAMPLES = 8
 
@@ -42,11 +40,15 @@ def fit_correction(session: Session, config: Cache, reporter: Reporter) -> tuple
         def correct(module: str, forecast: Tensor) -> Tensor:
             found = fit_affine(forecast, targets[module])
             fitted.setdefault(module, {})[controller.timestep] = found
-            return found[0].to(forecast.dtype) * forecast + found[1].to(forecast.dtype)
+            return apply_affine(found, forecast)
 
         controller.correct = correct
         for i in range(rollout.num_steps):
-            targets |= _full_precision(session, i, reference.latents[i][chosen], conditions, controller)
+            controller.paused = True
+            with session.full_precision(), watched(rollout.denoiser, controller.modules) as seen:
+                rollout.predict(i, reference.latents[i][chosen], conditions)
+            controller.paused = False
+            targets |= {module: output for module, (_, output) in seen.items()}
             predictions[i] = rollout.predict(i, x[i], conditions)
             x[i + 1] = rollout.solver.step(i, x, predictions)
             advance("")
@@ -57,29 +59,3 @@ def fit_correction(session: Session, config: Cache, reporter: Reporter) -> tuple
         correction.of(name).copy_(torch.stack([found[t] for t in timesteps]))
     written = {"correction_timesteps": tuple(timesteps), "correction_channels": channels}
     return config.model_copy(update=written), correction.to(x[0].device)
-
-
-def _full_precision(session: Session, i: int, x: Tensor, conditions: Any, controller: Any) -> dict[str, Tensor]:
-    """Outputs of the cached modules at step i, all computed, without quantization."""
-    seen: dict[str, Tensor] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    modules = {name: session.rollout.denoiser.get_submodule(name) for name in controller.modules}
-    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
-    for layer in session.layers.values():
-        layer.quantized = False
-    controller.paused = True
-    try:
-        session.rollout.predict(i, x, conditions)
-    finally:
-        controller.paused = False
-        for layer in session.layers.values():
-            layer.quantized = True
-        for handle in handles:
-            handle.remove()
-    return seen

@@ -10,17 +10,15 @@ What counts is the part that changes over the gap N between full computations (d
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accuquant.console import Reporter
 from accuquant.model.caching import cached_modules
-from accuquant.session import Session
+from accuquant.session import Session, watched
 
 NOISE_SAMPLES = 4
-Seen = dict[str, tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -39,33 +37,18 @@ def measure_noise(
     chosen = torch.arange(min(NOISE_SAMPLES, len(reference.conditions)), device=reference.latents.device)
     conditions = reference.conditions.take(chosen)
 
-    def look(i: int, quantized: bool) -> Seen:
-        for layer in session.layers.values():
-            layer.quantized = quantized
-        seen: Seen = {}
-
-        def record(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                given = args[0] if args else kwargs["hidden_states"]
-                seen[name] = (output[0] if isinstance(output, tuple) else output, given)
-
-            return hook
-
-        handles = [rollout.denoiser.get_submodule(n).register_forward_hook(record(n), with_kwargs=True) for n in names]
-        try:
+    def look(i: int) -> dict[str, tuple[Tensor, Tensor]]:
+        with watched(rollout.denoiser, names) as seen:
             rollout.predict(i, reference.latents[i][chosen], conditions)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for layer in session.layers.values():
-                layer.quantized = True
         return seen
 
     changed, energy = torch.zeros(len(names), 2, dtype=torch.float64), torch.zeros(len(names), 2, dtype=torch.float64)
     pairs, errors = 0, deque[list[tuple[Tensor, Tensor]]](maxlen=gap + 1)
     with reporter.bar("quantization noise of cached modules", rollout.num_steps) as advance:
         for i in range(rollout.num_steps):
-            true, noisy = look(i, False), look(i, True)
+            with session.full_precision():
+                true = look(i)
+            noisy = look(i)
             errors.append([tuple(a - b for a, b in zip(noisy[n], true[n], strict=True)) for n in names])  # type: ignore[misc]
             for k, name in enumerate(names):
                 for side in (0, 1):
@@ -76,4 +59,4 @@ def measure_noise(
             pairs += len(errors) == gap + 1
             advance("")
     relative = changed / max(pairs, 1) / energy.clamp_min(1e-30)
-    return {name: (float(relative[k, 0]), float(relative[k, 1])) for k, name in enumerate(names)}
+    return {name: (float(relative[k, 1]), float(relative[k, 0])) for k, name in enumerate(names)}

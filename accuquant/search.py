@@ -332,9 +332,8 @@ def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache) -> 
 def _with(config: Cache, **changes: Any) -> Cache:
     """The config with what a search found, or tries, in the place of its target."""
     if "schedule" in changes or "tau" in changes:
-        changes = {"corrected": False} | changes  # which is fitted to the list that is found
-    if "schedule" in changes or "tau" in changes:
-        changes = {"target_nfc": None, "target_seconds": None, "interval": None} | changes
+        # the correction is fitted to the list that is found
+        changes = {"target_nfc": None, "target_seconds": None, "interval": None, "corrected": False} | changes
     return config.model_copy(update=changes)
 
 

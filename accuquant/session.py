@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
@@ -51,6 +54,37 @@ class Session:
             if "rounding_logits" not in snapshot[name]:
                 layer.rounding_logits = None
             layer.load_state_dict(snapshot[name])
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """The layers compute in full precision for as long as the block runs."""
+        for layer in self.layers.values():
+            layer.quantized = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.quantized = True
+
+
+@contextmanager
+def watched(denoiser: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """First input and first output of each named module, of its last call in the block."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            seen[name] = (given, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    handles = [denoiser.get_submodule(name).register_forward_hook(record(name), with_kwargs=True) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def validation_error(session: Session) -> float:
@@ -159,15 +193,12 @@ def _activation_scales(session: Session, search: bool, reporter: Reporter) -> No
         # the ends always belong to the sample: round-to-nearest covers the whole range
         values[layer.name][clock.group].append(torch.cat([flat[picked], flat.min()[None], flat.max()[None]]))
 
-    for layer in session.layers.values():
-        layer.quantized = False
     for layer in observed.values():
         layer.observer = observe
-    with reporter.bar("activation scales", rollout.num_steps) as advance:
+    with session.full_precision(), reporter.bar("activation scales", rollout.num_steps) as advance:
         for i in range(rollout.num_steps):
             rollout.predict(i, reference.latents[i][chosen], conditions)
             advance("")
-    for layer in session.layers.values():
-        layer.observer, layer.quantized = None, True
     for name, layer in observed.items():
+        layer.observer = None
         layer.set_activation_scale([torch.cat(v) for v in values[name]], search)

@@ -188,3 +188,9 @@ def sampled(
     rollout = Rollout(pipeline, Sampling(num_inference_steps=steps, guidance_scale=guidance))
     conditions = rollout.conditions(list(labels), [seed + i for i in range(len(labels))])
     return rollout.trajectory(conditions)[0][-1]
+
+
+def images(pipeline: DiTPipeline, **changes: Any) -> Any:
+    """Of ten steps of a class-conditional pipeline's own; keyword arguments change the call."""
+    arguments = dict(class_labels=[1, 2], num_inference_steps=10, guidance_scale=1.5, output_type="np") | changes
+    return pipeline(generator=[torch.Generator().manual_seed(s) for s in (5, 6)], **arguments).images

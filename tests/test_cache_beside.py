@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
-from conftest import make_pipeline, sampled
+from conftest import images, make_pipeline, sampled
 from diffusers import DiTPipeline
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -41,11 +41,6 @@ def cached() -> Any:
     pipeline = make_pipeline()
     attach_cache(pipeline.transformer, EVERY_THIRD)
     return images(pipeline)
-
-
-def images(pipeline: DiTPipeline) -> Any:
-    generators = [torch.Generator().manual_seed(s) for s in (5, 6)]
-    return pipeline([1, 2], num_inference_steps=10, guidance_scale=1.5, generator=generators, output_type="np").images
 
 
 def test_quantized_models_are_cached_as_others(pipeline: DiTPipeline) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import flux_arguments, make_flux, make_pipeline, sampled
+from conftest import flux_arguments, images, make_flux, make_pipeline, sampled
 from diffusers import DiTPipeline, DiTTransformer2DModel, HeunDiscreteScheduler
 from torch import Tensor
 
@@ -66,11 +66,6 @@ def test_each_run_begins_anew(pipeline: DiTPipeline, controller: Controller) -> 
 def test_batch_size_and_guidance_may_change_between_runs(pipeline: DiTPipeline, controller: Controller) -> None:
     for run in ({"labels": (1, 2, 3)}, {"labels": (1,)}, {"guidance": 1.0}, {"guidance": 3.0}, {"labels": (1, 2, 3)}):
         assert_as_fresh(pipeline, controller, **run)
-
-
-def images(pipeline: DiTPipeline, **changes: Any) -> Any:
-    arguments = dict(class_labels=[1, 2], num_inference_steps=10, guidance_scale=1.5, output_type="np") | changes
-    return pipeline(generator=[torch.Generator().manual_seed(s) for s in (5, 6)], **arguments).images
 
 
 def test_the_pipeline_itself_begins_anew(pipeline: DiTPipeline, controller: Controller) -> None:

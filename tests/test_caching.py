@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import flux_arguments, make_flux, make_pipeline, sampled
+from conftest import flux_arguments, images, make_flux, make_pipeline, sampled
 from diffusers import DiTPipeline, FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
@@ -38,11 +38,6 @@ def cached() -> Tensor:
     pipeline = make_pipeline()
     attach_cache(pipeline.transformer, EVERY_THIRD)
     return sampled(pipeline)
-
-
-def images(pipeline: DiTPipeline) -> Any:
-    generators = [torch.Generator().manual_seed(s) for s in (5, 6)]
-    return pipeline([1, 2], num_inference_steps=10, guidance_scale=1.5, generator=generators, output_type="np").images
 
 
 # ---- what it does

@@ -28,7 +28,7 @@ STEPS = (0, 3, 5, 9)
 
 def remembered(forecast: Forecast, outputs: list[Tensor], inputs: list[Tensor]) -> Memory:
     memory: Memory | None = None
-    for step, output, input in zip(STEPS, outputs, inputs, strict=False):
+    for step, output, input in zip(STEPS[: len(outputs)], outputs, inputs, strict=True):
         memory = forecast.update(memory, step, output, input)
     assert memory is not None
     return memory
@@ -127,7 +127,7 @@ def test_measured_noise_is_that_of_its_definition(session: Session) -> None:
                 rollout.predict(i, reference.latents[i], reference.conditions)
         handle.remove()
     errors = [a - b for a, b in zip(outputs[True], outputs[False], strict=True)]
-    changed = torch.stack([(a - b).square().sum() / 2 for a, b in zip(errors, errors[2:], strict=False)]).mean()
+    changed = torch.stack([(a - b).square().sum() / 2 for a, b in zip(errors[:-2], errors[2:], strict=True)]).mean()
     energy = torch.stack([o.square().sum() for o in outputs[False]]).mean()
     assert noise[name][0] == pytest.approx(float(changed / energy), rel=1e-4)
     assert 0 < noise[name][0] < 1

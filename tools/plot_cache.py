@@ -76,7 +76,7 @@ def main(out: Out = DEFAULT_OUT) -> None:
         for k in range(len(names)):
             errors = ForecastErrors(inputs[k : k + 1], outputs[k : k + 1], order, relational, 0.0)
             total = 0.0
-            for before, full, after in zip((0, *steps), steps, (*steps[1:], 50), strict=False):
+            for before, full, after in zip((0, *steps[:-1]), steps, (*steps[1:], 50), strict=True):
                 skipped = errors.at(before, full)[full + 1 : after]
                 total += float(skipped.sum())
                 per_step[full + 1 : after] += skipped.float() / len(names)

@@ -81,13 +81,8 @@ def cached_group_gradient(
     x, eps = group_history(solver, latents, predictions, start, stop)
     inside = [i for i in full_steps if start <= i < stop]
     with torch.no_grad():
-        state = at_start = _state_before(denoiser, full_steps, start, latents, x)
-        for i in range(start, stop):
-            if i in inside:
-                eps[i], state = denoiser.full(i, x[i], state)
-            else:
-                eps[i] = denoiser.skipped(i, x[i], state)
-            x[i + 1] = solver.step(i, x, eps)
+        at_start = _state_before(denoiser, full_steps, start, latents, x)
+        _roll(denoiser, solver, x, eps, at_start, start, stop, full_steps)
     value, error = group_errors(x, latents, start, stop, loss)
 
     follows = gradient == "exact"
@@ -136,15 +131,29 @@ def full_cached_gradient(
     x, eps = group_history(solver, latents, predictions, start, stop)
     with torch.no_grad():
         state = _state_before(denoiser, full_steps, start, latents, x)
+    _roll(denoiser, solver, x, eps, state, start, stop, full_steps)
+    value, _ = group_errors(x, latents, start, stop, loss)
+    value.backward()
+    return float(value.detach())
+
+
+def _roll(
+    denoiser: CachedDenoiser,
+    solver: LinearSolver,
+    x: dict[int, Tensor],
+    eps: dict[int, Tensor],
+    state: State,
+    start: int,
+    stop: int,
+    full_steps: tuple[int, ...],
+) -> None:
+    """Write the group's latents into ``x`` and its predictions into ``eps``."""
     for i in range(start, stop):
         if i in full_steps:
             eps[i], state = denoiser.full(i, x[i], state)
         else:
             eps[i] = denoiser.skipped(i, x[i], state)
         x[i + 1] = solver.step(i, x, eps)
-    value, _ = group_errors(x, latents, start, stop, loss)
-    value.backward()
-    return float(value.detach())
 
 
 def _state_before(

@@ -38,6 +38,10 @@ class Hook(ModelHook):
 
     wrapper: Any = None  # the module's forward once the hook is on
 
+    def __init__(self, controller: Controller, name: str = "") -> None:
+        super().__init__()
+        self.controller, self.name = controller, name
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         raise CacheError("a copy of a cached model would run the original's weights; call disable_cache before copying")
 
@@ -52,8 +56,8 @@ class Calls(Hook):
     handle: Any = None  # of the pre-hook
 
     def __init__(self, controller: Controller) -> None:
-        super().__init__()
-        self.controller, self.contexts = controller, StateManager(dict)
+        super().__init__(controller)
+        self.contexts = StateManager(dict)
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.names = list(inspect.signature(module.forward).parameters)
@@ -61,7 +65,7 @@ class Calls(Hook):
 
     @_eager
     def follow(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = dict(zip(self.names[: len(args)], args, strict=True)) | kwargs
         timestep, latent = given["timestep"], given["hidden_states" if "hidden_states" in given else "sample"]
         # the largest: image-to-video models give frames that are known already the timestep 0
         value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
@@ -90,8 +94,8 @@ class Cached(Hook):
     """
 
     def __init__(self, controller: Controller, name: str, tap: str | None = None) -> None:
-        super().__init__()
-        self.controller, self.name, self.tap = controller, name, tap
+        super().__init__(controller, name)
+        self.tap = tap
 
     @_eager
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -108,32 +112,24 @@ class Cached(Hook):
 
 
 class Tap(Hook):
-    """On a fused block's norm: keeps its output, which is the input of attention and MLP both."""
-
-    def __init__(self, controller: Controller, block: str) -> None:
-        super().__init__()
-        self.controller, self.block = controller, block
+    """On the norm of the fused block ``name``: keeps its output, which is the input of attention and MLP both."""
 
     @_eager
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        self.controller.tapped[self.block] = output[0] if isinstance(output, tuple) else output
+        self.controller.tapped[self.name] = output[0] if isinstance(output, tuple) else output
         return output
 
 
 class Skipped(Hook):
-    """On a fused block's attention and MLP projection: nothing is computed where their projection is forecast."""
-
-    def __init__(self, controller: Controller, block: str) -> None:
-        super().__init__()
-        self.controller, self.block = controller, block
+    """On attention and MLP projection of the fused block ``name``: nothing is computed where proj_out is forecast."""
 
     @_eager
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tapped = self.controller.tapped[self.block]
-        if self.controller.paused or self.controller.computes(f"{self.block}.proj_out", tapped):
+        tapped = self.controller.tapped[self.name]
+        if self.controller.paused or self.controller.computes(f"{self.name}.proj_out", tapped):
             return self.fn_ref.original_forward(*args, **kwargs)
         inputs = _inputs(args, kwargs)
-        if isinstance(module, nn.Linear) or hasattr(module, "out_features"):  # right in shape, and never read
+        if hasattr(module, "out_features"):  # right in shape, and never read
             return inputs[0].new_zeros(()).expand(*inputs[0].shape[:-1], int(module.out_features))  # type: ignore[arg-type]
         return inputs if len(inputs) > 1 else inputs[0]
 
