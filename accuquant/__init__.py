@@ -9,7 +9,7 @@ from accuquant.model.cache_state import CacheError, CacheStats
 from accuquant.model.checkpoint import AccuQuantConfig, CheckpointError, register
 from accuquant.model.layers import set_arithmetic
 from accuquant.recipe import Cache, FORAConfig, Recipe, RecipeError, RFCConfig, TaylorSeerConfig
-from accuquant.recipe_file import load_recipe
+from accuquant.recipe.file import load_recipe
 from accuquant.search import cache_stats, disable_cache, enable_cache
 
 register()

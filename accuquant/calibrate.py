@@ -28,7 +28,7 @@ from accuquant.model.plan import PlannedModule, count_macs
 from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
-from accuquant.recipe_file import dump_recipe
+from accuquant.recipe.file import dump_recipe
 from accuquant.search import SEARCH_SAMPLES, search_cache, search_calls
 from accuquant.session import VALIDATION_SAMPLES, Session, open_model, prepare, validation_error
 

@@ -21,7 +21,7 @@ from accuquant.console import Reporter
 from accuquant.export import figures
 from accuquant.model.checkpoint import CheckpointError
 from accuquant.recipe import Cache, Recipe, RecipeError
-from accuquant.recipe_file import list_shipped, load_recipe, shipped_folder
+from accuquant.recipe.file import list_shipped, load_recipe, shipped_folder
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from accuquant.recipe import Data, RecipeError
-from accuquant.recipe_file import find_shipped
+from accuquant.recipe.file import find_shipped
 
 HELD_OUT_SEED_OFFSET = 1_000_000  # keeps held-out noise apart from calibration noise
 

@@ -34,7 +34,7 @@ from accuquant.model.layers import quantized_layers
 from accuquant.model.plan import count_macs, plan_modules
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Cache, Recipe, RecipeError
-from accuquant.recipe_file import load_recipe
+from accuquant.recipe.file import load_recipe
 from accuquant.report import write_report
 from accuquant.search import SEARCH_SAMPLES, search_cache
 

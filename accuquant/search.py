@@ -30,7 +30,7 @@ from accuquant.model.caching import attach_cache, cached, controller_of, detach_
 from accuquant.model.families import FAMILIES, family_of
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Sampling
-from accuquant.recipe_file import shipped_folder
+from accuquant.recipe.file import shipped_folder
 
 EMPHASES = (0.0, 1.0, 2.0)  # of late steps over early ones, for the lists that dynamic programming proposes
 RECORDED_BYTES = 2 << 30  # of features kept for the Gram matrices; with large models only some modules are recorded

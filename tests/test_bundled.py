@@ -17,7 +17,7 @@ from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import BUNDLED
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Sampling
-from accuquant.recipe_file import list_shipped, load_recipe
+from accuquant.recipe.file import list_shipped, load_recipe
 from accuquant.session import open_model
 
 FOLDER = BUNDLED / "digits-dit"

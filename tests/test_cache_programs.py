@@ -24,7 +24,7 @@ from accuquant.console import Reporter
 from accuquant.core.schedule import interval_steps
 from accuquant.model.plan import count_macs
 from accuquant.recipe import Cache, Recipe
-from accuquant.recipe_file import parse_recipe
+from accuquant.recipe.file import parse_recipe
 from accuquant.session import open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,7 +22,7 @@ from accuquant.console import Reporter
 from accuquant.model.layers import quantized_layers, set_arithmetic
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Recipe, RecipeError
-from accuquant.recipe_file import parse_recipe
+from accuquant.recipe.file import parse_recipe
 from accuquant.session import open_model, prepare
 
 QUIET = Reporter(quiet=True)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from accuquant import __version__
 from accuquant.cli import app
 from accuquant.console import Reporter
-from accuquant.recipe_file import list_shipped
+from accuquant.recipe.file import list_shipped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,7 +24,7 @@ from accuquant.model.caching import attach_cache, cached
 from accuquant.model.families import denoiser_of
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Cache, Recipe, RecipeError
-from accuquant.recipe_file import parse_recipe
+from accuquant.recipe.file import parse_recipe
 from accuquant.session import Session, open_model, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")

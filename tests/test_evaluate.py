@@ -22,7 +22,7 @@ from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.layers import quantized_layers
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import RecipeError
-from accuquant.recipe_file import parse_recipe
+from accuquant.recipe.file import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

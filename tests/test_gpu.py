@@ -14,7 +14,7 @@ from accuquant.core.kernels import integer_product
 from accuquant.evaluate import load_export
 from accuquant.model.layers import set_arithmetic
 from accuquant.model.rollout import Rollout
-from accuquant.recipe_file import parse_recipe
+from accuquant.recipe.file import parse_recipe
 
 pytestmark = [
     pytest.mark.gpu,

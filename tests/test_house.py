@@ -63,7 +63,7 @@ def band_error(module: str, imported: str) -> str | None:
     ours = within(imported, "accuquant")
     if ours and imported not in PACKAGE:
         return "there is no such module"
-    if module == "accuquant.recipe" and ours:
+    if within(module, "accuquant.recipe") and ours and not within(imported, "accuquant.recipe"):
         return "the recipe stands alone"
     if within(module, "accuquant.core") and not (within(imported, "torch", "accuquant.core") or is_stdlib(imported)):
         return "core imports torch, the standard library and core"

@@ -23,7 +23,7 @@ from accuquant.model.families import denoiser_of, load_pipeline
 from accuquant.model.rollout import Rollout
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe, RecipeError
-from accuquant.recipe_file import dump_recipe, parse_recipe
+from accuquant.recipe.file import dump_recipe, parse_recipe
 from accuquant.report import percent
 from accuquant.session import Session, open_model, prepare
 

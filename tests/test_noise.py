@@ -18,7 +18,7 @@ from accuquant.model.caching import attach_cache, controller_of
 from accuquant.model.families import denoiser_of
 from accuquant.noise import measure_noise
 from accuquant.recipe import Cache
-from accuquant.recipe_file import parse_recipe
+from accuquant.recipe.file import parse_recipe
 from accuquant.session import Session, open_model, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")

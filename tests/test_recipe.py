@@ -11,7 +11,7 @@ import yaml
 from conftest import recipe_tree
 
 from accuquant.recipe import Recipe, RecipeError
-from accuquant.recipe_file import dump_recipe, find_shipped, list_shipped, load_recipe, parse_recipe
+from accuquant.recipe.file import dump_recipe, find_shipped, list_shipped, load_recipe, parse_recipe
 
 OBJECTIVE_KEYS = (
     "steps_per_group, gradient, loss, inputs, iterations, cached_iterations, warmup_fraction, batch_size, learn, "

@@ -13,7 +13,7 @@ from conftest import recipe_tree
 from accuquant import FORAConfig, RecipeError, RFCConfig, TaylorSeerConfig
 from accuquant.core.schedule import interval_steps
 from accuquant.recipe import Cache, Recipe
-from accuquant.recipe_file import dump_recipe, load_recipe, parse_recipe
+from accuquant.recipe.file import dump_recipe, load_recipe, parse_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,7 +25,7 @@ from accuquant.measure import HeldOut, held_out_reference, latent_metrics
 from accuquant.model.layers import TrainableLayer, set_arithmetic
 from accuquant.optimise import REFRESHES
 from accuquant.recipe import Recipe
-from accuquant.recipe_file import load_recipe, parse_recipe
+from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.session import Session, open_model, prepare
 
 app = typer.Typer(add_completion=False, help=__doc__)

@@ -40,7 +40,7 @@ from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache
-from accuquant.recipe_file import load_recipe
+from accuquant.recipe.file import load_recipe
 from accuquant.search import SEARCH_SAMPLES, search_cache
 from accuquant.session import open_model
 

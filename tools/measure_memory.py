@@ -19,7 +19,7 @@ from torch import Tensor
 
 from accuquant.console import Reporter
 from accuquant.core.objective import full_gradient, group_gradient
-from accuquant.recipe_file import load_recipe
+from accuquant.recipe.file import load_recipe
 from accuquant.session import Session, open_model, prepare
 
 STEPS = (1, 2, 5, 10, 25, 50)

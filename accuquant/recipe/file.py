@@ -11,10 +11,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from accuquant.recipe import Recipe, RecipeError, closest, found, nearest
+from accuquant.recipe.base import RecipeError, closest, found, nearest
+from accuquant.recipe.schema import Recipe
 
 Shipped = Literal["recipes", "calib_data"]
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 
 
 def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -1,0 +1,171 @@
+"""The `cache:` section, and the same as Python code asks for it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from accuquant.recipe.base import Number, RecipeError, Section, found, nearest
+
+
+def _schedule(value: Any) -> Any:
+    words = ["interval", "rcs", "dps", "best"]
+    steps = tuple(value) if isinstance(value, list | tuple | range) else ()
+    if value is None or value in words or (steps and all(type(i) is int for i in steps)):
+        return steps or value
+    raise ValueError(
+        f"must be {', '.join(words)} or a list of full steps (found {found(value)}){nearest(value, words)}"
+    )
+
+
+Schedule = Annotated[Literal["interval", "rcs", "dps", "best"] | tuple[int, ...] | None, BeforeValidator(_schedule)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+class Cache(Section):
+    """Feature caching: attention and MLP of every block are computed at a few full steps and forecast at the others.
+
+    One of `interval`, `tau`, `target_nfc`, `target_seconds`, or a list of steps as `schedule`, says at which.
+    """
+
+    estimation: Literal["rfe", "taylor", "reuse"] = Field("rfe", description="forecast of RFC, TaylorSeer or FORA")
+    order: int | None = Field(None, ge=0, le=4, description="of the forecast; 2 if absent, 0 for reuse")
+    schedule: Schedule = Field(
+        None,
+        description="interval; rcs: by tau; dps: CacheQuant's, of mean gap interval; best: searched; or full steps",
+    )
+    interval: int | None = Field(None, ge=1, description="a full step every so many")
+    tau: Number | None = Field(None, gt=0, description="RCS: full when the input's forecast error adds up to this")
+    target_nfc: Number | None = Field(None, ge=1, description="search for this mean number of full computations")
+    target_seconds: Number | None = Field(None, gt=0, description="search for this time of one trajectory of 8 samples")
+    trials: int = Field(60, ge=0, description="sampled trajectories that refine a `best` schedule")
+    warmup: int = Field(2, ge=1, description="leading full steps: 2 for DiT, 3 for FLUX, 1 for HunyuanVideo")
+    max_gap: int | None = Field(None, ge=1, description="rcs: the longest distance of two full steps")
+    norm: Literal["sample", "token", "channel", "batch"] = Field("sample", description="scope of the norms of rfe")
+    differences: Literal["taylor", "newton"] = Field("taylor", description="newton: exact under uneven gaps")
+    noise_aware: bool = Field(False, description="forecasts know the quantization noise that calibration measures")
+    corrected: bool = Field(False, description="calibration fits a slope and an intercept to each forecast channel")
+    modules: str | None = Field(None, description="regular expression, matched against the whole module name")
+    factors_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="as the output if absent")
+    factors_device: str | None = Field(None, description="where factors wait, such as cpu; by the model if absent")
+    num_inference_steps: int | None = Field(None, ge=1, description="if known, factors are freed after their last use")
+    full_timesteps: Numbers | None = Field(None, description="written by a search: timestep values of the full steps")
+    noise: dict[str, Numbers] | None = Field(None, description="written by calibration: of each module, see noise.py")
+    correction_timesteps: Numbers | None = Field(None, description="written by calibration")
+    correction_channels: dict[str, int] | None = Field(None, description="written by calibration")
+    measured_nfc: Numbers | None = Field(None, description="written by a search: NFC, mean and std over samples")
+
+    @property
+    def forecast_order(self) -> int:
+        return (0 if self.estimation == "reuse" else 2) if self.order is None else self.order
+
+    @property
+    def full_steps(self) -> tuple[int, ...] | None:
+        return self.schedule if isinstance(self.schedule, tuple) else None
+
+    @property
+    def searches(self) -> bool:
+        """Whether a search has to be made before this can run."""
+        wanted = self.schedule == "dps" or self.target_nfc is not None or self.target_seconds is not None
+        return wanted and self.full_timesteps is None and self.tau is None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Cache:
+        keys, targets = ("interval", "tau", "target_nfc", "target_seconds"), (self.target_nfc, self.target_seconds)
+        given = [key for key in keys if getattr(self, key) is not None] + ["schedule"] * (self.full_steps is not None)
+        given += ["full_timesteps"] * (bool(self.full_timesteps) and not given)
+        if len(given) != 1:
+            alternatives = f"{', '.join(keys)} or a list of steps as schedule"
+            raise ValueError(f"give exactly one of {alternatives} (found {' and '.join(given) or 'none'})")
+        if self.schedule in ("interval", "dps") and self.interval is None:
+            raise ValueError(f"schedule {self.schedule} needs interval, for example interval: 4")
+        rcs = self.schedule == "rcs" or self.tau is not None
+        if self.corrected and rcs:
+            raise ValueError("corrected: steps that RCS skips differ from sample to sample; use interval or target_nfc")
+        if self.max_gap is not None and not rcs and not any(targets):
+            raise ValueError("max_gap is for tau and targets; with interval or a list of steps the gaps are given")
+        if self.full_steps is not None and self.warmup != 2:
+            raise ValueError("warmup: the list of steps in schedule says which are full; leave warmup out")
+        if self.schedule in ("interval", "dps", "best") and self.tau is not None:
+            raise ValueError(f"schedule {self.schedule} knows no tau; use schedule: rcs, or leave schedule out")
+        if self.schedule == "rcs" and self.interval is not None:
+            raise ValueError("schedule rcs needs tau or target_nfc, not interval")
+        if self.schedule == "best" and not any(targets):
+            raise ValueError("schedule best needs target_nfc or target_seconds")
+        if self.schedule != "rcs" and self.target_nfc and self.target_nfc % 1:
+            raise ValueError(f"target_nfc must be whole (found {self.target_nfc:g}); schedule: rcs can meet a mean")
+        order, full = self.forecast_order, self.full_steps
+        if self.factors_device and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", self.factors_device):
+            raise ValueError(f"factors_device: {self.factors_device!r} is no device; cpu, cuda or cuda:1 are")
+        if self.estimation == "reuse" and order != 0:
+            raise ValueError(f"order: estimation reuse has order 0 (found {order}); use estimation: taylor")
+        if self.noise_aware and order < 1:
+            raise ValueError("noise_aware: order 0 has no change that noise could spoil; leave it out")
+        if self.estimation == "rfe" and order < 1:
+            raise ValueError("order: estimation rfe needs order 1 or more; use estimation: reuse")
+        if full is not None and (full[0] != 0 or any(a >= b for a, b in itertools.pairwise(full))):
+            raise ValueError(f"schedule must rise from 0, which is always full (found {found(list(full))})")
+        self.check_steps(self.num_inference_steps)
+        return self
+
+    def check_steps(self, steps: int | None) -> None:
+        """Whether trajectories of this many steps (None: unknown) have the full steps that the config asks for.
+
+        Raises:
+            ValueError: they have not.
+        """
+        order, most = self.forecast_order, float("inf")
+        if self.full_steps is not None and steps is not None and self.full_steps[-1] >= steps:
+            raise ValueError(f"schedule: {self.full_steps[-1]} is no step of {steps}, they count from 0")
+        if self.full_steps is not None:
+            most = len(self.full_steps)
+        elif self.target_nfc is not None:
+            most = self.target_nfc
+            if steps is not None and most > steps:
+                raise ValueError(f"target_nfc: {most:g} is more than the {steps} steps there are")
+            if most < self.warmup:
+                raise ValueError(f"target_nfc: {most:g} is less than the {self.warmup} full steps of warmup")
+        elif self.schedule == "dps" and self.interval is not None and steps is not None:
+            most = -(-steps // self.interval)
+        elif self.interval is not None and steps is not None:
+            most = self.warmup + max(0, steps - self.warmup) // self.interval
+        if most <= order and most != steps:
+            raise ValueError(f"order {order} needs {order + 1} full steps, and there are {most:g}; lower the order")
+
+
+class _Config(Cache):
+    """A cache as Python code asks for it: mistakes are `RecipeError`s in one line."""
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            lines = []
+            for e in error.errors():
+                key, message = ".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")
+                if e["type"] == "extra_forbidden":
+                    message = f"no such setting{nearest(key, list(type(self).model_fields))}"
+                lines.append(f"{key}: {message}" if key else message)
+            raise RecipeError(f"{type(self).__name__}: {'; '.join(lines)}") from None
+
+
+class FORAConfig(_Config):
+    """FORA (arXiv 2407.01425): the last output again, at a fixed interval."""
+
+    estimation: Literal["reuse"] = "reuse"
+
+
+class TaylorSeerConfig(_Config):
+    """TaylorSeer (arXiv 2503.06923): a Taylor forecast, at a fixed interval."""
+
+    estimation: Literal["taylor"] = "taylor"
+
+
+class RFCConfig(_Config):
+    """RFC (arXiv 2602.19506): Taylor's direction with the input's magnitude, at the steps that the input's error asks.
+
+    With ``target_nfc`` the full steps are searched; ``schedule="rcs"`` searches tau instead.
+    """

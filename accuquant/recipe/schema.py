@@ -1,0 +1,192 @@
+"""The recipe: one YAML file says what is quantized, how it is tuned, how it is judged and where it goes.
+
+The schema is strict. A key that does not exist, a value of the wrong kind or two settings that contradict each other
+give one `RecipeError` that names the place and the nearest valid spelling; nothing has been written by then.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from accuquant.recipe.base import Number, Section, found, nearest
+from accuquant.recipe.cache import Cache
+
+IntegerType = Literal["int8", "int6", "int4", "int3"]
+
+
+def _steps_or_auto(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"must be a whole number from 1 on, or auto (found {found(value)}){nearest(value, ['auto'])}")
+
+
+def _output_folder(value: str) -> str:
+    if "\0" in value or not value.strip() or Path(value).name in ("", ".."):
+        raise ValueError(f"must name a folder that can be created (found {value!r})")
+    return os.path.expanduser(value)
+
+
+StepsOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_steps_or_auto)]
+OutputFolder = Annotated[str, AfterValidator(_output_folder)]
+
+
+class Model(Section):
+    """Which pipeline to quantize."""
+
+    id: str = Field(min_length=1, description="`bundled:NAME`, a local folder in diffusers format, or a hub id")
+    revision: str | None = Field(None, description="hub revision; only for hub ids")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type the pipeline is loaded in")
+    device: str = Field("auto", description="`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`")
+
+
+class Sampling(Section):
+    """How images are sampled, during calibration and later."""
+
+    scheduler: str | None = Field(None, description="a diffusers scheduler class; the model's own if absent")
+    num_inference_steps: int = Field(50, ge=2, le=1000)
+    guidance_scale: Number = Field(1.5, ge=1.0, description="1.0 switches classifier-free guidance off")
+
+
+class Data(Section):
+    """Calibration data: JSON lines with a `class_id` (or a `prompt`) each."""
+
+    path: str = Field(min_length=1, description="JSON-lines file: beside the recipe, absolute, or a shipped one")
+    num_samples: int = Field(32, ge=1, description="samples calibrated on, each with its own noise")
+    held_out_fraction: Number = Field(0.3, gt=0, lt=1, description="share of classes or prompts never calibrated on")
+    seed: int = Field(0, ge=0, lt=2**31, description="decides the split and every sample's noise")
+
+
+class Rule(Section):
+    """What becomes of the Linear and Conv2d modules whose name the pattern matches in full; the first match wins."""
+
+    modules: str = Field(description="regular expression, matched against the whole module name")
+    weight: Literal[IntegerType, "float"]
+    activation: Literal[IntegerType, "float"] = "float"
+    granularity: Literal["channel", "group"] = Field("channel", description="a weight scale per row, or group of it")
+    group_size: int | None = Field(None, ge=8, description="weights per scale, with `granularity: group`")
+    symmetric: bool = Field(True, description="weight zero point fixed at 0")
+    activation_scale: Literal["static", "dynamic"] = Field(
+        "static", description="static: one per timestep group, measured; dynamic: one per token, at run time"
+    )
+    activation_symmetric: bool | None = Field(
+        None,
+        description="activation zero point fixed at 0; dynamic scales have none, static ones do unless this is set",
+    )
+    tune: bool = Field(True, description="calibration may change these modules; false keeps their initial scales")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Rule:
+        if self.granularity == "group" and self.group_size is None:
+            raise ValueError("granularity: group needs a group_size (for example group_size: 32)")
+        if self.granularity == "channel" and self.group_size is not None:
+            raise ValueError("group_size needs granularity: group; set that too, or leave group_size out")
+        if self.weight == "float" and self.activation != "float":
+            raise ValueError("activation cannot be an integer where the weight stays float")
+        if self.activation_scale == "dynamic" and self.activation == "float":
+            raise ValueError("activation_scale: dynamic needs an integer activation, for example activation: int8")
+        if self.activation_scale == "dynamic" and self.activation_symmetric is False:
+            raise ValueError("activation_symmetric: false needs activation_scale: static; dynamic has no zero point")
+        return self
+
+
+class Quantization(Section):
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    timestep_groups: int = Field(10, ge=1, description="static activation scales are kept per group of steps")
+    initialization: Literal["mse", "round_to_nearest"] = Field("mse", description="how the first scales are found")
+
+
+class LearningRates(Section):
+    """Adam's rates. The first three are in quantization steps per update, so that they serve every bit width."""
+
+    weight: Number = Field(1.5e-3, ge=0)
+    weight_scale: Number = Field(1.5e-3, ge=0, description="steps that the end of the range moves by")
+    activation_scale: Number = Field(1.5e-3, ge=0, description="likewise, of the scale or clip ratio")
+    bias: Number = Field(1e-4, ge=0)
+    rounding: Number = Field(1e-2, ge=0, description="of AdaRound's logits")
+
+
+Learned = Literal["weight", "weight_scale", "activation_scale", "bias", "rounding"]
+
+
+class Objective(Section):
+    """AccuQuant calibration; `iterations: 0` leaves the initial scales as they are."""
+
+    steps_per_group: StepsOrAuto = Field(
+        1, description="M, the denoising steps simulated together; `auto` tries 1, 2, 5 and keeps the best"
+    )
+    gradient: Literal["identity", "variance", "exact"] = "identity"
+    loss: Literal["terminal", "dense"] = Field("terminal", description="compare group ends, or every step in a group")
+    inputs: Literal["full_precision", "quantized"] = Field(
+        "full_precision", description="trajectory whose latents groups start from"
+    )
+    iterations: int = Field(400, ge=0, description="updates of the parameters")
+    cached_iterations: int = Field(0, ge=0, description="further updates, made with the recipe's cache on")
+    warmup_fraction: Number = Field(0.0, ge=0, le=1, description="first share of the updates, made with M = 1")
+    batch_size: int = Field(8, ge=1)
+    learn: tuple[Learned, ...] = Field(("weight", "weight_scale", "activation_scale"), min_length=1)
+    learning_rates: LearningRates = LearningRates()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Objective:
+        if "rounding" in self.learn and {"weight", "weight_scale"} & set(self.learn):
+            raise ValueError("learn: 'rounding' (AdaRound) needs fixed weights; drop 'weight' and 'weight_scale'")
+        if self.inputs == "quantized" and self.steps_per_group != 1:
+            raise ValueError("inputs: quantized is the per-step rival and needs steps_per_group: 1")
+        return self
+
+
+class Evaluation(Section):
+    num_samples: int = Field(60, ge=2, description="held-out samples, compared with full precision on the same noise")
+    batch_size: int = Field(30, ge=1)
+    num_images: int = Field(6, ge=1, description="rows of the image grid")
+    reconstruct: bool = Field(True, description="decode to images; False compares latents only")
+
+
+class Export(Section):
+    output: OutputFolder = Field(description="folder to write; it appears when it is whole")
+    max_shard_size: str = Field("5GB", pattern=r"^[1-9]\d*(\.\d+)?\s*[KMGT]B$")
+
+
+class Recipe(Section):
+    model: Model
+    sampling: Sampling = Sampling()
+    data: Data
+    quantization: Quantization
+    objective: Objective = Objective()
+    cache: Cache | None = None
+    evaluation: Evaluation = Evaluation()
+    export: Export
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        steps, groups = self.sampling.num_inference_steps, self.quantization.timestep_groups
+        m = self.objective.steps_per_group
+        if m != "auto" and m > steps:
+            raise ValueError(f"objective.steps_per_group is {m} but sampling has only {steps} steps")
+        if self.cache is not None:
+            known = self.cache.num_inference_steps
+            if known is not None and known != steps:
+                raise ValueError(f"cache.num_inference_steps is {known}, sampling.num_inference_steps {steps}")
+            try:
+                self.cache.check_steps(steps)
+            except ValueError as error:
+                raise ValueError(f"cache.{error}") from error
+        if groups > steps:
+            raise ValueError(f"quantization.timestep_groups is {groups} but sampling has only {steps} steps")
+        quantized = [rule for rule in self.quantization.rules if rule.weight != "float"]
+        if not quantized:
+            raise ValueError("quantization.rules: every weight stays float; there is nothing to do")
+        tuned = [rule for rule in quantized if rule.tune]
+        if self.objective.iterations and not tuned:
+            raise ValueError("objective.iterations: no rule leaves anything to tune (tune: false); set it to 0")
+        idle = "activation_scale" in self.objective.learn and all(rule.activation == "float" for rule in tuned)
+        if self.objective.iterations and idle:
+            raise ValueError(
+                "objective.learn: 'activation_scale' (there by default) needs a tuned rule with an integer activation; "
+                "write learn: [weight, weight_scale], or give a rule activation: int8"
+            )
+        return self
