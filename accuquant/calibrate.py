@@ -70,13 +70,11 @@ def calibrate(
     history, cache, naive, correction = tuner.history, None, None, None
     if recipe.cache is not None:
         cache = _cache(recipe.cache, session, reporter, partial / "cache.json")
-        uncorrected = cache.model_copy(
-            update={"corrected": False}
-        )  # which is fitted last, to the weights as they end up
+        uncorrected = cache.uncorrected  # a correction is fitted last, to the weights as they end up
         kept = partial / "naive.json"
         naive = _held_out_metrics(session, held_out, reporter, kept, "naive stacking", uncorrected)
         history = history + tune_cached(session, uncorrected, tuner, reporter, partial, resume)
-        if cache.corrected:
+        if cache.fits:
             cache, correction = fit_correction(session, cache, reporter)
 
     staging = partial / "export"
@@ -211,22 +209,29 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
 
 
 def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> Cache:
-    """The recipe's cache with its noise measured, and its target searched for on the quantized model."""
+    """The recipe's cache with all that has to be found of it; a resumed run finds it in ``kept``."""
     if not config.searches and not config.noise_aware:
         return config
     if kept.is_file():
         return Cache.model_validate_json(kept.read_text(encoding="utf-8"))
+    config = searched(config, session, reporter)
+    temporary = kept.with_suffix(".tmp")
+    temporary.write_text(config.model_dump_json(), encoding="utf-8")
+    temporary.rename(kept)
+    return config
+
+
+def searched(config: Cache, session: Session, reporter: Reporter) -> Cache:
+    """The cache with its noise measured, and its target searched for, on the session's model as it is."""
     reference, num_steps = session.reference, session.rollout.num_steps
     if config.noise_aware:
         gap = config.interval or round(num_steps / (config.target_nfc or len(config.full_steps or ()) or TYPICAL_NFC))
         config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
     chosen = torch.arange(min(SEARCH_SAMPLES, len(reference.conditions)), device=reference.latents.device)
     if config.searches:
-        conditions = reference.conditions.take(chosen)
-        config = search_cache(session.rollout, conditions, reference.latents[:, chosen], config, reporter)
-    temporary = kept.with_suffix(".tmp")
-    temporary.write_text(config.model_dump_json(), encoding="utf-8")
-    temporary.rename(kept)
+        conditions, published = reference.conditions.take(chosen), config.measured_on == "full_precision"
+        with session.full_precision() if published and config.schedule == "dps" else nullcontext():
+            config = search_cache(session.rollout, conditions, reference.latents[:, chosen], config, reporter)
     return config
 
 

@@ -1,61 +1,125 @@
-"""Fits the correction of a cache's forecasts, on calibration samples and the quantized, cached model's trajectory."""
+"""Fits CacheQuant's decoupled error correction: of forecasts, and of what full steps compute with quantized layers.
+
+Both parts are affine maps of each channel of a cached module's output, one for each step. Published (CVPR 2025, arXiv
+2503.01323), the second is fitted to output channels of quantized layers with the bias kept out of both tensors. The
+last layer of attention and MLP is such a layer, and least squares finds the same map with the bias inside.
+"""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from accuquant.console import Reporter
+from accuquant.console import Advance, Reporter
 from accuquant.core.correction import apply_affine, fit_affine
-from accuquant.model.cache_state import Correction
+from accuquant.core.predictors import Memory
+from accuquant.model.cache_state import Controller, Correction
 from accuquant.model.caching import cached
+from accuquant.model.rollout import Conditions
 from accuquant.recipe import Cache
 from accuquant.session import Session, watched
 
 CORRECTION_SAMPLES = 8
 
+Fitted = dict[str, dict[float, Tensor]]  # module -> timestep -> (2, C)
+
 
 @torch.no_grad()
 def fit_correction(session: Session, config: Cache, reporter: Reporter) -> tuple[Cache, Correction]:
-    """Slope and intercept of every channel of every cached module, at each step that is skipped.
+    """Slope and intercept of every channel of every cached module: at skipped steps, at full ones, or at both.
 
-    The model walks its own trajectory, quantized and cached and corrected so far. At a skipped step the target is what
-    the module gives in full precision at the reference trajectory's latent.
+    The target is what the module gives in full precision at the reference trajectory's latent.
 
     Returns:
         the config, with the corrected timesteps and channels written into it, and the tensors.
     """
+    forecasts, computed = Fitted(), Fitted()  # by kind of step
+    with (
+        reporter.bar("correction of the cached modules", session.rollout.num_steps) as advance,
+        cached(session.rollout.denoiser, config.uncorrected) as controller,
+    ):
+        fit = _fit_as_published if config.measured_on == "full_precision" else _fit_on_own_trajectory
+        fit(session, config, controller, forecasts, computed, advance)
+    skipped, full = (
+        sorted(next(iter(fitted.values())), reverse=True) if fitted else [] for fitted in (forecasts, computed)
+    )
+    channels = {name: next(iter(found.values())).shape[1] for name, found in (computed | forecasts).items()}
+    correction = Correction(skipped, channels, full)
+    for name in channels:
+        rows = [forecasts[name][t] for t in skipped] + [computed[name][t] for t in full]
+        correction.of(name).copy_(torch.stack(rows))
+    written = {
+        "correction_timesteps": tuple(skipped),
+        "correction_full_timesteps": tuple(full),
+        "correction_channels": channels,
+    }
+    return config.model_copy(update=written), correction.to(session.reference.latents.device)
+
+
+def _fit_on_own_trajectory(
+    session: Session, config: Cache, controller: Controller, forecasts: Fitted, computed: Fitted, advance: Advance
+) -> None:
+    """The model walks its own trajectory, quantized and cached and corrected so far."""
     rollout, reference = session.rollout, session.reference
     chosen = torch.arange(min(CORRECTION_SAMPLES, len(reference.conditions)), device=reference.latents.device)
     conditions = reference.conditions.take(chosen)
     x, predictions = {0: conditions.noise}, dict[int, Tensor]()
-    fitted: dict[str, dict[float, Tensor]] = {}
-    plain = config.model_copy(update={"corrected": False})
+    targets: dict[str, Tensor] = {}
+
+    def correct(module: str, output: Tensor, is_computed: bool) -> Tensor:
+        if not (config.corrected_quantization if is_computed else config.corrected):
+            return output
+        found = fit_affine(output, targets[module])
+        (computed if is_computed else forecasts).setdefault(module, {})[controller.timestep] = found
+        return apply_affine(found, output)
+
+    controller.correct = correct
+    for i in range(rollout.num_steps):
+        true = _look(session, controller, i, reference.latents[i][chosen], conditions, full_precision=True)
+        targets |= {module: output for module, (_, output) in true.items()}
+        predictions[i] = rollout.predict(i, x[i], conditions)
+        x[i + 1] = rollout.solver.step(i, x, predictions)
+        advance("")
+
+
+def _fit_as_published(
+    session: Session, config: Cache, controller: Controller, forecasts: Fitted, computed: Fitted, advance: Advance
+) -> None:
+    """On the reference latents: forecasts of full precision's features, and quantized modules beside them."""
+    rollout, reference = session.rollout, session.reference
+    chosen = torch.arange(min(CORRECTION_SAMPLES, len(reference.conditions)), device=reference.latents.device)
+    conditions = reference.conditions.take(chosen)
+    memories: dict[str, Memory] = {}
+    for i in range(rollout.num_steps):
+        latents, timestep = reference.latents[i][chosen], float(rollout.timesteps[i])
+        controller.enter(None, timestep, latents)
+        true = _look(session, controller, i, latents, conditions, full_precision=True)
+        if controller.full and config.corrected_quantization:
+            noisy = _look(session, controller, i, latents, conditions, full_precision=False)
+            for module, (_, output) in noisy.items():
+                computed.setdefault(module, {})[timestep] = fit_affine(output, true[module][1])
+        for module, (input, output) in true.items():
+            forecast = controller.forecasts[module]
+            if controller.full:
+                memories[module] = forecast.update(memories.get(module), i, output, input)
+            elif config.corrected:
+                found = fit_affine(forecast.predict(memories[module], i, input), output)
+                forecasts.setdefault(module, {})[timestep] = found
+        advance("")
+
+
+def _look(
+    session: Session, controller: Controller, i: int, latents: Tensor, conditions: Conditions, full_precision: bool
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Features (input, output) at step i without the cache."""
+    names = [*controller.modules, *controller.begins.values()]
+    controller.paused = True
     with (
-        reporter.bar("correction of the cached modules", rollout.num_steps) as advance,
-        cached(rollout.denoiser, plain) as controller,
+        session.full_precision() if full_precision else nullcontext(),
+        watched(session.rollout.denoiser, names) as seen,
     ):
-        targets: dict[str, Tensor] = {}
-
-        def correct(module: str, forecast: Tensor) -> Tensor:
-            found = fit_affine(forecast, targets[module])
-            fitted.setdefault(module, {})[controller.timestep] = found
-            return apply_affine(found, forecast)
-
-        controller.correct = correct
-        for i in range(rollout.num_steps):
-            controller.paused = True
-            with session.full_precision(), watched(rollout.denoiser, controller.modules) as seen:
-                rollout.predict(i, reference.latents[i][chosen], conditions)
-            controller.paused = False
-            targets |= {module: output for module, (_, output) in seen.items()}
-            predictions[i] = rollout.predict(i, x[i], conditions)
-            x[i + 1] = rollout.solver.step(i, x, predictions)
-            advance("")
-    timesteps = sorted(next(iter(fitted.values())), reverse=True) if fitted else []
-    channels = {name: found[timesteps[0]].shape[1] for name, found in fitted.items()}
-    correction = Correction(timesteps, channels)
-    for name, found in fitted.items():
-        correction.of(name).copy_(torch.stack([found[t] for t in timesteps]))
-    written = {"correction_timesteps": tuple(timesteps), "correction_channels": channels}
-    return config.model_copy(update=written), correction.to(x[0].device)
+        session.rollout.predict(i, latents, conditions)
+    controller.paused = False
+    return controller.features(seen)

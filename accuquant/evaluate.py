@@ -144,10 +144,11 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
         if controller_of(denoiser) is not None:
             detach_cache(denoiser)
         if recipe.cache is not None:
-            if recipe.cache.corrected:
+            if recipe.cache.fits:
+                key = "cache.corrected" if recipe.cache.corrected else "cache.corrected_quantization"
                 raise RecipeError(
-                    "cache.corrected: the correction belongs to the cache that this export was calibrated with; "
-                    "another one needs --set cache.corrected=false"
+                    f"{key}: the correction belongs to the cache that this export was calibrated with; "
+                    f"another one needs --set {key}=false"
                 )
             attach_cache(denoiser, _searched(recipe.cache, pipeline, recipe, reporter or Reporter(quiet=True)))
     return pipeline

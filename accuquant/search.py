@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import random
+import re
 import time
 from typing import Any
 
@@ -255,10 +256,14 @@ def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: fl
 
 
 def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Reporter) -> Cache:
-    """CacheQuant's list of full steps, from the cached modules' outputs along a trajectory of the model as it is."""
+    """CacheQuant's list of full steps, from cached modules' outputs along a trajectory of the model as it is."""
     assert config.interval is not None
     distances = torch.zeros(rollout.num_steps, rollout.num_steps, dtype=torch.float64)
-    for pairs in record_features(rollout, conditions, config).values():
+    features = record_features(rollout, conditions, config)
+    chosen = [pairs for name, pairs in features.items() if re.fullmatch(config.dps_feature or ".*", name)]
+    if not chosen:
+        raise CacheError(f"dps_feature: {config.dps_feature!r} matches none of {', '.join(features)}")
+    for pairs in chosen:
         outputs = torch.stack([output.flatten() for _, output in pairs])
         distances += torch.cdist(outputs, outputs, p=1).double()
     try:
@@ -333,7 +338,8 @@ def _with(config: Cache, **changes: Any) -> Cache:
     """The config with what a search found, or tries, in the place of its target."""
     if "schedule" in changes or "tau" in changes:
         # the correction is fitted to the list that is found
-        changes = {"target_nfc": None, "target_seconds": None, "interval": None, "corrected": False} | changes
+        plain = {"corrected": False, "corrected_quantization": False}
+        changes = {"target_nfc": None, "target_seconds": None, "interval": None} | plain | changes
     return config.model_copy(update=changes)
 
 

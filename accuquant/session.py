@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.data import Samples, Split, calibration_samples, draw, load_split
-from accuquant.model.caching import cached_modules
+from accuquant.model.caching import cached_blocks, cached_modules
 from accuquant.model.clock import StepClock
 from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.layers import TrainableLayer, quantize_model
@@ -106,7 +106,10 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     rollout = Rollout(pipeline, recipe.sampling)
     planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
     if recipe.cache is not None:
-        cached_modules(rollout.denoiser, recipe.cache.modules)
+        if recipe.cache.feature == "blocks":
+            cached_blocks(rollout.denoiser, recipe.cache)
+        else:
+            cached_modules(rollout.denoiser, recipe.cache.modules)
     split = load_split(recipe.data, rollout.family.condition)
     if rollout.family.condition == "class_id":
         highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]

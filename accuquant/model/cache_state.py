@@ -61,38 +61,58 @@ class Trace:
 
 
 class Correction(nn.Module):
-    """Slope and intercept of every channel of the cached modules' forecasts, at the timesteps they were fitted at.
+    """Slope and intercept of every channel of the cached modules' outputs, at the timesteps they were fitted at.
 
     Args:
-        timesteps: S values; a step between them takes the nearest.
+        timesteps: S values, of skipped steps, whose forecasts are corrected; a step between them takes the nearest.
         channels: of each cached module's output.
+        full_timesteps: F values, of full steps, whose computed outputs are corrected.
     """
 
-    def __init__(self, timesteps: Sequence[float], channels: dict[str, int]) -> None:
+    def __init__(
+        self, timesteps: Sequence[float], channels: dict[str, int], full_timesteps: Sequence[float] = ()
+    ) -> None:
         super().__init__()
-        self.timesteps = list(timesteps)
+        self.timesteps, self.full_timesteps = list(timesteps), list(full_timesteps)
+        rows = len(timesteps) + len(full_timesteps)
         for name, count in channels.items():
-            identity = torch.stack([torch.ones(len(timesteps), count), torch.zeros(len(timesteps), count)], 1)
+            identity = torch.stack([torch.ones(rows, count), torch.zeros(rows, count)], 1)
             self.register_parameter(name.replace(".", "/"), nn.Parameter(identity, requires_grad=False))
 
     def of(self, module: str) -> Tensor:
-        """(S, 2, C) of a module."""
+        """(S + F, 2, C) of a module."""
         return self.get_parameter(module.replace(".", "/"))
 
-    def correct(self, module: str, forecast: Tensor, timestep: float) -> Tensor:
-        nearest = min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
-        return apply_affine(self.of(module)[nearest], forecast)
+    def correct(self, module: str, output: Tensor, timestep: float, computed: bool) -> Tensor:
+        """A forecast, or with ``computed`` what a full step gave; as it is where nothing was fitted to its kind."""
+        first, known = (len(self.timesteps), self.full_timesteps) if computed else (0, self.timesteps)
+        if not known:
+            return output
+        nearest = min(range(len(known)), key=lambda i: abs(known[i] - timestep))
+        return apply_affine(self.of(module)[first + nearest], output)
 
 
 class Controller:
-    """The state that all hooks of one denoiser share."""
+    """The state that all hooks of one denoiser share.
 
-    def __init__(self, config: Cache, modules: tuple[str, ...]) -> None:
-        self.config, self.modules = config, modules
+    Args:
+        modules: names of the cached ones, whose outputs are forecast.
+        bypassed: names of those that need not run at skipped steps because only cached ones read them.
+        begins: cached block -> the block at whose input begins the deviation that is forecast.
+    """
+
+    def __init__(
+        self,
+        config: Cache,
+        modules: tuple[str, ...],
+        bypassed: tuple[str, ...] = (),
+        begins: dict[str, str] | None = None,
+    ) -> None:
+        self.config, self.modules, self.bypassed, self.begins = config, modules, bypassed, begins or {}
         self.forecasts = {module: forecast_of(config, module) for module in modules}
         self.last = Trace()
         self.driven = self.paused = False
-        self.correct: Callable[[str, Tensor], Tensor] | None = None
+        self.correct: Callable[[str, Tensor, bool], Tensor] | None = None  # module, output, whether it was computed
         order = max(1, config.forecast_order)
         self.rcs = RCS(config.tau, order, config.warmup, config.max_gap) if config.tau is not None else None
         self._forget()
@@ -190,6 +210,22 @@ class Controller:
             self.trace.full[-1] = True
         return self.full or not known
 
+    def corrected(self, module: str, output: Any) -> Any:
+        """What a full step computed; the first of several outputs is the one that is corrected."""
+        if self.correct is None:
+            return output
+        if isinstance(output, tuple):
+            return (self.correct(module, output[0], True), *output[1:])
+        return self.correct(module, output, True)
+
+    def features(self, seen: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Input and output of every cached module as forecasts know them, from those of the modules themselves."""
+        found = {}
+        for module in self.modules:
+            first = seen[self.begins.get(module, module)][0]
+            found[module] = (first, seen[module][1] - first if module in self.begins else seen[module][1])
+        return found
+
     def remember(self, module: str, inputs: tuple[Tensor, ...], output: Any) -> None:
         key, tensors = (self.context, module), output if isinstance(output, tuple) else (output,)
         old = self.memories.get(key) or (None,) * len(tensors)
@@ -218,7 +254,7 @@ class Controller:
             input = inputs[min(i, len(inputs) - 1)]
             output = self.forecasts[module].predict(memory, self.step, self._stored(input))
             output = output.to(input.device, input.dtype)
-            outputs.append(output if self.correct is None or i > 0 else self.correct(module, output))
+            outputs.append(output if self.correct is None or i > 0 else self.correct(module, output, False))
         if self.config.num_inference_steps == self.step + 1:
             del self.memories[key]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -106,9 +106,52 @@ class Cached(Hook):
             inputs = (self.controller.tapped.pop(self.tap),)
         if not self.controller.computes(self.name, inputs[0]):
             return self.controller.predict(self.name, inputs)
-        output = self.fn_ref.original_forward(*args, **kwargs)
+        output = self.controller.corrected(self.name, self.fn_ref.original_forward(*args, **kwargs))
         self.controller.remember(self.name, inputs, output)
         return output
+
+
+class Deviation(Hook):
+    """On the last of a run of blocks: what they add to the hidden states is the feature (CacheQuant's DiT variant)."""
+
+    @_eager
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.controller.paused:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        hidden = _inputs(args, kwargs)[0]
+        if not self.controller.computes(self.name, hidden):  # then the blocks before have passed their input on
+            return hidden + self.controller.predict(self.name, (hidden,))
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            raise CacheError(f"feature: blocks: {self.name} gives {type(output).__name__}; use feature: modules")
+        first = self.controller.tapped.pop(self.name, hidden)
+        computed = output - first
+        deviation = self.controller.corrected(self.name, computed)
+        self.controller.remember(self.name, (first,), deviation)
+        return output if deviation is computed else first + deviation
+
+
+class Bypassed(Hook):
+    """On a block that only the cached block ``feature`` reads: at skipped steps it passes its input on.
+
+    Args:
+        first: its input is where the feature's deviation begins.
+    """
+
+    def __init__(self, controller: Controller, feature: str, first: bool) -> None:
+        super().__init__(controller, feature)
+        self.first = first
+
+    @_eager
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = _inputs(args, kwargs)[0]
+        if self.controller.paused or self.controller.computes(self.name, hidden):
+            if self.first:
+                self.controller.tapped[self.name] = hidden
+            return self.fn_ref.original_forward(*args, **kwargs)
+        if hasattr(module, "downsamplers"):  # a U-Net counts what it is given for its skip connections
+            return hidden, (hidden,) * (len(module.resnets) + len(module.downsamplers or ()))  # type: ignore[arg-type]
+        return hidden
 
 
 class Tap(Hook):
@@ -147,23 +190,33 @@ def attach_cache(denoiser: nn.Module, config: Cache, correction: Correction | No
         raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
     if config.searches:
         raise CacheError("target_nfc and target_seconds need a search: give enable_cache the whole pipeline")
-    names, fused = cached_modules(denoiser, config.modules)
-    modules = (*names, *(f"{block}.proj_out" for block in fused))
+    bypassed, begins, fused = tuple[str, ...](), dict[str, str](), list[str]()
+    if config.feature == "blocks":
+        modules, bypassed, begins = cached_blocks(denoiser, config)
+    else:
+        names, fused = cached_modules(denoiser, config.modules)
+        modules = (*names, *(f"{block}.proj_out" for block in fused))
     if config.noise_aware and (unknown := [name for name in modules if name not in (config.noise or {})]):
         raise CacheError(f"noise_aware: no noise was measured for {', '.join(unknown[:3])}; `accuquant calibrate` does")
-    controller = Controller(config, modules)
-    if config.corrected:
+    controller = Controller(config, modules, bypassed, begins)
+    if config.fits:
         correction = correction or getattr(denoiser, CORRECTION, None)
         if correction is None:
             raise CacheError("corrected: nothing was fitted for this model; `accuquant calibrate` does")
-        found = correction
-        controller.correct = lambda module, forecast: found.correct(module, forecast, controller.timestep)
+        found, asked = correction, {True: config.corrected_quantization, False: config.corrected}
+
+        def correct(module: str, output: Tensor, computed: bool) -> Tensor:
+            return found.correct(module, output, controller.timestep, computed) if asked[computed] else output
+
+        controller.correct = correct
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     calls = Calls(controller)
     _hook(denoiser, calls)
     calls.handle = denoiser.register_forward_pre_hook(calls.follow, with_kwargs=True)
-    for name in names:
-        _hook(denoiser.get_submodule(name), Cached(controller, name))
+    for name in modules[: len(modules) - len(fused)]:
+        _hook(denoiser.get_submodule(name), Deviation(controller, name) if begins else Cached(controller, name))
+    for name in bypassed:
+        _hook(denoiser.get_submodule(name), Bypassed(controller, modules[0], name in begins.values()))
     for block in fused:
         _hook(denoiser.get_submodule(f"{block}.norm"), Tap(controller, block))
         _hook(denoiser.get_submodule(f"{block}.proj_mlp"), Skipped(controller, block))
@@ -273,6 +326,39 @@ def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[lis
             f"its modules include {shown[:200]}"
         )
     return found, fused
+
+
+def cached_blocks(denoiser: nn.Module, config: Cache) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """CacheQuant's variants: the one cached block, those bypassed with it, and where its deviation begins (DiT).
+
+    Of a U-Net the feature is the input of the last up-block, that is the output of the one before it (DeepCache's
+    branch); all between the first down-block and it is bypassed.
+
+    Raises:
+        CacheError: there are no such blocks, or the forecast needs what is not there at skipped steps.
+    """
+    name = type(denoiser).__name__
+    if isinstance(ups := getattr(denoiser, "up_blocks", None), nn.ModuleList):
+        downs: Any = denoiser.down_blocks
+        if config.blocks is not None:
+            raise CacheError(f"blocks: of {name}, a U-Net, the last up-block's input is cached; leave blocks out")
+        if config.estimation == "rfe":
+            raise CacheError(
+                "estimation: rfe needs an input that a U-Net does not compute at skipped steps; use taylor"
+            )
+        if len(ups) < 2:
+            raise CacheError(f"feature: blocks: {name} has one up-block, there is nothing to skip before it")
+        before = [f"down_blocks.{i}" for i in range(1, len(downs))] + ["mid_block"] * (denoiser.mid_block is not None)
+        return (f"up_blocks.{len(ups) - 2}",), (*before, *(f"up_blocks.{i}" for i in range(len(ups) - 2))), {}
+    found = next(((n, b) for n in ("transformer_blocks", "blocks") if (b := getattr(denoiser, n, None))), None)
+    if found is None:
+        raise CacheError(f"feature: blocks: {name} has neither transformer_blocks nor up_blocks; use feature: modules")
+    prefix, count = found[0], len(found[1])
+    first, last = config.blocks or ((1, count - 2) if count > 2 else (0, count - 1))
+    if last >= count:
+        raise CacheError(f"blocks: {name} has blocks 0 to {count - 1} (found {[first, last]})")
+    names = tuple(f"{prefix}.{i}" for i in range(first, last + 1))
+    return names[-1:], names[:-1], {names[-1]: names[0]}
 
 
 def in_cache(name: str, cached: tuple[str, ...]) -> bool:

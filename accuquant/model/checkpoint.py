@@ -119,11 +119,10 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             model.set_submodule(name, layer)
         self.clock = clock
         cache = config.cache
-        if cache is not None and cache.corrected:
+        if cache is not None and cache.fits:
             with torch.device("meta"):
-                setattr(
-                    model, CORRECTION, Correction(cache.correction_timesteps or (), cache.correction_channels or {})
-                )
+                timesteps, full_timesteps = cache.correction_timesteps or (), cache.correction_full_timesteps or ()
+                setattr(model, CORRECTION, Correction(timesteps, cache.correction_channels or {}, full_timesteps))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.clock.attach(model)

@@ -23,6 +23,7 @@ def _schedule(value: Any) -> Any:
 
 Schedule = Annotated[Literal["interval", "rcs", "dps", "best"] | tuple[int, ...] | None, BeforeValidator(_schedule)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Pair = Annotated[tuple[int, int], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
 class Cache(Section):
@@ -48,13 +49,24 @@ class Cache(Section):
     differences: Literal["taylor", "newton"] = Field("taylor", description="newton: exact under uneven gaps")
     noise_aware: bool = Field(False, description="forecasts know the quantization noise that calibration measures")
     corrected: bool = Field(False, description="calibration fits a slope and an intercept to each forecast channel")
+    corrected_quantization: bool = Field(False, description="likewise to what full steps compute")
+    measured_on: Literal["quantized", "full_precision"] = Field(
+        "quantized", description="what dps and corrections are found on; full_precision: without cache, as published"
+    )
+    dps_feature: str | None = Field(None, description="regular expression: modules that dps looks at, if not all")
+    feature: Literal["modules", "blocks"] = Field(
+        "modules",
+        description="blocks: one feature, as CacheQuant; what `blocks` add up to, of a U-Net its last up-block's input",
+    )
+    blocks: Pair | None = Field(None, description="first and last of feature: blocks; all but the outer two if absent")
     modules: str | None = Field(None, description="regular expression, matched against the whole module name")
     factors_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="as the output if absent")
     factors_device: str | None = Field(None, description="where factors wait, such as cpu; by the model if absent")
     num_inference_steps: int | None = Field(None, ge=1, description="if known, factors are freed after their last use")
     full_timesteps: Numbers | None = Field(None, description="written by a search: timestep values of the full steps")
     noise: dict[str, Numbers] | None = Field(None, description="written by calibration: of each module, see noise.py")
-    correction_timesteps: Numbers | None = Field(None, description="written by calibration")
+    correction_timesteps: Numbers | None = Field(None, description="written by calibration: of skipped steps")
+    correction_full_timesteps: Numbers | None = Field(None, description="written by calibration: of full steps")
     correction_channels: dict[str, int] | None = Field(None, description="written by calibration")
     measured_nfc: Numbers | None = Field(None, description="written by a search: NFC, mean and std over samples")
 
@@ -65,6 +77,15 @@ class Cache(Section):
     @property
     def full_steps(self) -> tuple[int, ...] | None:
         return self.schedule if isinstance(self.schedule, tuple) else None
+
+    @property
+    def fits(self) -> bool:
+        """Whether calibration fits a correction."""
+        return self.corrected or self.corrected_quantization
+
+    @property
+    def uncorrected(self) -> Cache:
+        return self.model_copy(update={"corrected": False, "corrected_quantization": False})
 
     @property
     def searches(self) -> bool:
@@ -83,8 +104,12 @@ class Cache(Section):
         if self.schedule in ("interval", "dps") and self.interval is None:
             raise ValueError(f"schedule {self.schedule} needs interval, for example interval: 4")
         rcs = self.schedule == "rcs" or self.tau is not None
-        if self.corrected and rcs:
-            raise ValueError("corrected: steps that RCS skips differ from sample to sample; use interval or target_nfc")
+        if self.fits and rcs:
+            key = "corrected" if self.corrected else "corrected_quantization"
+            raise ValueError(f"{key}: steps that RCS skips differ from sample to sample; use interval or target_nfc")
+        if self.dps_feature is not None and self.schedule != "dps":
+            raise ValueError("dps_feature: only schedule: dps looks at it")
+        self._check_blocks()
         if self.max_gap is not None and not rcs and not any(targets):
             raise ValueError("max_gap is for tau and targets; with interval or a list of steps the gaps are given")
         if self.full_steps is not None and self.warmup != 2:
@@ -110,6 +135,18 @@ class Cache(Section):
             raise ValueError(f"schedule must rise from 0, which is always full (found {found(list(full))})")
         self.check_steps(self.num_inference_steps)
         return self
+
+    def _check_blocks(self) -> None:
+        if self.feature == "modules":
+            if self.blocks is not None:
+                raise ValueError("blocks: needs feature: blocks")
+            return
+        if self.modules is not None:
+            raise ValueError("modules: feature: blocks forecasts blocks, which blocks: [first, last] names")
+        if self.noise_aware:
+            raise ValueError("noise_aware: is measured of modules; use feature: modules")
+        if self.blocks is not None and not 0 <= self.blocks[0] <= self.blocks[1]:
+            raise ValueError(f"blocks: must be first and last, counted from 0 (found {list(self.blocks)})")
 
     def check_steps(self, steps: int | None) -> None:
         """Whether trajectories of this many steps (None: unknown) have the full steps that the config asks for.
