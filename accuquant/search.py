@@ -257,7 +257,6 @@ def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: fl
 
 def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Reporter) -> Cache:
     """CacheQuant's list of full steps, from cached modules' outputs along a trajectory of the model as it is."""
-    assert config.interval is not None
     distances = torch.zeros(rollout.num_steps, rollout.num_steps, dtype=torch.float64)
     features = record_features(rollout, conditions, config)
     chosen = [pairs for name, pairs in features.items() if re.fullmatch(config.dps_feature or ".*", name)]
@@ -267,9 +266,9 @@ def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Repo
         outputs = torch.stack([output.flatten() for _, output in pairs])
         distances += torch.cdist(outputs, outputs, p=1).double()
     try:
-        steps = dps_steps(distances, config.interval)
+        steps = dps_steps(distances, config.interval or rollout.num_steps / (config.target_nfc or 1))
     except ValueError as error:
-        raise CacheError(f"cache.interval: {error}") from error
+        raise CacheError(f"cache.{'interval' if config.interval else 'target_nfc'}: {error}") from error
     reporter.say(f"cache: {len(steps)} full steps of {rollout.num_steps}")
     timesteps = tuple(float(rollout.timesteps[i]) for i in steps)
     return _with(config, full_timesteps=timesteps, measured_nfc=(float(len(steps)), 0.0))
