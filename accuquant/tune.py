@@ -57,11 +57,7 @@ CORRECTED = {
     "quantization": ", full steps corrected",
     "both": ", all corrected",
 }
-PARTS = {
-    "none": (False, False),
-    "cache": (True, False),
-    "both": (True, True),
-}  # of forecasts, of full steps
+PARTS = {"none": (False, False), "cache": (True, False), "quantization": (False, True), "both": (True, True)}
 WRITTEN = ("noise", "correction_timesteps", "correction_full_timesteps", "correction_channels", "measured_nfc")
 TIMED_SAMPLES = 8
 Row = dict[str, Any]
