@@ -25,7 +25,12 @@ NBSP = "\u00a0"
 
 
 def write_report(
-    folder: Path, metrics: dict[str, Any], recipe_yaml: str, full: Tensor | None, quantized: Tensor | None
+    folder: Path,
+    metrics: dict[str, Any],
+    recipe_yaml: str,
+    full: Tensor | None,
+    quantized: Tensor | None,
+    others: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write ``report.html`` into ``folder`` (made if absent); the file is replaced when it is whole.
 
@@ -34,7 +39,8 @@ def write_report(
             ``relative_l2_per_step`` and ``latent_psnr`` must be there; a section whose figures are absent is left out.
         recipe_yaml: text of the recipe, shown as it is.
         full: (K, C, H, W) images of full precision in [0, 1], C 1 or 3; None if nothing was decoded.
-        quantized: images of the quantized model on the same noise, of the same shape.
+        quantized: images of the export on the same noise, of the same shape.
+        others: further columns by name, of the same shape, in the order they are shown between these two.
 
     Returns:
         Path of the report.
@@ -55,7 +61,7 @@ def write_report(
         smaller=_reduction(metrics.get("size"), "float_bytes", "quantized_bytes"),
         cheaper=_reduction(metrics.get("bit_operations"), "float", "quantized"),
         change=_change(metrics),
-        images=_images(full, quantized),
+        images=_images(full, quantized, others or {}, _name(metrics)),
         accumulation=charts.accumulation(metrics),
         decomposition=charts.decomposition(metrics),
         calibration=calibration,
@@ -163,32 +169,67 @@ def _change(metrics: dict[str, Any]) -> dict[str, float] | None:
     return {"before": before, "after": after, "less": 1 - after / before} if before and after == after else None
 
 
-def _images(full: Tensor | None, quantized: Tensor | None) -> dict[str, Any] | None:
-    """Rows of data URIs: full precision, quantized, |difference| times one amplification for all rows."""
-    if full is None and quantized is None:
+def _name(metrics: dict[str, Any]) -> str:
+    """What the export's images are called."""
+    if metrics.get("tuning"):
+        return "tuned"
+    return "quantized and cached" if metrics.get("cache") else "quantized"
+
+
+def _images(
+    full: Tensor | None, quantized: Tensor | None, others: dict[str, Tensor], name: str
+) -> dict[str, Any] | None:
+    """Rows of cells: full precision, others, the export, and its |difference| times one amplification for all rows."""
+    if full is None and quantized is None and not others:
         return None
     if full is None or quantized is None:
         raise ValueError("images of both full precision and the quantized model are needed, or of neither")
     if full.shape != quantized.shape or full.dim() != 4 or full.shape[1] not in (1, 3) or not len(full):
         found = f"{tuple(full.shape)} and {tuple(quantized.shape)}"
         raise ValueError(f"images must both be (K, C, H, W) with K > 0 and C 1 or 3, found {found}")
-    a, b = (t.detach().cpu().double().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1) for t in (full, quantized))
-    broken = (~torch.isfinite(full) | ~torch.isfinite(quantized)).flatten(1).any(1).tolist()
-    difference = (a - b).abs()
+    for other, images in others.items():
+        if images.shape != full.shape:
+            found = f"{tuple(full.shape)}, found {tuple(images.shape)}"
+            raise ValueError(f"images of {other!r} must have the shape of full precision, {found}")
+    columns = [(title, images.detach().cpu()) for title, images in (*others.items(), (name, quantized))]
+    reference = full.detach().cpu()
+    difference = (_unit(reference) - _unit(columns[-1][1])).abs()
     high = float(difference.flatten().kthvalue(max(1, math.ceil(0.99 * difference.numel()))).values)
     factor = max([k for k in AMPLIFICATIONS if k * high <= 1.001], default=1)
     rows = []
-    for x, y, d, bad in zip(a, b, difference, broken, strict=True):
-        error = float(d.square().mean())
-        psnr = math.nan if bad else -10 * math.log10(error) if error else math.inf
-        rows.append({"psnr": psnr, "full": _picture(x), "quantized": _picture(y), "difference": _picture(d * factor)})
+    for i, x in enumerate(reference):
+        cells: list[dict[str, Any]] = [{"title": "full precision", "picture": _picture(x), "psnr": None}]
+        cells += [{"title": t, "picture": _picture(y[i]), "psnr": _psnr(x, y[i])} for t, y in columns]
+        rows.append({"cells": cells, "psnr": cells[-1]["psnr"], "difference": _picture(factor * difference[i])})
     height, width = full.shape[2:]
-    return {"rows": rows, "factor": factor, "small": max(height, width) <= SMALL, "height": height, "width": width}
+    small = max(height, width) <= SMALL
+    return {
+        "rows": rows,
+        "factor": factor,
+        "small": small,
+        "height": height,
+        "width": width,
+        "name": name,
+        "others": len(others),
+    }
+
+
+def _unit(images: Tensor) -> Tensor:
+    """In double precision and in [0, 1], also what is not finite."""
+    return images.double().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+
+
+def _psnr(full: Tensor, image: Tensor) -> float:
+    """PSNR in dB of one (C, H, W) image; nan if anything in either is not finite."""
+    if not (torch.isfinite(full).all() and torch.isfinite(image).all()):
+        return math.nan
+    error = float((_unit(full) - _unit(image)).square().mean())
+    return -10 * math.log10(error) if error else math.inf
 
 
 def _picture(image: Tensor) -> str:
     """(C, H, W) -> data URI, blown up by a whole factor (nearest neighbour) or reduced to `LARGE`."""
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    pixels = (_unit(image) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     factor = math.ceil(SMALL / max(picture.size))
     if factor > 1:
