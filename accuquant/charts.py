@@ -39,29 +39,39 @@ def loss(history: list[dict[str, Any]]) -> Chart | None:
     return _themed(lambda axes, theme: _loss(axes, theme, seen)) if seen else None
 
 
+def schedule(cache: dict[str, Any]) -> Chart | None:
+    """Full steps over time and, where measured, the input error that adds up between them; None without full steps."""
+    if not cache.get("full_steps"):
+        return None
+    height = 2.8 if cache.get("input_errors") else 1.15
+    return _themed(lambda axes, theme: _schedule(axes, theme, cache), height)
+
+
 def data_uri(buffer: io.BytesIO) -> str:
     """A PNG as text that an img tag takes."""
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _themed(draw: Callable[[Axes, dict[str, str]], None]) -> Chart:
+def _themed(draw: Callable[[Axes, dict[str, str]], None], height: float = 3.5) -> Chart:
     """The same chart for light and for dark pages, as data URIs."""
     drawn = {}
     for name, theme in THEMES.items():
-        figure = Figure(figsize=(9.2, 3.5), layout="constrained")
+        figure = Figure(figsize=(9.2, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         draw(axes, theme)
         axes.grid(axis="y", color=theme["grid"], linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "left", "right"]].set_visible(False)
         axes.spines["bottom"].set_color(theme["ink"])
         axes.tick_params(which="both", colors=theme["ink"], labelsize=9, left=False)
-        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         for label in (axes.xaxis.label, axes.yaxis.label):
             label.set(color=theme["ink"], fontsize=9.5)
         above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3}
-        axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=9.5, **above)
+        legend = axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=9.5, **above)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names may hold dollar signs
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=170, transparent=True, metadata={"Software": None})
         drawn[name] = data_uri(buffer)
@@ -117,3 +127,29 @@ def _loss(axes: Axes, theme: dict[str, str], history: list[dict[str, Any]]) -> N
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
     axes.set(xlabel="update", ylabel="loss / squared displacement of the group")
     axes.set_xlim(x[0], max(x[-1], x[0] + 1))
+
+
+def _schedule(axes: Axes, theme: dict[str, str], cache: dict[str, Any]) -> None:
+    full, steps = cache["full_steps"], cache["num_steps"]
+    axes.set_xlim(-0.5, steps - 0.5)
+    axes.set(xlabel="denoising step")
+    if not cache.get("input_errors"):
+        axes.vlines(full, 0, 1, color=theme["main"], linewidth=2, label="computed in full")
+        axes.set_yticks([])
+        axes.set_ylim(0, 1)
+        return
+    for i in full:
+        axes.axvline(i, color=theme["soft"], linewidth=1.5, label="computed in full" if i == full[0] else None)
+    errors = [e or 0.0 for e in cache["input_errors"]]
+    total, line = 0.0, list[tuple[int, float]]()
+    for i, error in enumerate([0.0] * (steps - len(errors)) + errors):  # the first steps may have none
+        total += error
+        line.append((i, total))
+        if i in full:
+            total = 0.0
+            line.append((i, total))
+    axes.plot(*zip(*line, strict=True), color=theme["main"], linewidth=2, label="input error since the last one")
+    if cache.get("tau") is not None:
+        axes.axhline(cache["tau"], color=theme["other"], dashes=(5, 3), linewidth=1.5, label=f"τ = {cache['tau']:.3g}")
+    axes.set(ylabel="relative L1 error, added up")
+    axes.set_ylim(bottom=0)

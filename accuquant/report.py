@@ -64,6 +64,7 @@ def write_report(
         images=_images(full, quantized, others or {}, _name(metrics)),
         accumulation=charts.accumulation(metrics),
         decomposition=charts.decomposition(metrics),
+        schedule=charts.schedule(metrics.get("cache") or {}),
         calibration=calibration,
         loss=charts.loss(calibration.get("history") or []),
         auto=_auto(calibration),
@@ -146,6 +147,10 @@ def _check(metrics: dict[str, Any]) -> None:
     for name, curve in (("relative_l2_per_step_std", band), ("initial.relative_l2_per_step", before)):
         if curve is not None and len(curve) != steps:
             raise ValueError(f"metrics {name!r} has {len(curve)} entries but 'relative_l2_per_step' has {steps}")
+    cache = metrics.get("cache") or {}
+    errors = cache.get("input_errors") or ()
+    if errors and len(errors) > cache["num_steps"]:
+        raise ValueError(f"metrics 'cache.input_errors' has {len(errors)} entries for {cache['num_steps']} steps")
 
 
 def _types(metrics: dict[str, Any]) -> str:
