@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 
 Chart = dict[str, str]  # theme -> data URI
 
@@ -20,6 +21,12 @@ Chart = dict[str, str]  # theme -> data URI
 THEMES = {
     "light": {"ink": "#3d444d", "grid": "#d9dee3", "main": "#0072b2", "other": "#c04f00", "soft": "#9cc4dd"},
     "dark": {"ink": "#b6bec8", "grid": "#363d46", "main": "#56b4e9", "other": "#e69f00", "soft": "#2f5f7d"},
+}
+# what a candidate costs: its scale and name on an axis
+COSTS = {
+    "bit_operations": (100, "bit operations of a trajectory (% of float32 without a cache)"),
+    "nfc": (1, "full computations in a trajectory (NFC)"),
+    "seconds": (1, "seconds of a trajectory"),
 }
 
 
@@ -45,6 +52,15 @@ def schedule(cache: dict[str, Any]) -> Chart | None:
         return None
     height = 2.8 if cache.get("input_errors") else 1.15
     return _themed(lambda axes, theme: _schedule(axes, theme, cache), height)
+
+
+def pareto(tuning: dict[str, Any], cost: str) -> Chart | None:
+    """E_qc over ``bit_operations``, ``nfc`` or ``seconds`` of what was tried; None if a candidate's cost is unknown."""
+    tried = tuning["tried"]
+    known = all(row.get(cost) is not None for row in tried)
+    seen = [row for row in tried if known and 0 < (row.get("E_qc") or 0) < math.inf]
+    budget = (tuning.get("budget") or {}).get(cost)
+    return _themed(lambda axes, theme: _pareto(axes, theme, seen, cost, budget), 4.2) if seen else None
 
 
 def data_uri(buffer: io.BytesIO) -> str:
@@ -153,3 +169,43 @@ def _schedule(axes: Axes, theme: dict[str, str], cache: dict[str, Any]) -> None:
         axes.axhline(cache["tau"], color=theme["other"], dashes=(5, 3), linewidth=1.5, label=f"τ = {cache['tau']:.3g}")
     axes.set(ylabel="relative L1 error, added up")
     axes.set_ylim(bottom=0)
+
+
+def _pareto(axes: Axes, theme: dict[str, str], rows: list[dict[str, Any]], cost: str, budget: float | None) -> None:
+    scale, label = COSTS[cost]
+
+    def mark(some: list[dict[str, Any]], name: str, **style: Any) -> None:
+        axes.plot([scale * r[cost] for r in some], [100 * r["E_qc"] for r in some], ls="", label=name, **style)
+
+    mark([r for r in rows if not r.get("rival")], "tried", marker="o", markersize=5, color=theme["soft"])
+    points = sorted((scale * r[cost], 100 * r["E_qc"]) for r in rows)
+    costs, errors = [x for x, _ in points], [y for _, y in points]
+    limit = [] if budget is None else [scale * budget]
+    left, right = min(costs + limit), max(costs + limit)
+    margin = 0.04 * (right - left) or 0.1 * right
+    axes.set_xlim(left - margin, right + margin)
+    least = list(itertools.accumulate(errors, min))
+    line: dict[str, Any] = {"color": theme["main"], "drawstyle": "steps-post", "linewidth": 1.8}
+    axes.plot([*costs, right + margin], [*least, least[-1]], label="least error at this cost or less", **line)
+    rivals = dict.fromkeys(r["rival"] for r in rows if r.get("rival"))
+    for name, (marker, color) in zip(rivals, itertools.cycle((("s", "other"), ("^", "ink"), ("D", "other")))):
+        style = {"marker": marker, "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.8}
+        mark([r for r in rows if r.get("rival") == name], name, color=theme[color], **style)
+    mark([r for r in rows if r.get("chosen")], "chosen", marker="*", markersize=17, color=theme["main"], zorder=5)
+    for x in limit:
+        axes.axvline(x, color=theme["ink"], dashes=(5, 3), linewidth=1.2, label="budget")
+        axes.axvspan(x, right + margin, color=theme["ink"], alpha=0.07, linewidth=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(_log_ticks(max(errors) / min(errors)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if cost != "nfc":
+        axes.xaxis.set_major_locator(MaxNLocator(10))
+    axes.set(xlabel=label, ylabel="relative L2 error, E_qc (%)")
+
+
+def _log_ticks(ratio: float) -> Locator:
+    """For a logarithmic axis over this ratio; over a small one, parts of powers of ten may give no tick at all."""
+    if ratio < 3:
+        return MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    return LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 30 else (1, 2, 5))

@@ -65,6 +65,7 @@ def write_report(
         accumulation=charts.accumulation(metrics),
         decomposition=charts.decomposition(metrics),
         schedule=charts.schedule(metrics.get("cache") or {}),
+        tuning=_tuning(metrics.get("tuning") or {}),
         calibration=calibration,
         loss=charts.loss(calibration.get("history") or []),
         auto=_auto(calibration),
@@ -249,6 +250,49 @@ def _auto(calibration: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the trial of several M, smallest M first."""
     tried = sorted((int(m), error) for m, error in (calibration.get("auto") or {}).items())
     return [{"m": m, "error": error, "chosen": m == calibration.get("steps_per_group")} for m, error in tried]
+
+
+def _tuning(tuning: dict[str, Any]) -> dict[str, Any] | None:
+    """What was tried, and drawn over each cost.
+
+    Args:
+        tuning: ``budget`` (a limit or None for each of `charts.COSTS`), ``seconds`` of the search, ``tried``: rows of
+            ``types``, ``cache``, ``nfc``, ``bit_operations`` (fraction of float32 without a cache), ``seconds`` (or
+            None), ``E_qc``, ``calibrated``, ``elapsed`` (seconds it took to try), ``front``, ``chosen`` and ``rival``
+            (name or None).
+    """
+    tried = tuning.get("tried")
+    if not tried:
+        return None
+    chosen = next((row for row in tried if row.get("chosen")), None)
+    return {
+        "tried": tried,
+        "chosen": chosen,
+        "rivals": _rivals(tried, chosen) if chosen else [],
+        "budget": tuning.get("budget") or {},
+        "seconds": tuning.get("seconds"),
+        "timed": any(row.get("seconds") is not None for row in tried),
+        "charts": {cost: chart for cost in charts.COSTS if (chart := charts.pareto(tuning, cost))},
+    }
+
+
+def _rivals(tried: list[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each rival's best at the types and full computations of the chosen one, and how much less that one errs.
+
+    ``asked_nfc`` of a row, where it differs from ``nfc``, is what its schedule was to come near to.
+    """
+
+    def cost(row: dict[str, Any]) -> tuple[str, float]:
+        return row["types"], row.get("asked_nfc", row["nfc"])
+
+    best: dict[str, dict[str, Any]] = {}
+    for row in tried:
+        rival, error = row.get("rival"), float(row.get("E_qc") or math.nan)
+        if rival and rival != chosen.get("rival") and cost(row) == cost(chosen) and 0 < error < math.inf:
+            best[rival] = min(row, best.get(rival, row), key=lambda r: float(r["E_qc"]))
+    return [
+        row | {"less": 1 - chosen["E_qc"] / row["E_qc"], "same": row["nfc"] == chosen["nfc"]} for row in best.values()
+    ]
 
 
 def _modules(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
