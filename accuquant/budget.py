@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from accuquant.console import Reporter
 from accuquant.core.schedule import interval_steps
 from accuquant.data import draw
+from accuquant.measure import step_seconds
 from accuquant.model.caching import cached, in_cache
 from accuquant.model.plan import PlannedModule, count_macs, plan_modules
 from accuquant.recipe import Cache, Recipe, RecipeError, Rule, Tune
@@ -157,6 +159,20 @@ def open_session(combination: Combination, work: Path, reporter: Reporter) -> Se
     """The model with these types and initial scales; the reference trajectories are sampled once for all."""
     recipe = combination.recipe
     return prepare(recipe, *open_model(recipe), reporter, work / "reference.safetensors")
+
+
+def step_times(session: Session, combination: Combination, kept: Path) -> tuple[float, float]:
+    """Median seconds of a full and of a skipped step of eight samples, of the layers as they will be exported."""
+    if not kept.is_file():
+        config = Cache(**base_settings(combination.recipe), estimation="taylor", order=1, interval=2)
+        with session.hardened(), cached(session.rollout.denoiser, config) as controller:
+            session.rollout.trajectory(session.validation.conditions)
+            times = step_seconds(session.rollout, session.validation.conditions)
+            full_steps = set(controller.stats().full_steps)
+        sides = [[t for i, t in enumerate(times) if (i in full_steps) == full] for full in (True, False)]
+        kept.write_text(json.dumps([statistics.median(side) for side in sides]), encoding="utf-8")
+    full, skipped = json.loads(kept.read_text(encoding="utf-8"))
+    return full, skipped
 
 
 def matches(rule: Rule, name: str) -> bool:

@@ -231,7 +231,7 @@ def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> C
     return config
 
 
-def searched(config: Cache, session: Session, reporter: Reporter) -> Cache:
+def searched(config: Cache, session: Session, reporter: Reporter, worse_of_both: bool = False) -> Cache:
     """The cache with its noise measured, and its target searched for, on the session's model as it is."""
     reference, num_steps = session.reference, session.rollout.num_steps
     if config.noise_aware and config.noise is None:
@@ -242,7 +242,8 @@ def searched(config: Cache, session: Session, reporter: Reporter) -> Cache:
     if config.searches:
         conditions, published = reference.conditions.take(chosen), config.measured_on == "full_precision"
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():
-            config = search_cache(session.rollout, conditions, reference.latents[:, chosen], config, reporter)
+            latents = reference.latents[:, chosen]
+            config = search_cache(session.rollout, conditions, latents, config, reporter, worse_of_both)
     return config
 
 

@@ -18,10 +18,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from accuquant.budget import (
     nearest_interval,
     open_session,
     ordered,
+    step_times,
     type_combinations,
 )
 from accuquant.calibrate import calibrate, calibrate_alone, calibrate_cached, searched
@@ -42,9 +42,9 @@ from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.correct import fit_correction
 from accuquant.export import check_output
-from accuquant.measure import step_seconds
 from accuquant.model.cache_state import CacheError
 from accuquant.model.caching import cached
+from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe, RecipeError, Tune
 from accuquant.recipe.file import dump_recipe
@@ -77,15 +77,14 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
     check_output(output, overwrite)
     _begin(recipe, work, resume, overwrite)
     combinations = ordered(recipe, type_combinations(recipe), work, reporter)[: section.combinations]
-    tried = Tried(work / "tried.jsonl")
+    tried, bests = Tried(work / "tried.jsonl"), list[Row]()
     for number, combination in enumerate(combinations):
         reporter.say(f"types {number + 1} of {len(combinations)}: {combination.name}")
-        search(combination, section, tried, work, reporter)
+        bests += search(combination, section, tried, work, reporter)
 
-    candidates = [row for row in tried.rows if not row["rival"]]
-    if not candidates:
+    if not bests:
         raise RecipeError(f"tune.seconds: {section.seconds} s pay for fewer than {LEAST_NFC} full steps of any types")
-    best = min(candidates, key=_error)
+    best = min(bests, key=lambda row: float(row["E_qc"] * row["image_error"]))
     reporter.say(f"chosen: {best['types']}; {best['cache']}; NFC {best['nfc']:g}, E_qc {best['E_qc']:.4f}")
     final = chosen_recipe(next(c.recipe for c in combinations if c.name == best["types"]), best)
     folder = calibrate(final, reporter, resume and partial.is_dir(), overwrite, record(section, tried.rows, best))
@@ -111,8 +110,8 @@ class Tried:
         return row
 
 
-def search(combination: Combination, section: Tune, tried: Tried, work: Path, reporter: Reporter) -> None:
-    """Calibrate one combination of types and confirm its candidates."""
+def search(combination: Combination, section: Tune, tried: Tried, work: Path, reporter: Reporter) -> list[Row]:
+    """Calibrate one combination of types and confirm its candidates; the best, or none where seconds do not suffice."""
     folder = work / f"types-{'-'.join(map(str, combination.picks)) or 'as-given'}"
     folder.mkdir(exist_ok=True)
     session = open_session(combination, work, reporter)
@@ -121,17 +120,20 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
     most = combination.full_steps(section, seconds)
     if most < LEAST_NFC:
         reporter.say(f"{section.seconds} s pay for fewer than {LEAST_NFC} full steps of these types")
-        return
+        return []
     place = Place(combination, section, session, seconds, tried, reporter)
     levels = [max(LEAST_NFC, math.floor(share * most + 1e-9)) for share in section.levels]
     for nfc in sorted({*levels} - {most}):
+        place.naive(nfc)
         place.try_forecasts(nfc)
         place.refine(place.best_forecasts(nfc, 1)[0], nfc, trials=0)
-    place.rivals(most)
+    place.naive(most)
+    place.cachequant(most)
     place.try_forecasts(most)
     for forecast in place.best_forecasts(most, section.finalists):
         place.refine(forecast, most, section.trials)
     rounds(place, alone, most, folder)
+    return [place.best(most)]
 
 
 def rounds(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
@@ -166,6 +168,9 @@ class Place:
     reporter: Reporter
     calibrated: str = ALONE
     cached_iterations: int = 0
+    noises: dict[tuple[str, int], Any] = field(
+        default_factory=dict
+    )  # of the model as calibrated, for a gap between full steps
 
     def try_forecasts(self, nfc: int) -> None:
         """Every forecast under every schedule, with lists of full steps as they are found without refining."""
@@ -200,11 +205,16 @@ class Place:
             if row and not found:
                 found.append(as_cache(row).uncorrected)
 
-    def rivals(self, nfc: int) -> None:
-        """What the search has to beat at equal cost: each method's own practice, on the model calibrated alone."""
-        taylorseer, reuse = ("taylor", 2, False), ("reuse", 0, False)
-        naive = self.cache(taylorseer, "interval", nfc)
-        self.confirm(taylorseer, "interval", "none", nfc, lambda: naive, NAIVE)
+    def naive(self, nfc: int) -> Row:
+        """Naive stacking: TaylorSeer, as if alone, on the model calibrated alone. Candidates are judged against it."""
+        config = self.cache(("taylor", 2, False), "interval", nfc)
+        row = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: config, NAIVE)
+        assert row is not None
+        return row
+
+    def cachequant(self, nfc: int) -> None:
+        """The other rival, by module as ours, and with one feature as published."""
+        reuse = ("reuse", 0, False)
         published = self.cache(reuse, "dps", nfc, measured_on="full_precision")
         self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(published), "CacheQuant")
         if published.modules is None and published.feature == "modules":
@@ -235,7 +245,8 @@ class Place:
                 finals.append(self.session.rollout.trajectory(batch)[0][-1])
                 counts.append(controller.stats().nfc)
         mean = sum(counts) / len(counts)
-        apart = relative_l2(torch.cat(finals), self.session.validation.latents[-1]).mean()
+        final, true = torch.cat(finals), self.session.validation.latents[-1]
+        decode = self.session.rollout.decode
         full, skipped = self.seconds
         return self.tried.add(
             {
@@ -249,7 +260,8 @@ class Place:
                 "nfc": mean,
                 "bit_operations": self.combination.bit_operations(mean),
                 "seconds": mean * full + (self.session.rollout.num_steps - mean) * skipped,
-                "E_qc": float(apart),
+                "E_qc": float(relative_l2(final, true).mean()),
+                "image_error": float(relative_l2(decode(final), decode(true)).mean()),
                 "calibrated": self.calibrated,
                 "cached_iterations": self.cached_iterations,
                 "elapsed": round(time.monotonic() - started, 2),
@@ -259,7 +271,14 @@ class Place:
         )
 
     def searched(self, config: Cache) -> Cache:
-        return searched(config, self.session, Reporter(quiet=True))
+        quiet = Reporter(quiet=True)
+        if config.noise_aware and config.noise is None:
+            full_steps = config.target_nfc or len(config.full_timesteps or ())
+            gap = config.interval or max(1, round(self.session.rollout.num_steps / full_steps))
+            if (self.calibrated, gap) not in self.noises:
+                self.noises[self.calibrated, gap] = measure_noise(self.session, gap, quiet, config.modules)
+            config = config.model_copy(update={"noise": self.noises[self.calibrated, gap]})
+        return searched(config, self.session, quiet, worse_of_both=True)
 
     def forecasts(self, nfc: int) -> list[Forecast]:
         """Those that the section allows and ``nfc`` full steps are enough for."""
@@ -289,27 +308,18 @@ class Place:
             and row["cached_iterations"] <= self.cached_iterations
         ]
 
+    def score(self, row: Row) -> float:
+        """The worse of latent and image error, each in that of naive stacking: both have to be better."""
+        naive = self.naive(row["asked_nfc"])
+        return max(float(row[name] / max(naive[name], 1e-30)) for name in ("E_qc", "image_error"))
+
     def best(self, nfc: int) -> Row:
-        return min(self.own_rows(nfc), key=_error)
+        return min(self.own_rows(nfc), key=self.score)
 
     def best_forecasts(self, nfc: int, count: int) -> list[Forecast]:
         """The best different ones, before corrections."""
         rows = [row for row in self.own_rows(nfc) if row["parts"] == "none" and row["calibrated"] == ALONE]
-        return list(dict.fromkeys(as_forecast(row) for row in sorted(rows, key=_error)))[:count]
-
-
-def step_times(session: Session, combination: Combination, kept: Path) -> tuple[float, float]:
-    """Median seconds of a full and of a skipped step of eight samples, of the layers as they will be exported."""
-    if not kept.is_file():
-        config = Cache(**base_settings(combination.recipe), estimation="taylor", order=1, interval=2)
-        with session.hardened(), cached(session.rollout.denoiser, config) as controller:
-            session.rollout.trajectory(session.validation.conditions)
-            times = step_seconds(session.rollout, session.validation.conditions)
-            full_steps = set(controller.stats().full_steps)
-        sides = [[t for i, t in enumerate(times) if (i in full_steps) == full] for full in (True, False)]
-        kept.write_text(json.dumps([statistics.median(side) for side in sides]), encoding="utf-8")
-    full, skipped = json.loads(kept.read_text(encoding="utf-8"))
-    return full, skipped
+        return list(dict.fromkeys(as_forecast(row) for row in sorted(rows, key=self.score)))[:count]
 
 
 def chosen_recipe(recipe: Recipe, row: Row) -> Recipe:
