@@ -168,9 +168,7 @@ class Place:
     reporter: Reporter
     calibrated: str = ALONE
     cached_iterations: int = 0
-    noises: dict[tuple[str, int], Any] = field(
-        default_factory=dict
-    )  # of the model as calibrated, for a gap between full steps
+    noises: dict[tuple[str, int], Any] = field(default_factory=dict)  # as calibrated, by gap
 
     def try_forecasts(self, nfc: int) -> None:
         """Every forecast under every schedule, with lists of full steps as they are found without refining."""

@@ -25,7 +25,7 @@ import torch
 import typer
 from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS
 
-from accuquant.budget import Combination, nearest_interval, type_combinations
+from accuquant.budget import Combination, nearest_interval, step_times, type_combinations
 from accuquant.calibrate import calibrate_alone, calibrate_cached
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
@@ -39,7 +39,7 @@ from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.session import Session, open_model, prepare
-from accuquant.tune import NAIVE, Place, Tried, as_cache, rounds, step_times
+from accuquant.tune import NAIVE, Place, Tried, as_cache, rounds
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
@@ -144,7 +144,8 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     place = Place(combination, section, session, seconds, Tried(folder / "tried.jsonl"), QUIET)
 
     session.restore(bench.start)
-    place.rivals(nfc)
+    place.naive(nfc)
+    place.cachequant(nfc)
     for row in [row for row in place.tried.rows if row["rival"]]:
         config = as_cache(row)
         yield ("(a) naive: TaylorSeer" if row["rival"] == NAIVE else f"(b) {row['rival']}"), bench.judge(config)
@@ -152,10 +153,8 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
             naive = config
             yield "E_c of (a)", bench.full_precision(config)
         elif row["rival"] == "CacheQuant":
-            yield (
-                "(b') CacheQuant, fitted on its own trajectory",
-                bench.judge(config.model_copy(update={"measured_on": "quantized"})),
-            )
+            own = config.model_copy(update={"measured_on": "quantized"})
+            yield "(b') CacheQuant, corrected on its own trajectory", bench.judge(own)
 
     started = time.monotonic()
     calibrate_cached(session, naive, bench.alone, QUIET, folder, resume=True)
@@ -240,22 +239,15 @@ def table(out: Out = DEFAULT_OUT) -> None:
         for types in dict.fromkeys(row["types"] for row in here):
             mine = [row for row in here if row["types"] == types]
             columns = sorted({row["nfc"] for row in mine} - {0}, reverse=True)
-            alone = [100 * row["relative_l2"] for row in mine if row["method"] == "E_q"] or [
-                100 * r["E_q"] for r in mine if "E_q" in r
-            ]
-            print(
-                f"\n### {types}: E_qc in % / image PSNR in dB / Fréchet distance x 1000; E_q {_spread(sorted(set(alone)), 2)} %\n"
-            )
+            alone = {row["seed"]: row["relative_l2"] if row["method"] == "E_q" else row.get("E_q") for row in mine}
+            e_q = _spread([100 * e for e in alone.values() if e is not None], 2)
+            print(f"\n### {types}: E_qc in % / image PSNR in dB / Fréchet distance x 1000; E_q {e_q} %\n")
             print(f"| method | {' | '.join(f'NFC {c}' for c in columns)} |\n|---|{'---|' * len(columns)}")
             for method in dict.fromkeys(row["method"] for row in mine if row["nfc"]):
                 cells = []
                 for nfc in columns:
                     found = [row for row in mine if row["method"] == method and row["nfc"] == nfc]
-                    cells.append(
-                        " / ".join(_spread([k * row[name] for row in found], d) for name, k, d in FIGURES)
-                        if found
-                        else ""
-                    )
+                    cells.append(" / ".join(_spread([k * row[name] for row in found], d) for name, k, d in FIGURES))
                 print(f"| {method} | {' | '.join(cells)} |")
 
 
@@ -264,7 +256,7 @@ FIGURES = (("relative_l2", 100, 2), ("psnr", 1, 1), ("frechet_distance", 1000, 1
 
 def _spread(values: list[float], digits: int) -> str:
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
 
 
 if __name__ == "__main__":
