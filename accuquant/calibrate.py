@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from accuquant.console import Reporter
 from accuquant.correct import fit_correction
 from accuquant.data import calibration_samples
-from accuquant.evaluate import evaluate
+from accuquant.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.export import check_output, model_card, publish
 from accuquant.measure import HeldOut, held_out_reference, latent_metrics, sample
 from accuquant.model.caching import cached
@@ -101,6 +102,8 @@ def calibrate(
         },
     }
     (staging / "calibration.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    if naive is not None:
+        shutil.copyfile(partial / NAIVE_LATENTS, staging / NAIVE_LATENTS)
     if tuning is not None:
         (staging / "tuning.json").write_text(json.dumps(tuning, indent=1), encoding="utf-8")
     reporter.detail(f"tuned and saved after {time.monotonic() - started:.0f} s; evaluating what was saved")
@@ -257,6 +260,9 @@ def _held_out_metrics(
     with nullcontext() if cache is None else cached(session.rollout.denoiser, cache):
         latents = sample(session.rollout, held_out.conditions, session.recipe, reporter, f"held-out, {what}")
     metrics = latent_metrics(latents, held_out.latents)
+    if cache is not None:  # for the report's images
+        shown = latents[-1][: session.recipe.evaluation.num_images].contiguous()
+        save_file({"latents": shown}, kept.with_name(NAIVE_LATENTS))
     kept.write_text(json.dumps(metrics), encoding="utf-8")
     return metrics
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
 
 from accuquant import __version__
 from accuquant.console import Reporter
@@ -20,23 +22,26 @@ from accuquant.measure import (
     decompose,
     held_out_reference,
     image_metrics,
+    input_errors,
     latent_metrics,
     module_errors,
     module_row,
     sample,
     step_seconds,
 )
-from accuquant.model.cache_state import CacheStats
+from accuquant.model.cache_state import CacheStats, Controller
 from accuquant.model.caching import attach_cache, controller_of, detach_cache, uncached
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import denoiser_of, family_of, load_pipeline, pick_device, resolve
 from accuquant.model.layers import quantized_layers
-from accuquant.model.plan import count_macs, plan_modules
-from accuquant.model.rollout import Rollout
+from accuquant.model.plan import PlannedModule, count_macs, plan_modules
+from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import load_recipe
 from accuquant.report import write_report
 from accuquant.search import SEARCH_SAMPLES, search_cache
+
+NAIVE_LATENTS = "naive.safetensors"
 
 
 def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut | None = None) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "held_out": sorted(set(held_out.inputs)),
         **latent_metrics(latents, held_out.latents),
         **cost_metrics(planned, full.denoiser, recipe.quantization.timestep_groups),
-        **(cache_metrics(controller, traces, planned, step_seconds(quantized, first)) if controller else {}),
+        **(_of_cache(controller, traces, planned, full, quantized, held_out, first) if controller else {}),
         "modules": [module_row(p, errors.get(p.name), recipe.quantization.timestep_groups) for p in planned],
     }
     full_images, quantized_images = None, None
@@ -96,8 +101,14 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
             metrics |= image_metrics(
                 quantized_images, full_images, held_out.inputs, _classifier(recipe, full_images.device)
             )
+    rows, others = recipe.evaluation.num_images, dict[str, Tensor]()
     if controller:
-        metrics |= decompose(full, quantized, latents, held_out, recipe, reporter)
+        figures, finals = decompose(full, quantized, latents, held_out, recipe, reporter)
+        metrics |= figures
+        finals |= _naive_latents(folder, recipe)
+        others = (
+            {name: full.decode(final[:rows]).cpu() for name, final in finals.items()} if full_images is not None else {}
+        )
     calibration = folder / "calibration.json"
     if calibration.is_file():
         record, made = json.loads(calibration.read_text(encoding="utf-8")), recipe_of(folder)
@@ -110,8 +121,10 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     if controller:
         metrics["E_naive"] = naive["relative_l2_per_step"][-1] if naive else None
         metrics["decomposition"]["E_naive"] = naive["relative_l2_per_step"] if naive else None
+    tuning = folder / "tuning.json"
+    if tuning.is_file() and recipe.cache == recipe_of(folder).cache:
+        metrics["tuning"] = json.loads(tuning.read_text(encoding="utf-8"))
     _write(folder / "metrics.json", json.dumps(metrics, indent=2))
-    rows = recipe.evaluation.num_images
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     write_report(
         folder,
@@ -119,8 +132,31 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         text,
         None if full_images is None else full_images[:rows].cpu(),
         None if quantized_images is None else quantized_images[:rows].cpu(),
+        others or None,
     )
     return metrics
+
+
+def _of_cache(
+    controller: Controller,
+    traces: list[CacheStats],
+    planned: list[PlannedModule],
+    full: Rollout,
+    quantized: Rollout,
+    held_out: HeldOut,
+    first: Conditions,
+) -> dict[str, Any]:
+    errors = input_errors(full, held_out, controller, traces[0].full_steps)
+    return cache_metrics(controller, traces, planned, step_seconds(quantized, first), errors)
+
+
+def _naive_latents(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
+    """Final latents of naive stacking on the same samples, where calibration has kept them."""
+    kept, made = folder / NAIVE_LATENTS, recipe_of(folder)
+    same = (recipe.sampling, recipe.evaluation.num_samples) == (made.sampling, made.evaluation.num_samples)
+    if not kept.is_file() or not same or recipe.cache != made.cache:
+        return {}
+    return {"naive both": load_file(kept, device=str(pick_device(recipe.model.device)))["latents"]}
 
 
 def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) -> DiffusionPipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
+from accuquant.core.schedule import RCS
 from accuquant.data import held_out_samples, load_split
 from accuquant.model.cache_state import CacheStats, Controller
 from accuquant.model.caching import CORRECTION, cached, controller_of, in_cache, uncached
@@ -175,13 +177,16 @@ def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, timestep_gro
 
 def decompose(
     full: Rollout, quantized: Rollout, both: Tensor, held_out: HeldOut, recipe: Recipe, reporter: Reporter
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Where the error of a quantized model with a cache comes from: relative L2 against full precision, same noise.
 
     E_q: quantized only; E_c: cache only; E_qc: both; interaction = E_qc - E_q - E_c; of the final latent, and per step.
 
     Args:
         both: (T + 1, B, C, H, W), latents of the quantized model with its cache.
+
+    Returns:
+        the figures, and the final latents (B, C, H, W) of the model quantized only and cached only.
     """
     controller = controller_of(quantized.denoiser)
     assert controller is not None
@@ -194,7 +199,8 @@ def decompose(
     curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}
     curves["interaction"] = curves["E_qc"] - curves["E_q"] - curves["E_c"]
     final: dict[str, Any] = {name: float(curve[-1]) for name, curve in curves.items()}
-    return final | {"decomposition": {name: curve.tolist() for name, curve in curves.items()}}
+    figures = final | {"decomposition": {name: curve.tolist() for name, curve in curves.items()}}
+    return figures, {"quantized": alone[-1], "cached": only[-1]}
 
 
 def step_seconds(rollout: Rollout, conditions: Conditions) -> list[float]:
@@ -210,8 +216,31 @@ def step_seconds(rollout: Rollout, conditions: Conditions) -> list[float]:
     return [b - a for a, b in itertools.pairwise(marks)]
 
 
+def input_errors(full: Rollout, held_out: HeldOut, controller: Controller, full_steps: tuple[int, ...]) -> list[float]:
+    """RCS's e at each step of one trajectory: how far the first cached module's input is from its Taylor forecast."""
+    first, index = controller.modules[0], torch.arange(1, device=held_out.latents.device)
+    rcs, found = RCS(math.inf, max(1, controller.config.forecast_order), 1), list[float]()
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rcs.is_full(len(found), args[0] if args else kwargs["hidden_states"], forced=len(found) in full_steps)
+        found.append(rcs.history[-1])
+
+    handle = full.denoiser.get_submodule(first).register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        for i in range(full.num_steps):
+            with torch.no_grad():
+                full.predict(i, held_out.latents[i][index], held_out.conditions.take(index))
+    finally:
+        handle.remove()
+    return found
+
+
 def cache_metrics(
-    controller: Controller, traces: list[CacheStats], planned: list[PlannedModule], seconds: list[float]
+    controller: Controller,
+    traces: list[CacheStats],
+    planned: list[PlannedModule],
+    seconds: list[float],
+    input_errors: list[float],
 ) -> dict[str, Any]:
     """Full computations, memory and step times of the cache, and bit-operations of a trajectory with it."""
     full_steps = set(controller.stats().full_steps)
@@ -230,6 +259,8 @@ def cache_metrics(
             "nfc": {"mean": float(nfc.mean()), "std": float(nfc.std(correction=0))},
             "num_steps": steps,
             "full_steps": list(traces[0].full_steps),
+            "input_errors": input_errors,
+            "tau": controller.config.tau,
             "nbytes": max(trace.nbytes for trace in traces),
             "modules": len(controller.modules),
             "seconds": {

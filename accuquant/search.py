@@ -4,7 +4,8 @@ A list of full steps (`schedule: best`, the default of a target) is found in thr
 truth than the one before: dynamic programming over forecast errors of one recorded trajectory, for several weightings
 of early against late steps; a sampled trajectory for each of these lists and the fixed interval; moves of single full
 steps, kept where a sampled trajectory gets nearer to the reference: by the geometric mean of the relative errors of
-latents and images, for what is far in one can be near in the other. `schedule: rcs` searches tau.
+latents and images, for what is far in one can be near in the other; for the tuner by the worse of the two, each in that
+of the fixed interval. `schedule: rcs` searches tau.
 """
 
 from __future__ import annotations

@@ -202,3 +202,18 @@ def test_sizes_are_what_the_types_promise(export: Path) -> None:
     predicted = {m["name"]: m["quantized_bytes"] for m in metrics["modules"] if m["weight"] != "float"}
     found = {n: sum(p.numel() * p.element_size() for p in layer.parameters()) for n, layer in layers.items()}
     assert predicted == found
+
+
+def test_full_precision_is_the_original_model_also_after_calibration(model_folder: Path, tmp_path: Path) -> None:
+    """Corrections and noise are measured against it; the weights that calibration moves are not it."""
+    learn = ["weight", "weight_scale", "bias"]
+    objective = {"iterations": 3, "batch_size": 2, "learn": learn, "learning_rates": {"weight": 0.1, "bias": 0.1}}
+    recipe = parse_recipe(recipe_tree(model_folder, tmp_path / "out", objective=objective), "test")
+    session = prepare(recipe, *open_model(recipe), Reporter(quiet=True))
+    before, _ = session.rollout.trajectory(session.validation.conditions)
+    session.tuner(recipe.objective, 1).run()
+    after, _ = session.rollout.trajectory(session.validation.conditions)
+    assert not torch.equal(before, after)
+    with session.full_precision():
+        found, _ = session.rollout.trajectory(session.validation.conditions)
+    assert torch.equal(found, session.validation.latents)

@@ -152,6 +152,9 @@ class TrainableLayer(_Layer):
         weight = _at_least_float32(module.weight.detach()).flatten(1)
         super().__init__(spec, weight.shape[1], weight.shape[0], Conv.of(module, name), clock, name)
         self.weight = nn.Parameter(weight.clone())
+        self.register_buffer("float_weight", weight, persistent=False)  # calibration changes `weight` and `bias`
+        float_bias = None if module.bias is None else _at_least_float32(module.bias.detach())
+        self.register_buffer("float_bias", float_bias, persistent=False)
         self.bias = None if module.bias is None else nn.Parameter(_at_least_float32(module.bias.detach()).clone())
         scale, zero = search_scale(self._grouped(weight), spec.weight_type, spec.symmetric, search)
         self.log_weight_scale = nn.Parameter(scale.view(-1, self.groups).log())
@@ -160,10 +163,12 @@ class TrainableLayer(_Layer):
         self.log_activation_scale = nn.Parameter(weight.new_zeros(num_scales))
         self.register_buffer("activation_zero_point", weight.new_zeros(num_scales))
         self.rounding_logits: nn.Parameter | None = None
+        self.float_weight: Tensor
+        self.float_bias: Tensor | None
         self.weight_zero_point: Tensor
         self.activation_zero_point: Tensor
         self.observer: Any = None
-        self.quantized = True  # False computes with the float weights and activations
+        self.quantized = True  # False computes as the module did that this one replaces
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """(O, I) -> (O * G, group_size)."""
@@ -203,7 +208,7 @@ class TrainableLayer(_Layer):
         if self.observer is not None:
             self.observer(self, tokens)
         if not self.quantized:
-            return F.linear(tokens, self.weight, self.bias)
+            return F.linear(tokens, self.float_weight, self.float_bias)
         return F.linear(self.quantized_input(tokens), self.quantized_weight(), self.bias)
 
     def quantized_weight(self) -> Tensor:

@@ -1,0 +1,314 @@
+"""Joint tuning: what a budget pays for, what is tried, what comes out, and that it can be made again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import recipe_tree
+from diffusers import DiTPipeline
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from accuquant import tune as tuning
+from accuquant.budget import LEAST_NFC, describe_tuning, error_tables, ordered, type_combinations
+from accuquant.calibrate import calibrate
+from accuquant.cli import app
+from accuquant.console import Reporter
+from accuquant.model.caching import controller_of
+from accuquant.recipe import Recipe, RecipeError
+from accuquant.recipe.file import dump_recipe, load_recipe, parse_recipe
+from accuquant.tune import Tried, tune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QUIET = Reporter(quiet=True)
+INT8 = {"weight": "int8", "activation": "int8"}
+INT4 = {"weight": "int4", "activation": "int8", "granularity": "group", "group_size": 16}
+TYPES = [
+    {"modules": r"transformer_blocks\.\d+\.attn1\..*", "choose": [INT8, INT4]},
+    {"modules": r"transformer_blocks\.\d+\.ff\..*", "choose": [INT8, INT4]},
+]
+SMALL = {"orders": [1], "trials": 2, "finalists": 1, "levels": [1.0], "schedules": ["interval", "best"]}
+
+
+def make_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
+    given = {"bit_operations": 0.034, "types": TYPES, "combinations": 2} | SMALL | section
+    objective = {"iterations": 4, "cached_iterations": 2, "batch_size": 2}
+    sampling = {"num_inference_steps": 8, "guidance_scale": 1.5}
+    return parse_recipe(recipe_tree(model, output, tune=given, objective=objective, sampling=sampling), "test")
+
+
+@pytest.fixture(scope="module")
+def tuned(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tune(make_recipe(model_folder, tmp_path_factory.mktemp("tune") / "out"), QUIET)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "tuning.json").read_text())
+    return found
+
+
+# ---- the section
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"bit_operations": None}, r"tune\.?:? ?.*give at least one budget: nfc, bit_operations or seconds"),
+        ({"orders": [0]}, "orders: must be from 1 to 4"),
+        ({"levels": [0.5]}, "levels: must be shares of the budget"),
+        ({"types": [TYPES[0], TYPES[0]]}, "types: two classes have the same modules"),
+        ({"estimation": ["rfe"]}, r"unknown key tune\.estimation \(did you mean '.*estimation"),
+        (
+            {"types": [{"modules": "x", "choose": [{"weight": "int5"}]}]},
+            r"tune\.types\.0\.choose\.0\.weight.*did you mean 'int4'",
+        ),
+        ({"schedules": ["intervall"]}, r"tune\.schedules\.0.*did you mean 'interval'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, section: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_recipe("m", tmp_path / "o", **section)
+
+
+def test_the_section_survives_writing_and_reading(tmp_path: Path) -> None:
+    recipe = make_recipe("m", tmp_path / "o")
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "r.yaml").tune == recipe.tune
+    assert recipe.tune is not None
+    assert recipe.tune.types[1].choose[1].modules == TYPES[1]["modules"]
+
+
+def test_calibrate_does_not_pass_over_it(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="tune: is for `accuquant tune`"):
+        calibrate(make_recipe(model_folder, tmp_path / "o"), QUIET)
+    with pytest.raises(RecipeError, match="the recipe has no such section"):
+        tune(make_recipe(model_folder, tmp_path / "o").model_copy(update={"tune": None}), QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what a budget pays for
+
+
+def test_every_combination_has_its_rules_and_costs(model_folder: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(model_folder, tmp_path / "o")
+    found = type_combinations(recipe)
+    assert [c.picks for c in found] == list(itertools.product((0, 1), (0, 1)))
+    # the recipe's own rule for both classes decides nothing any more; that for adaLN still does
+    assert [len(c.recipe.quantization.rules) for c in found] == [3] * 4
+    assert found[1].recipe.quantization.rules[1].weight == "int4"
+    # int4 weights halve the operations of a class, and both classes are all that is skipped
+    both, attention, mlp = found[0].inside, found[0].inside - found[2].inside, found[0].inside - found[1].inside
+    assert attention + mlp == pytest.approx(both / 2)
+    assert found[0].outside == pytest.approx(found[3].outside)
+
+
+def test_the_most_full_steps_that_the_budgets_pay_for(model_folder: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(model_folder, tmp_path / "o")
+    assert recipe.tune is not None
+    for combination in type_combinations(recipe):
+        nfc = combination.full_steps(recipe.tune)
+        assert combination.bit_operations(nfc) <= 0.034
+        assert nfc == 8 or combination.bit_operations(nfc + 1) > 0.034
+        assert combination.full_steps(recipe.tune.model_copy(update={"nfc": 3})) == 3
+        timed = recipe.tune.model_copy(update={"seconds": 1.0})
+        assert combination.full_steps(timed, (0.2, 0.05)) == 4  # 4 * 0.2 + 4 * 0.05
+
+
+def test_a_budget_that_pays_for_nothing_says_what_would(model_folder: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(model_folder, tmp_path / "o", bit_operations=0.001)
+    combinations = type_combinations(recipe)
+    least = f"{min(c.bit_operations(LEAST_NFC) for c in combinations):.4f}"
+    with pytest.raises(
+        RecipeError, match=rf"tune\.bit_operations: 0\.001 pays for fewer.*int4/int8.*{re.escape(least)}"
+    ):
+        tune(recipe, QUIET)
+
+
+def test_tables_order_by_error_and_by_what_is_left_for_the_cache(model_folder: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(model_folder, tmp_path / "o", bit_operations=None, nfc=6)
+    combinations = type_combinations(recipe)
+    assert recipe.tune is not None
+    tables = error_tables(recipe.tune, combinations, tmp_path, QUIET)
+    for int8, int4 in tables["types"]:
+        assert 0 < int8 < int4
+    # at equal numbers of full steps fewer bits are only worse
+    found = ordered(recipe, combinations, tmp_path, QUIET)
+    assert (found[0].picks, found[-1].picks) == ((0, 0), (1, 1))
+    # with free quantization the cheaper types win, for they leave more full steps
+    (tmp_path / "tables.json").write_text(json.dumps(tables | {"types": [[1e-9, 1e-9]] * 2}))
+    cheap = make_recipe(model_folder, tmp_path / "o", bit_operations=combinations[0].bit_operations(3))
+    assert ordered(cheap, combinations, tmp_path, QUIET)[0].picks == (1, 1)
+
+
+# ---- what comes out
+
+
+def test_the_chosen_point_keeps_to_the_budget_and_is_the_best_of_its_types(tuned: Path) -> None:
+    found = record(tuned)
+    (chosen,) = [row for row in found["tried"] if row["chosen"]]
+    assert chosen["bit_operations"] <= 0.034
+    same = [row for row in found["tried"] if (row["types"], row["asked_nfc"]) == (chosen["types"], chosen["asked_nfc"])]
+    (naive,) = [row for row in same if row["rival"] == "naive stacking"]
+
+    def score(row: dict[str, Any]) -> float:
+        return float(max(row[name] / naive[name] for name in ("E_qc", "image_error")))
+
+    assert score(chosen) == min(score(row) for row in same if not row["rival"])
+    assert score(chosen) <= 1.0  # naive stacking is among the candidates
+    assert {row["rival"] for row in same} == {None, "naive stacking", "CacheQuant", "CacheQuant, one feature"}
+
+
+def test_everything_that_may_be_chosen_was_tried(tuned: Path) -> None:
+    rows = record(tuned)["tried"]
+    assert len({row["types"] for row in rows}) == 2
+    words = {row["cache"] for row in rows if not row["rival"]}
+    for forecast in ("reuse", "taylor 1", "taylor 1 noise-aware", "rfe 1", "rfe 1 noise-aware"):
+        assert {f"{forecast}, interval steps", f"{forecast}, best steps"} <= words
+    assert {w.partition("refined steps")[2] for w in words if "refined" in w} == {
+        "",
+        ", forecasts corrected",
+        ", full steps corrected",
+        ", all corrected",
+    }
+    assert {row["calibrated"] for row in rows} == {"alone", "with the cache, round 1"}
+    assert all(row["elapsed"] > 0 and row["seconds"] > 0 for row in rows)
+
+
+def test_the_front_has_nothing_cheaper_and_better(tuned: Path) -> None:
+    rows = [row for row in record(tuned)["tried"] if not row["rival"]]
+    front = [row for row in rows if row["front"]]
+    assert front
+    for row in rows:
+        dominated = any(r["bit_operations"] <= row["bit_operations"] and r["E_qc"] < row["E_qc"] for r in rows)
+        assert row["front"] != dominated or any(
+            r is not row and (r["bit_operations"], r["E_qc"]) == (row["bit_operations"], row["E_qc"]) for r in rows
+        )
+
+
+def test_the_export_loads_with_its_cache_and_says_what_was_promised(tuned: Path) -> None:
+    (chosen,) = [row for row in record(tuned)["tried"] if row["chosen"]]
+    metrics = json.loads((tuned / "metrics.json").read_text())
+    assert metrics["cache"]["nfc"]["mean"] == chosen["nfc"]
+    assert metrics["cache"]["bit_operations_ratio"] == pytest.approx(chosen["bit_operations"])
+    assert metrics["tuning"]["tried"] == record(tuned)["tried"]
+    assert {"E_q", "E_c", "E_qc", "E_naive", "interaction"} <= set(metrics)
+    controller = controller_of(DiTPipeline.from_pretrained(tuned).transformer)
+    assert controller is not None
+    assert controller.config.estimation == chosen["cache"].split()[0].rstrip(",")
+    page = (tuned / "report.html").read_text()
+    assert "naive stacking" in page
+    assert "CacheQuant" in page
+
+
+def test_the_written_recipe_makes_the_same_export(tuned: Path, tmp_path: Path) -> None:
+    again = load_recipe(tuned / "recipe.yaml", [f"export.output={tmp_path / 'again'}"])
+    assert again.tune is None
+    folder = calibrate(again, QUIET)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    first, second = load_file(tuned / name), load_file(folder / name)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    configs = [
+        json.loads((f / "transformer" / "config.json").read_text())["quantization_config"] for f in (tuned, folder)
+    ]
+    assert configs[0] == configs[1]
+
+
+# ---- interruption
+
+
+def test_an_interrupted_search_goes_on_and_repeats_nothing(
+    tuned: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, add = make_recipe(model_folder, tmp_path / "out"), Tried.add
+    counts = [0, 0]
+
+    def stop(self: Tried, row: dict[str, Any]) -> dict[str, Any]:
+        counts[0] += 1
+        if counts[0] == 40:
+            raise KeyboardInterrupt
+        return add(self, row)
+
+    monkeypatch.setattr(Tried, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe, QUIET)
+    assert not (tmp_path / "out").exists()
+    with (tmp_path / "out.tuning" / "tried.jsonl").open("a") as file:
+        file.write('{"key": "cut o')  # as a kill in the middle of a line leaves it
+    with pytest.raises(RecipeError, match="holds an interrupted search; --resume continues it"):
+        tune(recipe, QUIET)
+    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seed": 1})})
+    with pytest.raises(RecipeError, match="the recipe has changed"):
+        tune(changed, QUIET, resume=True)
+
+    def count(self: Tried, row: dict[str, Any]) -> dict[str, Any]:
+        counts[1] += 1
+        return add(self, row)
+
+    monkeypatch.setattr(Tried, "add", count)
+    folder = tune(recipe, QUIET, resume=True)
+    ours, theirs = record(folder)["tried"], record(tuned)["tried"]
+    assert counts[1] == len(theirs) - 39
+    timed = ("elapsed", "seconds")
+    assert [{k: v for k, v in r.items() if k not in timed} for r in ours] == [
+        {k: v for k, v in r.items() if k not in timed} for r in theirs
+    ]
+    assert not (tmp_path / "out.tuning").exists()
+
+
+def test_nothing_to_resume_and_nothing_overwritten(tuned: Path, model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no interrupted search"):
+        tune(make_recipe(model_folder, tmp_path / "out"), QUIET, resume=True)
+    with pytest.raises(RecipeError, match="exists; --overwrite"):
+        tune(make_recipe(model_folder, tuned), QUIET)
+
+
+# ---- the command
+
+
+def test_the_command_prints_plan_and_front(model_folder: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(model_folder, tmp_path / "out", types=[], nfc=3, bit_operations=None, noise_aware=[False])
+    path = tmp_path / "r.yaml"
+    path.write_text(dump_recipe(recipe))
+    plan = CliRunner().invoke(app, ["tune", str(path), "--dry-run"])
+    assert plan.exit_code == 0, plan.output
+    assert "int4/int8 in groups of 16" in plan.output
+    assert "nfc 3" in plan.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yaml"]
+    rows, costs = describe_tuning(recipe)
+    assert rows[0][1] == 3
+    assert costs["rollouts"] > 10
+
+    done = CliRunner().invoke(app, ["tune", str(path), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "chosen" in done.output
+    assert "CacheQuant" in done.output
+    assert f"export: {tmp_path / 'out'}" in done.output
+    refused = CliRunner().invoke(app, ["calibrate", str(path)])
+    assert refused.exit_code == 2
+    none = CliRunner().invoke(app, ["tune", "dit_w8a8", "--dry-run"])
+    assert none.exit_code == 2
+    assert "--set tune.nfc=14" in none.output + none.stderr
+
+
+def test_the_shipped_recipe_is_a_real_choice() -> None:
+    rows, costs = describe_tuning(load_recipe("dit_tune"))
+    assert len(rows) == 4
+    assert all(nfc >= LEAST_NFC and operations <= 0.03 for _, nfc, operations in rows)
+    assert costs["combinations"] == 2
+
+
+def test_seconds_that_pay_for_nothing_are_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "step_times", lambda *_: (1.0, 0.5))
+    recipe = make_recipe(model_folder, tmp_path / "o", types=[], bit_operations=None, seconds=2.0)
+    with pytest.raises(RecipeError, match=r"tune\.seconds: 2\.0 s pay for fewer than 3 full steps"):
+        tune(recipe, QUIET)
