@@ -22,6 +22,7 @@ from accuquant.model.cache_state import CacheError, Correction
 from accuquant.model.caching import CORRECTION, attach_cache
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, keep_float32, quantized_layers, trainable_layers
+from accuquant.model.quantized import prepare_layers
 from accuquant.recipe import Cache
 
 FORMAT_VERSION = 1
@@ -125,6 +126,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 setattr(model, CORRECTION, Correction(timesteps, cache.correction_channels or {}, full_timesteps))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        prepare_layers(model)
         self.clock.attach(model)
         keep_float32(model, [*self.quantization_config.layers, CORRECTION])
         if self.quantization_config.cache is not None:
@@ -200,6 +202,7 @@ def harden_model(model: Any, clock: StepClock) -> None:
     """Turn trainable layers into exported ones in place; ``model.save_pretrained`` then writes them packed."""
     for name, layer in trainable_layers(model).items():
         model.set_submodule(name, layer.harden())
+    prepare_layers(model)
     config = AccuQuantConfig({n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.edges)
     model.hf_quantizer = AccuQuantQuantizer(config)
     model.is_quantized = True
