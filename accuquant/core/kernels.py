@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ROWS = 512
+TOKEN_BLOCK = 128  # rows of which the float result stays in the cache until it is scaled
 CACHE_BYTES = 1 << 24  # results larger than this are computed and scaled by blocks of rows
 
 _LIBRARY = torch.library.Library("accuquant", "DEF")
@@ -144,7 +145,7 @@ def packed_linear(
     """(M, O) in ``dtype``: scale * w_scale * ((u - zero) @ packed) + bias.
 
     Args:
-        u: (M, K) uint8; scale: (1,) float32; zero: (1,) int32; packed: of `prepack`; w_scale: (O,) float32.
+        u: (M, K) uint8; scale: (1,) or (M, 1) float32; zero: (1,) int32; packed: of `prepack`; w_scale: (O,) float32.
     """
     out: Tensor = torch.ops.accuquant.packed_linear(u, scale, zero, packed, w_scale, bias, dtype)
     return out
@@ -153,22 +154,25 @@ def packed_linear(
 def _packed_linear(
     u: Tensor, scale: Tensor, zero: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    w_zero = torch.zeros(w_scale.shape, dtype=torch.int32)
+    w_zero, one, per_token = torch.zeros(w_scale.shape, dtype=torch.int32), torch.ones(1), scale.dim() == 2
 
-    def product(block: Tensor) -> Tensor:
+    def compute(block: Tensor, scale: Tensor) -> Tensor:
+        fused = (one, None, torch.float32) if per_token else (scale, bias, dtype)  # oneDNN takes one scale
         y: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
-            block, scale, zero, packed, w_scale, w_zero, bias, 1.0, 0, dtype, "none", [], ""
+            block, fused[0], zero, packed, w_scale, w_zero, fused[1], 1.0, 0, fused[2], "none", [], ""
         )
+        if per_token:
+            y = y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
         return y
 
     if not u.shape[0]:
         return w_scale.new_empty(0, w_scale.shape[0], dtype=dtype)
-    rows = row_blocks(u.shape[0], w_scale.shape[0])
-    if rows == u.shape[0]:
-        return product(u)
+    rows = TOKEN_BLOCK if per_token else row_blocks(u.shape[0], w_scale.shape[0])
+    if rows >= u.shape[0]:
+        return compute(u, scale).to(dtype)
     out = w_scale.new_empty(u.shape[0], w_scale.shape[0], dtype=dtype)
-    for start in range(0, u.shape[0], rows):
-        out[start : start + rows] = product(u[start : start + rows])
+    for k, block in enumerate(u.split(rows)):
+        out[k * rows : (k + 1) * rows] = compute(block, scale[k * rows : (k + 1) * rows] if per_token else scale)
     return out
 
 
@@ -191,6 +195,14 @@ def packed_works() -> bool:
     """
     if not (hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qlinear_prepack")):
         return False
+    try:
+        with torch.device("cpu"):  # models are also built with another default device
+            return _packed_is_exact()
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _packed_is_exact() -> bool:
     generator = torch.Generator().manual_seed(0)
     for rows, columns, outputs in ((1, 1, 1), (1, 64, 48), (5, 37, 19), (64, 256, 64)):
         qw = torch.randint(-128, 128, (outputs, columns), dtype=torch.int8, generator=generator)
@@ -200,13 +212,10 @@ def packed_works() -> bool:
         bias = torch.arange(outputs, dtype=torch.float32)
         for zero in (0, 128, 255):
             exact = (u.double() - zero) @ qw.double().t() / 128 + bias.double()
-            try:
-                packed = prepack(qw)
-                arguments = (u, torch.tensor([0.5]), torch.tensor([zero], dtype=torch.int32), packed, w_scale, bias)
-                same = torch.equal(packed_linear(*arguments).double(), exact)
-                half = packed_linear(*arguments, torch.bfloat16)
-                if not (same and torch.equal(half, exact.to(torch.bfloat16)) and torch.equal(unpack(packed), qw)):
-                    return False
-            except (RuntimeError, NotImplementedError):
+            packed = prepack(qw)
+            arguments = (u, torch.tensor([0.5]), torch.tensor([zero], dtype=torch.int32), packed, w_scale, bias)
+            same = torch.equal(packed_linear(*arguments).double(), exact)
+            half = packed_linear(*arguments, torch.bfloat16)
+            if not (same and torch.equal(half, exact.to(torch.bfloat16)) and torch.equal(unpack(packed), qw)):
                 return False
     return True

@@ -53,8 +53,8 @@ def unpack(packed: Tensor, columns: int, qtype: QType) -> Tensor:
         return packed
     if qtype.bits == 4:  # each byte to two: both nibbles into a 16-bit word, the first in its low byte
         word = packed.to(torch.int16)
-        u = ((word << 4) | word).bitwise_and_(0x0F0F).view(torch.int8)
-        return (u[:, :columns] + qtype.qmin).contiguous()
+        u = (word << 4).bitwise_or_(word).bitwise_and_(0x0F0F).view(torch.int8).add_(qtype.qmin)
+        return u[:, :columns].contiguous()
     size = 8 // math.gcd(8, qtype.bits)  # as few integers as fill whole bytes: a word of at most 24 bits
     bytes_ = packed.view(packed.shape[0], -1, size * qtype.bits // 8).to(torch.int32)
     word = bytes_[..., 0].clone()

@@ -126,7 +126,11 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 setattr(model, CORRECTION, Correction(timesteps, cache.correction_channels or {}, full_timesteps))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        prepare_layers(model)
+        for name, layer in quantized_layers(model).items():
+            if layer.repacks:  # read once more: pages of this mapping go when it does, those of diffusers' stay
+                with safe_open(self.files[f"{name}.weight"], framework="pt") as file:
+                    layer.weight = nn.Parameter(file.get_tensor(f"{name}.weight"), requires_grad=False)
+            layer.prepare()
         self.clock.attach(model)
         keep_float32(model, [*self.quantization_config.layers, CORRECTION])
         if self.quantization_config.cache is not None:
@@ -136,19 +140,18 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"quantization_config.cache: {error}") from error
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        found: set[str] = set()  # what the files hold; for shards, loaded_keys is what their index says
+        self.files: dict[str, str] = {}  # what they hold; for shards, loaded_keys is what their index says
         for path in checkpoint_files:
             with safe_open(path, framework="pt") as file:
-                found.update(file.keys())
-        self.loaded_keys = found
-        return sorted(found)
+                self.files.update(dict.fromkeys(file.keys(), path))
+        return sorted(self.files)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """diffusers would load a missing tensor as zeros and only warn."""
         if missing_keys:
             shown = ", ".join(sorted(missing_keys)[:5]) + (" ..." if len(missing_keys) > 5 else "")
             raise CheckpointError(f"{len(missing_keys)} tensors are missing from the checkpoint: {shown}")
-        extra = sorted(self.loaded_keys - set(model.state_dict()))
+        extra = sorted(set(self.files) - set(model.state_dict()))
         if extra:
             raise CheckpointError(f"the checkpoint holds tensors its config does not promise: {', '.join(extra[:5])}")
         return missing_keys

@@ -23,7 +23,8 @@ from accuquant.model.spec import Conv, Layer, LayerSpec, at_least_float32
 Arithmetic = Literal["integer", "reference"]
 Path = Literal["onednn", "int_mm", "float"]
 
-PROBE_ROWS = 256
+PROBE_ROWS = 128
+PROBE_OUTPUTS = 512
 PROBE_RUNS = 3
 PROBE_MARGIN = 1.1  # a path has to be this much faster than one that stands before it
 PROBE_SIZE = 1 << 14  # smaller weights are not worth a measurement
@@ -55,7 +56,7 @@ class QuantizedLayer(Layer):
         self.bias = _fixed(rows) if bias else None
         self.arithmetic: Arithmetic = "integer"
         self.prepared = False
-        self.path: Path = self.paths()[-1 if self.activation_scale is None else -2]
+        self.path: Path = "float" if self.activation_scale is None else "int_mm"
         self.weight_sums: Tensor | None = None
 
     # ---- the function
@@ -95,14 +96,11 @@ class QuantizedLayer(Layer):
         return y if self.bias is None else y + self.bias
 
     def _onednn(self, q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
-        u, w_scale = kernels.unsigned(q), self.weight_scale.view(-1)
         shift = torch.full((1,), 128, dtype=torch.int32)
-        if self.spec.static:
-            zero = shift if zero is None else shift + zero
-            out = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-            return kernels.packed_linear(u, scale, zero, self.weight, w_scale, self.bias, out)
-        y = kernels.packed_linear(u, torch.ones(1), shift, self.weight, w_scale, None)
-        return y * scale if self.bias is None else torch.addcmul(self.bias, y, scale.float())
+        zero = shift if zero is None else shift + zero
+        out = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        u, scale = kernels.unsigned(q), scale.float()
+        return kernels.packed_linear(u, scale, zero, self.weight, self.weight_scale.view(-1), self.bias, out)
 
     def _input_grid(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale, (1,) or one a token, and zero point, (1,) or None for zero."""
@@ -122,8 +120,9 @@ class QuantizedLayer(Layer):
     def dequantized_weight(self) -> Tensor:
         """(O, I) float32."""
         q = self.integer_weight().reshape(self.out_features * self.groups, -1).float()
-        zero: Tensor | int = 0 if self.weight_zero_point is None else self.weight_zero_point.view(-1, 1).float()
-        return dequantize(q, self.weight_scale.view(-1, 1), zero).view(self.out_features, -1)
+        if self.weight_zero_point is not None:
+            q.sub_(self.weight_zero_point.view(-1, 1))
+        return q.mul_(self.weight_scale.view(-1, 1)).view(self.out_features, -1)
 
     # ---- the path
 
@@ -134,6 +133,11 @@ class QuantizedLayer(Layer):
         plain = self.spec.symmetric and self.groups == 1 and self.spec.weight_type.bits == 8
         return ["onednn", "int_mm", "float"] if plain and kernels.packed_works() else ["int_mm", "float"]
 
+    @property
+    def repacks(self) -> bool:
+        """Whether preparing may copy the weight into another layout."""
+        return self.weight.device.type == "cpu" and "onednn" in self.paths()
+
     @torch.no_grad()
     def prepare(self) -> None:
         """Take the fastest path, by a short measurement that the process remembers, and lay the weights out for it."""
@@ -142,21 +146,25 @@ class QuantizedLayer(Layer):
             return
         key = (self.spec, self.out_features, self.in_features, torch.get_num_threads())
         if key not in _fastest:
-            _fastest[key] = self._measured()
+            with torch.device("cpu"):
+                _fastest[key] = self._measured()
         self._lay_out(_fastest[key])
 
     def _measured(self) -> Path:
         paths = self.paths()
         if len(paths) == 1 or self.in_features * self.out_features < PROBE_SIZE:
             return paths[0]
+        rows = min(self.out_features, PROBE_OUTPUTS)
         tokens = torch.linspace(-1, 1, PROBE_ROWS * self.in_features).view(PROBE_ROWS, -1)
+        twin = QuantizedLayer(self.spec, self.in_features, rows, None, StepClock([]), "probe", bias=True)
+        assert twin.activation_scale is not None
+        twin.activation_scale.fill_(1 / 64)
         best, least = paths[0], float("inf")
         for path in paths:
-            self._lay_out(path)
-            compute = self._float if path == "float" else self._integer
-            seconds = _seconds(compute, tokens)  # a first run, which also makes what later ones reuse
+            twin._lay_out(path)
+            seconds = _seconds(twin, tokens)  # a first run, which also makes what later ones reuse
             if seconds < 2 * least:
-                seconds = min(_seconds(compute, tokens) for _ in range(PROBE_RUNS))
+                seconds = min(_seconds(twin, tokens) for _ in range(PROBE_RUNS))
             if seconds * PROBE_MARGIN < least:
                 best, least = path, seconds
         return best
@@ -168,7 +176,8 @@ class QuantizedLayer(Layer):
             self.weight = nn.Parameter(change(self.weight), requires_grad=False)
         self.path, self.weight_sums = path, None
         if path == "int_mm" and self.activation_zero_point is not None:
-            self.weight_sums = kernels.weight_sums(self.integer_weight(), self.groups)
+            parts = (unpack(rows, self.in_features, self.spec.weight_type) for rows in self.weight.split(256))
+            self.weight_sums = torch.cat([kernels.weight_sums(part, self.groups) for part in parts])
 
     def _stored(self) -> nn.Parameter:
         """The weight as it stands in the file."""
@@ -205,9 +214,9 @@ class QuantizedLayer(Layer):
 _fastest: dict[Any, Path] = {}
 
 
-def _seconds(compute: Any, tokens: Tensor) -> float:
+def _seconds(layer: QuantizedLayer, tokens: Tensor) -> float:
     start = time.perf_counter()
-    compute(tokens)
+    layer(tokens)
     return time.perf_counter() - start
 
 
