@@ -28,9 +28,9 @@ _LIBRARY.define(
 )
 
 
-def row_blocks(rows: int, outputs: int) -> int:
-    """How many rows to compute at a time."""
-    return rows if 4 * rows * outputs <= CACHE_BYTES else BLOCK_ROWS
+def row_blocks(a: Tensor, outputs: int) -> int:
+    """How many of the rows of ``a`` to compute at a time."""
+    return a.shape[0] if a.is_cuda or 4 * a.shape[0] * outputs <= CACHE_BYTES else BLOCK_ROWS
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def integer_linear(
     Returns:
         (M, O) float32.
     """
-    rows = row_blocks(qx.shape[0], qw.shape[0])
+    rows = row_blocks(qx, qw.shape[0])
     if x_zero is not None and w_sums is None:
         w_sums = weight_sums(qw, w_scale.shape[1])
     if rows == qx.shape[0]:
@@ -167,7 +167,7 @@ def _packed_linear(
 
     if not u.shape[0]:
         return w_scale.new_empty(0, w_scale.shape[0], dtype=dtype)
-    rows = TOKEN_BLOCK if per_token else row_blocks(u.shape[0], w_scale.shape[0])
+    rows = TOKEN_BLOCK if per_token else row_blocks(u, w_scale.shape[0])
     if rows >= u.shape[0]:
         return compute(u, scale).to(dtype)
     out = w_scale.new_empty(u.shape[0], w_scale.shape[0], dtype=dtype)

@@ -127,9 +127,11 @@ class AccuQuantQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, layer in quantized_layers(model).items():
-            if layer.repacks:  # read once more: pages of this mapping go when it does, those of diffusers' stay
-                with safe_open(self.files[f"{name}.weight"], framework="pt") as file:
-                    layer.weight = nn.Parameter(file.get_tensor(f"{name}.weight"), requires_grad=False)
+            key = f"{name}.weight"
+            if layer.repacks and key in self.files:
+                # read by a mapping of its own, which goes afterwards: pages that diffusers has mapped stay in memory
+                with safe_open(self.files[key], framework="pt") as file:
+                    layer.weight = nn.Parameter(file.get_tensor(key), requires_grad=False)
             layer.prepare()
         self.clock.attach(model)
         keep_float32(model, [*self.quantization_config.layers, CORRECTION])

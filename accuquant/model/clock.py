@@ -25,9 +25,8 @@ class StepClock:
             raise ValueError(f"timestep edges must descend strictly, found {edges}")
         self.edges = edges
         self.position = 0
-        self.index = torch.zeros(
-            1, dtype=torch.int64, device="cpu"
-        )  # the group: a tensor, for graphs that serve every group
+        # the current group: a tensor, so that one graph serves all groups
+        self.index = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._group: int | None = 0  # the same number, where it is known without asking the device
 
     @classmethod

@@ -56,7 +56,7 @@ class QuantizedLayer(Layer):
         self.bias = _fixed(rows) if bias else None
         self.arithmetic: Arithmetic = "integer"
         self.prepared = False
-        self.path: Path = "float" if self.activation_scale is None else "int_mm"
+        self.path = self._unmeasured()
         self.weight_sums: Tensor | None = None
 
     # ---- the function
@@ -133,6 +133,9 @@ class QuantizedLayer(Layer):
         plain = self.spec.symmetric and self.groups == 1 and self.spec.weight_type.bits == 8
         return ["onednn", "int_mm", "float"] if plain and kernels.packed_works() else ["int_mm", "float"]
 
+    def _unmeasured(self) -> Path:
+        return "float" if self.activation_scale is None else "int_mm"
+
     @property
     def repacks(self) -> bool:
         """Whether preparing may copy the weight into another layout."""
@@ -184,9 +187,7 @@ class QuantizedLayer(Layer):
         return nn.Parameter(kernels.unpack(self.weight), False) if self.weight.is_mkldnn else self.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
-        self.weight, self.weight_sums = self._stored(), None
-        if self.path == "onednn":
-            self.path = "int_mm"
+        self.weight, self.weight_sums, self.path = self._stored(), None, self._unmeasured()
         super()._apply(fn, recurse)
         if self.prepared:
             self.prepare()
