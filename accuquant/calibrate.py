@@ -42,16 +42,19 @@ def calibrate(
     reporter: Reporter,
     resume: bool = False,
     overwrite: bool = False,
+    tuning: dict[str, Any] | None = None,
 ) -> Path:
     """Run a recipe and return the folder of the finished export.
 
     Args:
         resume: continue the interrupted run in ``<output>.partial``.
         overwrite: replace an existing output, once the new one is whole, and drop an interrupted run.
+        tuning: what `accuquant.tune` has tried, for the export and its report.
 
     Raises:
         RecipeError: anything about the recipe or the output folder that has to be changed by the user.
     """
+    _check_sections(recipe)
     output = Path(recipe.export.output)
     partial = output.with_name(output.name + ".partial")
     _check_output(recipe, output, partial, resume, overwrite)
@@ -66,14 +69,14 @@ def calibrate(
 
     initial = _held_out_metrics(session, held_out, reporter, partial / "initial.json", "before calibration")
     started = time.monotonic()
-    tuner, tried = tune(session, reporter, partial, resume)
+    tuner, tried = calibrate_alone(session, reporter, partial, resume)
     history, cache, naive, correction = tuner.history, None, None, None
     if recipe.cache is not None:
         cache = _cache(recipe.cache, session, reporter, partial / "cache.json")
         uncorrected = cache.uncorrected  # a correction is fitted last, to the weights as they end up
-        kept = partial / "naive.json"
-        naive = _held_out_metrics(session, held_out, reporter, kept, "naive stacking", uncorrected)
-        history = history + tune_cached(session, uncorrected, tuner, reporter, partial, resume)
+        kept, stacked = partial / "naive.json", Cache(**tuning["naive"]) if tuning and tuning["naive"] else uncorrected
+        naive = _held_out_metrics(session, held_out, reporter, kept, "naive stacking", stacked)
+        history = history + calibrate_cached(session, uncorrected, tuner, reporter, partial, resume)
         if cache.fits:
             cache, correction = fit_correction(session, cache, reporter)
 
@@ -98,6 +101,8 @@ def calibrate(
         },
     }
     (staging / "calibration.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    if tuning is not None:
+        (staging / "tuning.json").write_text(json.dumps(tuning, indent=1), encoding="utf-8")
     reporter.detail(f"tuned and saved after {time.monotonic() - started:.0f} s; evaluating what was saved")
     metrics = evaluate(staging, recipe, reporter, held_out)
     (staging / "README.md").write_text(model_card(recipe, metrics), encoding="utf-8")
@@ -106,7 +111,9 @@ def calibrate(
     return output
 
 
-def tune(session: Session, reporter: Reporter, partial: Path, resume: bool) -> tuple[Tuner, dict[str, float]]:
+def calibrate_alone(
+    session: Session, reporter: Reporter, partial: Path, resume: bool
+) -> tuple[Tuner, dict[str, float]]:
     """Run the objective; with ``steps_per_group: auto`` choose M first. Returns the tuner and the trials' errors."""
     objective, state, chosen = session.recipe.objective, partial / "state.safetensors", partial / "auto.json"
     tried: dict[str, float] = {}
@@ -129,10 +136,11 @@ def tune(session: Session, reporter: Reporter, partial: Path, resume: bool) -> t
         reporter.say(f"resuming at update {len(tuner.history)} of {objective.iterations}")
     with reporter.bar(f"calibrating, M = {steps}", objective.iterations, len(tuner.history)) as advance:
         tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
+    tuner.save(state)
     return tuner, tried
 
 
-def tune_cached(
+def calibrate_cached(
     session: Session, cache: Cache, alone: Tuner, reporter: Reporter, partial: Path, resume: bool
 ) -> list[dict[str, Any]]:
     """Go on calibrating with the cache on; returns the updates' records, counted on from those without it."""
@@ -145,6 +153,7 @@ def tune_cached(
         tuner.load(state)
     with reporter.bar("calibrating with the cache on", objective.iterations, len(tuner.history)) as advance:
         tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
+    tuner.save(state)
     before = {
         "iteration": len(alone.history),
         "network_evaluations": alone.network_evaluations,
@@ -180,6 +189,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
 
     The time is extrapolated from one measured call of the denoiser, and so is rough.
     """
+    _check_sections(recipe)
     rollout, planned, split = open_model(recipe)
     objective, data = recipe.objective, recipe.data
     batch = min(objective.batch_size, data.num_samples)
@@ -221,17 +231,19 @@ def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> C
     return config
 
 
-def searched(config: Cache, session: Session, reporter: Reporter) -> Cache:
+def searched(config: Cache, session: Session, reporter: Reporter, worse_of_both: bool = False) -> Cache:
     """The cache with its noise measured, and its target searched for, on the session's model as it is."""
     reference, num_steps = session.reference, session.rollout.num_steps
-    if config.noise_aware:
-        gap = config.interval or round(num_steps / (config.target_nfc or len(config.full_steps or ()) or TYPICAL_NFC))
+    if config.noise_aware and config.noise is None:
+        listed = len(config.full_steps or config.full_timesteps or ())
+        gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
         config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
     chosen = torch.arange(min(SEARCH_SAMPLES, len(reference.conditions)), device=reference.latents.device)
     if config.searches:
         conditions, published = reference.conditions.take(chosen), config.measured_on == "full_precision"
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():
-            config = search_cache(session.rollout, conditions, reference.latents[:, chosen], config, reporter)
+            latents = reference.latents[:, chosen]
+            config = search_cache(session.rollout, conditions, latents, config, reporter, worse_of_both)
     return config
 
 
@@ -247,6 +259,14 @@ def _held_out_metrics(
     metrics = latent_metrics(latents, held_out.latents)
     kept.write_text(json.dumps(metrics), encoding="utf-8")
     return metrics
+
+
+def _check_sections(recipe: Recipe) -> None:
+    """No section may be passed over in silence, nor be missing; an export can well be evaluated without its cache."""
+    if recipe.tune is not None:
+        raise RecipeError("tune: is for `accuquant tune`; to calibrate without a search, add --set tune=null")
+    if recipe.objective.cached_iterations and recipe.cache is None:
+        raise RecipeError("objective.cached_iterations: needs a cache: section, which it calibrates with")
 
 
 def _check_output(recipe: Recipe, output: Path, partial: Path, resume: bool, overwrite: bool) -> None:

@@ -55,6 +55,13 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help=f"Override a key of the export's recipe: {CHANGEABLE_WORDS}."),
 ]
+OutputFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write, instead of export.output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and its costs, and stop.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same recipe.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an existing output (when the new one is whole); drop a partial run."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and results only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what is being done.")]
 
@@ -66,15 +73,10 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about w
 def calibrate(
     recipe: RecipeName,
     overrides: Overrides = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write, instead of export.output.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its costs, and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of the same recipe.")] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an existing output (when the new one is whole); drop a partial run."),
-    ] = False,
+    output: OutputFolder = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -87,8 +89,7 @@ def calibrate(
         from accuquant.calibrate import calibrate as run
         from accuquant.calibrate import describe
 
-        target = [f"export.output={json.dumps(str(output), ensure_ascii=False)}"] if output else []
-        loaded = load_recipe(recipe, [*(overrides or []), *target])
+        loaded = load_recipe(recipe, _with_output(overrides, output))
         if dry_run:
             planned, costs = describe(loaded)
             _print_plan(loaded, planned, costs)
@@ -101,6 +102,42 @@ def calibrate(
             raise
         _print_metrics(folder)
         out.print(f"\nexport: {folder}\nreport: {folder / 'report.html'}")
+
+
+@app.command(
+    epilog="Examples:\n\naccuquant tune dit_tune --dry-run\n\naccuquant tune dit_tune --set tune.bit_operations=0.02"
+)
+def tune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: OutputFolder = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Choose bit widths and feature cache together, under the budget in the recipe's section `tune`, and export it.
+
+    Every candidate is confirmed by sampling; the report shows them all. The export's recipe.yaml makes the chosen point
+    again with `accuquant calibrate`. Interrupt with Ctrl-C and continue later with --resume.
+    """
+    with _readable_errors(verbose):
+        loaded = load_recipe(recipe, _with_output(overrides, output))
+        if dry_run:
+            _print_tuning_plan(loaded)
+            return
+        from accuquant.tune import tune as run
+
+        try:
+            folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
+        except KeyboardInterrupt:
+            if Path(f"{loaded.export.output}.tuning").is_dir():
+                errors.print("nothing is lost: the same command with --resume goes on")
+            raise
+        _print_tried(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))["tried"])
+        _print_metrics(folder)
+        out.print(f"\nexport: {folder}\nrecipe: {folder / 'recipe.yaml'}\nreport: {folder / 'report.html'}")
 
 
 @app.command(epilog="Example:\n\naccuquant evaluate out/dit_w8a8 --set evaluation.num_samples=200")
@@ -267,6 +304,42 @@ def _print_metrics(folder: Path) -> None:
     out.print(table)
 
 
+def _print_tuning_plan(recipe: Recipe) -> None:
+    from accuquant.budget import describe_tuning
+
+    if recipe.tune is None:
+        raise RecipeError("tune: the recipe has no such section; give it a budget, for example --set tune.nfc=14")
+    rows, costs = describe_tuning(recipe)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("types", "full steps", "bit-operations"):
+        table.add_column(column)
+    for name, nfc, operations in rows:
+        table.add_row(name, str(nfc), f"{operations:.4f}")
+    out.print(table)
+    budget = {key: getattr(recipe.tune, key) for key in ("nfc", "bit_operations", "seconds")}
+    shown = ", ".join(f"{key} {value:g}" for key, value in budget.items() if value is not None)
+    out.print(f"\n{'budget':26} {shown}")
+    out.print(f"{'calibrated':26} {costs['combinations']} of {len(rows)} combinations of types, the chosen one twice")
+    out.print(f"{'rollouts':26} about {costs['rollouts']:.0f}")
+    out.print(f"{'estimated time':26} about {_duration(costs['seconds'])}")
+    out.print(f"{'output':26} {recipe.export.output}")
+    out.print("\ndry run: nothing was written")
+
+
+def _print_tried(rows: list[dict[str, Any]]) -> None:
+    """The Pareto front of what was tried, the chosen point, and the rivals."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("", "types", "cache", "calibrated", "NFC", "bit-operations", "seconds", "E_qc", "tried in"):
+        table.add_column(column)
+    for row in sorted(rows, key=lambda row: float(row["E_qc"])):
+        mark = "chosen" if row["chosen"] else "front" if row["front"] else row["rival"] or ""
+        if mark:
+            costs = (f"{row['nfc']:g}", f"{row['bit_operations']:.4f}", f"{row['seconds']:.2f}", f"{row['E_qc']:.4f}")
+            table.add_row(mark, row["types"], row["cache"], row["calibrated"], *costs, f"{row['elapsed']:.1f} s")
+    out.print(table)
+    out.print(f"{len(rows)} candidates were tried; the report shows them all\n")
+
+
 def _span(values: Any) -> str:
     low, high = float(values.min()), float(values.max())
     return f"{low:.3g}" if low == high else f"{low:.3g} .. {high:.3g}"
@@ -276,6 +349,11 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _with_output(overrides: list[str] | None, output: Path | None) -> list[str]:
+    target = [f"export.output={json.dumps(str(output), ensure_ascii=False)}"] if output else []
+    return [*(overrides or []), *target]
 
 
 def _changeable(overrides: list[str] | None) -> list[str]:

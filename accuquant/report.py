@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
-import statistics
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 from torch import Tensor
+
+from accuquant import charts
 
 TEMPLATES = Path(__file__).parent / "templates"
 REQUIRED = ("model", "num_samples", "final_relative_l2", "relative_l2_per_step", "latent_psnr")
@@ -28,15 +23,14 @@ AMPLIFICATIONS = (1, 2, 5, 10, 20, 50, 100, 200)
 SMALL, LARGE = 192, 512  # pixels: smaller images are blown up to at least the first, larger ones reduced to the second
 NBSP = "\u00a0"
 
-# Okabe-Ito hues, told apart by colour-blind readers; lines also differ in dash and weight
-THEMES = {
-    "light": {"ink": "#3d444d", "grid": "#d9dee3", "main": "#0072b2", "other": "#c04f00", "soft": "#9cc4dd"},
-    "dark": {"ink": "#b6bec8", "grid": "#363d46", "main": "#56b4e9", "other": "#e69f00", "soft": "#2f5f7d"},
-}
-
 
 def write_report(
-    folder: Path, metrics: dict[str, Any], recipe_yaml: str, full: Tensor | None, quantized: Tensor | None
+    folder: Path,
+    metrics: dict[str, Any],
+    recipe_yaml: str,
+    full: Tensor | None,
+    quantized: Tensor | None,
+    others: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write ``report.html`` into ``folder`` (made if absent); the file is replaced when it is whole.
 
@@ -45,7 +39,8 @@ def write_report(
             ``relative_l2_per_step`` and ``latent_psnr`` must be there; a section whose figures are absent is left out.
         recipe_yaml: text of the recipe, shown as it is.
         full: (K, C, H, W) images of full precision in [0, 1], C 1 or 3; None if nothing was decoded.
-        quantized: images of the quantized model on the same noise, of the same shape.
+        quantized: images of the export on the same noise, of the same shape.
+        others: further columns by name, of the same shape, in the order they are shown between these two.
 
     Returns:
         Path of the report.
@@ -66,11 +61,13 @@ def write_report(
         smaller=_reduction(metrics.get("size"), "float_bytes", "quantized_bytes"),
         cheaper=_reduction(metrics.get("bit_operations"), "float", "quantized"),
         change=_change(metrics),
-        images=_images(full, quantized),
-        accumulation=_themed(lambda axes, theme: _accumulation(axes, theme, metrics)),
-        decomposition=_decomposition_chart(metrics),
+        images=_images(full, quantized, others or {}, _name(metrics)),
+        accumulation=charts.accumulation(metrics),
+        decomposition=charts.decomposition(metrics),
+        schedule=charts.schedule(metrics.get("cache") or {}),
+        tuning=_tuning(metrics.get("tuning") or {}),
         calibration=calibration,
-        loss=_loss_chart(calibration.get("history") or []),
+        loss=charts.loss(calibration.get("history") or []),
         auto=_auto(calibration),
         modules=_modules(metrics.get("modules") or []),
         recipe_yaml=recipe_yaml,
@@ -151,6 +148,10 @@ def _check(metrics: dict[str, Any]) -> None:
     for name, curve in (("relative_l2_per_step_std", band), ("initial.relative_l2_per_step", before)):
         if curve is not None and len(curve) != steps:
             raise ValueError(f"metrics {name!r} has {len(curve)} entries but 'relative_l2_per_step' has {steps}")
+    cache = metrics.get("cache") or {}
+    errors = cache.get("input_errors") or ()
+    if errors and len(errors) > cache["num_steps"]:
+        raise ValueError(f"metrics 'cache.input_errors' has {len(errors)} entries for {cache['num_steps']} steps")
 
 
 def _types(metrics: dict[str, Any]) -> str:
@@ -174,32 +175,67 @@ def _change(metrics: dict[str, Any]) -> dict[str, float] | None:
     return {"before": before, "after": after, "less": 1 - after / before} if before and after == after else None
 
 
-def _images(full: Tensor | None, quantized: Tensor | None) -> dict[str, Any] | None:
-    """Rows of data URIs: full precision, quantized, |difference| times one amplification for all rows."""
-    if full is None and quantized is None:
+def _name(metrics: dict[str, Any]) -> str:
+    """What the export's images are called."""
+    if metrics.get("tuning"):
+        return "tuned"
+    return "quantized and cached" if metrics.get("cache") else "quantized"
+
+
+def _images(
+    full: Tensor | None, quantized: Tensor | None, others: dict[str, Tensor], name: str
+) -> dict[str, Any] | None:
+    """Rows of cells: full precision, others, the export, and its |difference| times one amplification for all rows."""
+    if full is None and quantized is None and not others:
         return None
     if full is None or quantized is None:
         raise ValueError("images of both full precision and the quantized model are needed, or of neither")
     if full.shape != quantized.shape or full.dim() != 4 or full.shape[1] not in (1, 3) or not len(full):
         found = f"{tuple(full.shape)} and {tuple(quantized.shape)}"
         raise ValueError(f"images must both be (K, C, H, W) with K > 0 and C 1 or 3, found {found}")
-    a, b = (t.detach().cpu().double().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1) for t in (full, quantized))
-    broken = (~torch.isfinite(full) | ~torch.isfinite(quantized)).flatten(1).any(1).tolist()
-    difference = (a - b).abs()
+    for other, images in others.items():
+        if images.shape != full.shape:
+            found = f"{tuple(full.shape)}, found {tuple(images.shape)}"
+            raise ValueError(f"images of {other!r} must have the shape of full precision, {found}")
+    columns = [(title, images.detach().cpu()) for title, images in (*others.items(), (name, quantized))]
+    reference = full.detach().cpu()
+    difference = (_unit(reference) - _unit(columns[-1][1])).abs()
     high = float(difference.flatten().kthvalue(max(1, math.ceil(0.99 * difference.numel()))).values)
     factor = max([k for k in AMPLIFICATIONS if k * high <= 1.001], default=1)
     rows = []
-    for x, y, d, bad in zip(a, b, difference, broken, strict=True):
-        error = float(d.square().mean())
-        psnr = math.nan if bad else -10 * math.log10(error) if error else math.inf
-        rows.append({"psnr": psnr, "full": _picture(x), "quantized": _picture(y), "difference": _picture(d * factor)})
+    for i, x in enumerate(reference):
+        cells: list[dict[str, Any]] = [{"title": "full precision", "picture": _picture(x), "psnr": None}]
+        cells += [{"title": t, "picture": _picture(y[i]), "psnr": _psnr(x, y[i])} for t, y in columns]
+        rows.append({"cells": cells, "psnr": cells[-1]["psnr"], "difference": _picture(factor * difference[i])})
     height, width = full.shape[2:]
-    return {"rows": rows, "factor": factor, "small": max(height, width) <= SMALL, "height": height, "width": width}
+    small = max(height, width) <= SMALL
+    return {
+        "rows": rows,
+        "factor": factor,
+        "small": small,
+        "height": height,
+        "width": width,
+        "name": name,
+        "others": len(others),
+    }
+
+
+def _unit(images: Tensor) -> Tensor:
+    """In double precision and in [0, 1], also what is not finite."""
+    return images.double().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+
+
+def _psnr(full: Tensor, image: Tensor) -> float:
+    """PSNR in dB of one (C, H, W) image; nan if anything in either is not finite."""
+    if not (torch.isfinite(full).all() and torch.isfinite(image).all()):
+        return math.nan
+    error = float((_unit(full) - _unit(image)).square().mean())
+    return -10 * math.log10(error) if error else math.inf
 
 
 def _picture(image: Tensor) -> str:
     """(C, H, W) -> data URI, blown up by a whole factor (nearest neighbour) or reduced to `LARGE`."""
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    pixels = (_unit(image) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     factor = math.ceil(SMALL / max(picture.size))
     if factor > 1:
@@ -207,101 +243,56 @@ def _picture(image: Tensor) -> str:
     picture.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return _uri(buffer)
-
-
-def _uri(buffer: io.BytesIO) -> str:
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _themed(draw: Callable[[Axes, dict[str, str]], None]) -> dict[str, str]:
-    """The same chart for light and for dark pages, as data URIs."""
-    drawn = {}
-    for name, theme in THEMES.items():
-        figure = Figure(figsize=(9.2, 3.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        draw(axes, theme)
-        axes.grid(axis="y", color=theme["grid"], linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "left", "right"]].set_visible(False)
-        axes.spines["bottom"].set_color(theme["ink"])
-        axes.tick_params(which="both", colors=theme["ink"], labelsize=9, left=False)
-        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        for label in (axes.xaxis.label, axes.yaxis.label):
-            label.set(color=theme["ink"], fontsize=9.5)
-        above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3}
-        axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=9.5, **above)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=170, transparent=True, metadata={"Software": None})
-        drawn[name] = _uri(buffer)
-    return drawn
-
-
-def _accumulation(axes: Axes, theme: dict[str, str], metrics: dict[str, Any]) -> None:
-    mean = [100 * v for v in metrics["relative_l2_per_step"]]
-    steps = range(len(mean))
-    before = (metrics.get("initial") or {}).get("relative_l2_per_step")
-    if before is not None:
-        axes.plot(steps, [100 * v for v in before], color=theme["other"], dashes=(5, 3), label="before calibration")
-    label = "quantized" if before is None else "after calibration"
-    label += " and cached" if metrics.get("cache") else ""
-    axes.plot(steps, mean, color=theme["main"], linewidth=2.2, label=label)
-    if band := metrics.get("relative_l2_per_step_std"):
-        low = [max(0.0, m - 100 * s) for m, s in zip(mean, band, strict=True)]
-        high = [m + 100 * s for m, s in zip(mean, band, strict=True)]
-        label = "± one standard deviation over samples"
-        axes.fill_between(steps, low, high, color=theme["main"], alpha=0.2, linewidth=0, label=label)
-    axes.set(xlabel="denoising steps made", ylabel="relative L2 error of the latents (%)")
-    axes.set_xlim(0, max(1, len(mean) - 1))
-    axes.set_ylim(bottom=0)
-
-
-def _decomposition_chart(metrics: dict[str, Any]) -> dict[str, str] | None:
-    return _themed(lambda axes, theme: _decomposition(axes, theme, metrics)) if metrics.get("decomposition") else None
-
-
-def _decomposition(axes: Axes, theme: dict[str, str], metrics: dict[str, Any]) -> None:
-    curves = {name: [100 * v for v in curve] for name, curve in metrics["decomposition"].items() if curve}
-    steps = range(len(curves["E_qc"]))
-    axes.plot(steps, curves["E_qc"], color=theme["main"], linewidth=2.2, label="both (E_qc)")
-    axes.plot(steps, curves["E_q"], color=theme["other"], dashes=(5, 3), label="quantized only (E_q)")
-    axes.plot(steps, curves["E_c"], color=theme["ink"], dashes=(1, 2), label="cached only (E_c)")
-    if "E_naive" in curves and abs(curves["E_naive"][-1] - curves["E_qc"][-1]) > 1e-3 * curves["E_qc"][-1]:
-        axes.plot(steps, curves["E_naive"], color=theme["soft"], label="calibrated without the cache, then cached")
-    top = max(map(max, curves.values()))
-    axes.vlines([i + 1 for i in metrics["cache"]["full_steps"]], -0.05 * top, 0, color=theme["main"], linewidth=1.5)
-    axes.set(xlabel="denoising steps made; ticks below are full computations", ylabel="relative L2 error (%)")
-    axes.set_xlim(0, len(steps) - 1)
-    axes.set_ylim(bottom=-0.06 * top)
-
-
-def _loss_chart(history: list[dict[str, Any]]) -> dict[str, str] | None:
-    seen = [h for h in history if 0 < h["loss"] < math.inf]
-    return _themed(lambda axes, theme: _loss(axes, theme, seen)) if seen else None
-
-
-def _loss(axes: Axes, theme: dict[str, str], history: list[dict[str, Any]]) -> None:
-    x, raw = [h["iteration"] + 1 for h in history], [h["loss"] for h in history]
-    half = max(2, len(raw) // 40)
-    smooth = [statistics.median(raw[max(0, i - half) : i + half + 1]) for i in range(len(raw))]
-    axes.plot(x, raw, color=theme["soft"], linewidth=0.8, label="every update")
-    axes.plot(x, smooth, color=theme["main"], linewidth=2.2, label=f"running median of {2 * half + 1} updates")
-    sizes = [h.get("steps_per_group", 1) for h in history]
-    warm = next((i for i, s in enumerate(sizes) if s != 1), 0)
-    if warm > 1:  # a single shorter group at the start is no warm-up
-        axes.axvline(x[warm], color=theme["other"], dashes=(5, 3), linewidth=1.2, label="warm-up with M = 1 ends")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
-    axes.set(xlabel="update", ylabel="loss / squared displacement of the group")
-    axes.set_xlim(x[0], max(x[-1], x[0] + 1))
+    return charts.data_uri(buffer)
 
 
 def _auto(calibration: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the trial of several M, smallest M first."""
     tried = sorted((int(m), error) for m, error in (calibration.get("auto") or {}).items())
     return [{"m": m, "error": error, "chosen": m == calibration.get("steps_per_group")} for m, error in tried]
+
+
+def _tuning(tuning: dict[str, Any]) -> dict[str, Any] | None:
+    """What was tried, and drawn over each cost.
+
+    Args:
+        tuning: ``budget`` (a limit or None for each of `charts.COSTS`), ``seconds`` of the search, ``tried``: rows of
+            ``types``, ``cache``, ``nfc``, ``bit_operations`` (fraction of float32 without a cache), ``seconds`` (or
+            None), ``E_qc``, ``calibrated``, ``elapsed`` (seconds it took to try), ``front``, ``chosen`` and ``rival``
+            (name or None).
+    """
+    tried = tuning.get("tried")
+    if not tried:
+        return None
+    chosen = next((row for row in tried if row.get("chosen")), None)
+    return {
+        "tried": tried,
+        "chosen": chosen,
+        "rivals": _rivals(tried, chosen) if chosen else [],
+        "budget": tuning.get("budget") or {},
+        "seconds": tuning.get("seconds"),
+        "timed": any(row.get("seconds") is not None for row in tried),
+        "charts": {cost: chart for cost in charts.COSTS if (chart := charts.pareto(tuning, cost))},
+    }
+
+
+def _rivals(tried: list[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each rival's best at the types and full computations of the chosen one, and how much less that one errs.
+
+    ``asked_nfc`` of a row, where it differs from ``nfc``, is what its schedule was to come near to.
+    """
+
+    def cost(row: dict[str, Any]) -> tuple[str, float]:
+        return row["types"], row.get("asked_nfc", row["nfc"])
+
+    best: dict[str, dict[str, Any]] = {}
+    for row in tried:
+        rival, error = row.get("rival"), float(row.get("E_qc") or math.nan)
+        if rival and rival != chosen.get("rival") and cost(row) == cost(chosen) and 0 < error < math.inf:
+            best[rival] = min(row, best.get(rival, row), key=lambda r: float(r["E_qc"]))
+    return [
+        row | {"less": 1 - chosen["E_qc"] / row["E_qc"], "same": row["nfc"] == chosen["nfc"]} for row in best.values()
+    ]
 
 
 def _modules(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

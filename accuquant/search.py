@@ -140,13 +140,19 @@ def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
 
 
 def search_cache(
-    rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, reporter: Reporter
+    rollout: Rollout,
+    conditions: Conditions,
+    reference: Tensor,
+    config: Cache,
+    reporter: Reporter,
+    worse_of_both: bool = False,
 ) -> Cache:
     """Replace the config's target by a list of full timesteps or a tau.
 
     Args:
         conditions: of B calibration samples.
         reference: (T + 1, B, C, H, W), the latents to come near to: those of full precision without a cache.
+        worse_of_both: a list of full steps is judged by its worse error, and not by the mean of both.
 
     Raises:
         CacheError: the target cannot be met.
@@ -158,7 +164,7 @@ def search_cache(
         raise CacheError(f"target_nfc: {nfc:g} is more than the {rollout.num_steps} steps there are")
     if config.schedule == "rcs":
         return _search_tau(rollout, conditions, config, nfc, reporter)
-    return _search_steps(rollout, conditions, reference, config, int(nfc), reporter)
+    return _search_steps(rollout, conditions, reference, config, int(nfc), reporter, worse_of_both)
 
 
 def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
@@ -172,24 +178,41 @@ def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
 
 
 def _search_steps(
-    rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, nfc: int, reporter: Reporter
+    rollout: Rollout,
+    conditions: Conditions,
+    reference: Tensor,
+    config: Cache,
+    nfc: int,
+    reporter: Reporter,
+    worse_of_both: bool,
 ) -> Cache:
     """The best list of ``nfc`` full steps that was found."""
     num_steps, warmup = rollout.num_steps, min(config.warmup, rollout.num_steps)
+    measured: dict[tuple[int, ...], tuple[float, float]] = {}
     errors: dict[tuple[int, ...], float] = {}
     images = rollout.decode(reference[-1])
 
-    def error(steps: tuple[int, ...]) -> float:
-        if steps not in errors:
+    def measure(steps: tuple[int, ...]) -> tuple[float, float]:
+        if steps not in measured:
             with cached(rollout.denoiser, _with(config, schedule=steps)):
                 final = rollout.trajectory(conditions)[0][-1]
-            apart = relative_l2(final, reference[-1]).mean() * relative_l2(rollout.decode(final), images).mean()
-            errors[steps] = math.sqrt(apart)
-        return errors[steps]
+            image_error = float(relative_l2(rollout.decode(final), images).mean())
+            measured[steps] = float(relative_l2(final, reference[-1]).mean()), image_error
+        return measured[steps]
 
     # proposals: the fixed interval that comes nearest from below, and dynamic programming
     interval = next(n for n in range(1, num_steps + 1) if len(interval_steps(num_steps, n, warmup)) <= nfc)
-    proposals = {_filled(interval_steps(num_steps, interval, warmup), num_steps, nfc)}
+    fixed = _filled(interval_steps(num_steps, interval, warmup), num_steps, nfc)
+    proposals = {fixed}
+
+    def error(steps: tuple[int, ...]) -> float:
+        latent, image = measure(steps)
+        if worse_of_both:
+            errors[steps] = max(a / max(b, 1e-30) for a, b in zip((latent, image), measure(fixed), strict=True))
+        else:
+            errors[steps] = math.sqrt(latent * image)
+        return errors[steps]
+
     longest = config.max_gap or max(
         8, math.ceil(4 * num_steps / nfc), math.ceil((num_steps - warmup + 1) / (nfc - warmup + 1))
     )
@@ -257,7 +280,6 @@ def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: fl
 
 def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Reporter) -> Cache:
     """CacheQuant's list of full steps, from cached modules' outputs along a trajectory of the model as it is."""
-    assert config.interval is not None
     distances = torch.zeros(rollout.num_steps, rollout.num_steps, dtype=torch.float64)
     features = record_features(rollout, conditions, config)
     chosen = [pairs for name, pairs in features.items() if re.fullmatch(config.dps_feature or ".*", name)]
@@ -267,9 +289,9 @@ def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Repo
         outputs = torch.stack([output.flatten() for _, output in pairs])
         distances += torch.cdist(outputs, outputs, p=1).double()
     try:
-        steps = dps_steps(distances, config.interval)
+        steps = dps_steps(distances, config.interval or rollout.num_steps / (config.target_nfc or 1))
     except ValueError as error:
-        raise CacheError(f"cache.interval: {error}") from error
+        raise CacheError(f"cache.{'interval' if config.interval else 'target_nfc'}: {error}") from error
     reporter.say(f"cache: {len(steps)} full steps of {rollout.num_steps}")
     timesteps = tuple(float(rollout.timesteps[i]) for i in steps)
     return _with(config, full_timesteps=timesteps, measured_nfc=(float(len(steps)), 0.0))

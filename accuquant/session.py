@@ -56,6 +56,17 @@ class Session:
             layer.load_state_dict(snapshot[name])
 
     @contextmanager
+    def hardened(self) -> Iterator[None]:
+        """The layers are those of the export for as long as the block runs."""
+        for name, layer in self.layers.items():
+            self.rollout.denoiser.set_submodule(name, layer.harden())
+        try:
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                self.rollout.denoiser.set_submodule(name, layer)
+
+    @contextmanager
     def full_precision(self) -> Iterator[None]:
         """The layers compute in full precision for as long as the block runs."""
         for layer in self.layers.values():
@@ -99,8 +110,6 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     Raises:
         RecipeError: see `load_pipeline`, `plan_modules`, `load_split` and `Rollout`.
     """
-    if recipe.objective.cached_iterations and recipe.cache is None:  # an export may well be evaluated without its cache
-        raise RecipeError("objective.cached_iterations: needs a cache: section, which it calibrates with")
     pipeline = load_pipeline(recipe.model)
     set_scheduler(pipeline, recipe.sampling.scheduler)
     rollout = Rollout(pipeline, recipe.sampling)

@@ -20,6 +20,11 @@ from accuquant import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
+COUNT = (
+    "<script>addEventListener('load', () => { const all = [...document.images];"
+    "document.title = all.filter(i => i.complete && i.naturalWidth > 0).length + '/' + all.length +"
+    "' wide ' + (document.documentElement.scrollWidth > innerWidth); });</script></body>"
+)
 SECTIONS = {"figures", "images", "accumulation", "calibration", "modules", "recipe", "reading"}
 
 
@@ -212,11 +217,11 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_amplification_fits_the_difference_and_small_images_grow() -> None:
     full, quantized = pictures(2, channels=1, noise=0.0)
-    same = report._images(full, quantized)
+    same = report._images(full, quantized, {}, "quantized")
     assert same is not None and same["factor"] == report.AMPLIFICATIONS[-1] and same["rows"][0]["psnr"] == math.inf
-    half = report._images(torch.zeros(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.1))
+    half = report._images(torch.zeros(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.1), {}, "quantized")
     assert half is not None and half["factor"] == 10
-    assert report._images(full, quantized.where(quantized < 0.5, math.nan)) is not None
+    assert report._images(full, quantized.where(quantized < 0.5, math.nan), {}, "quantized") is not None
 
     def shown(side: int) -> Image.Image:
         uri = report._picture(torch.eye(side)[None])
@@ -247,38 +252,37 @@ def test_numbers_are_written_for_people() -> None:
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 @pytest.mark.timeout(180)
 def test_a_browser_shows_it_without_complaints(whole: Path, tmp_path: Path) -> None:
-    dom, log = _open(whole, tmp_path / "profile")
-    assert "How to read these numbers" in dom
-    assert "CONSOLE" not in log, log
-
-    # the report forbids scripts; a copy without that rule counts the images that were decoded
-    page = whole.read_text(encoding="utf-8")
-    copy = tmp_path / "counted.html"
-    script = (
-        "<script>addEventListener('load', () => { const all = [...document.images];"
-        "document.title = all.filter(i => i.complete && i.naturalWidth > 0).length + '/' + all.length +"
-        "' wide ' + (document.documentElement.scrollWidth > innerWidth); });</script></body>"
-    )
-    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-    assert policy.search(page)
-    copy.write_text(policy.sub("", page).replace("</body>", script), encoding="utf-8")
-    dom, log = _open(copy, tmp_path / "profile")
-    assert "<title>22/22 wide false</title>" in dom, dom[:2000]
-    assert "CONSOLE" not in log, log
-
-    # and in the report itself a script is refused, out loud: so silence above means something
-    copy.write_text(page.replace("</body>", script), encoding="utf-8")
+    assert shown(whole, tmp_path) == "22/22 wide false"
+    # in the report itself a script is refused, out loud: so silence means something
+    copy = tmp_path / "refused.html"
+    copy.write_text(whole.read_text(encoding="utf-8").replace("</body>", COUNT), encoding="utf-8")
     dom, log = _open(copy, tmp_path / "profile")
     assert "<title>Quantization report" in dom and "CONSOLE" in log
 
 
-def _open(page: Path, profile: Path) -> tuple[str, str]:
+def shown(report: Path, folder: Path, *flags: str) -> str:
+    """Open a report; what a copy that allows a script counts: images decoded and there, and if the page is too wide."""
+    dom, log = _open(report, folder / "profile", *flags)
+    assert "How to read these numbers" in dom
+    assert "CONSOLE" not in log, log
+    page = report.read_text(encoding="utf-8")
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    assert policy.search(page)
+    copy = folder / "counted.html"
+    copy.write_text(policy.sub("", page).replace("</body>", COUNT), encoding="utf-8")
+    dom, log = _open(copy, folder / "profile", *flags)
+    assert "CONSOLE" not in log, log
+    return dom.partition("<title>")[2].partition("</title>")[0]
+
+
+def _open(page: Path, profile: Path, *flags: str) -> tuple[str, str]:
     assert BROWSER is not None
     done = subprocess.run(
         [
             *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            *("--enable-logging=stderr", "--v=0", f"--user-data-dir={profile}", "--dump-dom", page.as_uri()),
+            *("--enable-logging=stderr", "--v=0", f"--user-data-dir={profile}", *flags),
+            *("--dump-dom", page.as_uri()),
         ],
         capture_output=True,
         text=True,

@@ -22,7 +22,7 @@ import typer
 
 from accuquant.console import Reporter
 from accuquant.measure import HeldOut, held_out_reference, latent_metrics
-from accuquant.model.layers import TrainableLayer, set_arithmetic
+from accuquant.model.layers import set_arithmetic
 from accuquant.optimise import REFRESHES
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
@@ -90,13 +90,9 @@ def updates(method: dict[str, Any], evaluations: int, refresh_cost: int) -> int:
 @torch.no_grad()
 def hardened_error(session: Session, held_out: HeldOut) -> dict[str, Any]:
     """Held-out figures of the hardened model; the trainable layers are put back afterwards."""
-    model, layers = session.rollout.denoiser, dict[str, TrainableLayer](session.layers)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.harden())
-    set_arithmetic(model, "reference")
-    parts = [session.rollout.trajectory(c)[0] for c in held_out.conditions.batches(12)]
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
+    with session.hardened():
+        set_arithmetic(session.rollout.denoiser, "reference")
+        parts = [session.rollout.trajectory(c)[0] for c in held_out.conditions.batches(12)]
     found = latent_metrics(torch.cat(parts, 1), held_out.latents)
     return {"relative_l2": found["final_relative_l2"]["mean"], "psnr": found["latent_psnr"]}
 

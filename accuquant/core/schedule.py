@@ -120,10 +120,10 @@ def best_steps(
     return min(ends)[1]
 
 
-def dps_steps(distances: Tensor, interval: int) -> tuple[int, ...]:
+def dps_steps(distances: Tensor, interval: float) -> tuple[int, ...]:
     """CacheQuant's schedule (arXiv 2503.01323): K = ceil(T / N) groups, least sum of ||F_t - F_i||_1 from their starts.
 
-    Groups have between ceil(N / 2) and 2 N steps.
+    Groups have between ceil(N / 2) and 2 N steps. An N that is not whole gives every K: T / K does.
 
     Args:
         distances: (T, T), ||F_t - F_i||_1 of the cached features at row i and column t.
@@ -138,8 +138,8 @@ def dps_steps(distances: Tensor, interval: int) -> tuple[int, ...]:
     def cost(before: int, full: int, after: int) -> float:
         return float(sums[full][after] - sums[full][full])
 
-    num_full = math.ceil(num_steps / interval)
-    return best_steps(cost, num_steps, num_full, 1, 2 * interval, math.ceil(interval / 2))
+    num_full = math.ceil(num_steps / interval - 1e-9)
+    return best_steps(cost, num_steps, num_full, 1, math.floor(2 * interval), math.ceil(interval / 2))
 
 
 class ForecastErrors:

@@ -1,7 +1,8 @@
-"""The recipe: its schema (`schema`, `cache`), and its reading and writing (`file`). Imports nothing else of ours."""
+"""The recipe: its schema, and its reading and writing (`file`). Imports nothing else of ours."""
 
 from accuquant.recipe.base import RecipeError
 from accuquant.recipe.cache import Cache, FORAConfig, RFCConfig, TaylorSeerConfig
+from accuquant.recipe.rule import Rule
 from accuquant.recipe.schema import (
     Data,
     Evaluation,
@@ -11,9 +12,9 @@ from accuquant.recipe.schema import (
     Objective,
     Quantization,
     Recipe,
-    Rule,
     Sampling,
 )
+from accuquant.recipe.tune import Tune
 
 __all__ = [
     "Cache",
@@ -31,4 +32,5 @@ __all__ = [
     "Rule",
     "Sampling",
     "TaylorSeerConfig",
+    "Tune",
 ]

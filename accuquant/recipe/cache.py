@@ -36,7 +36,7 @@ class Cache(Section):
     order: int | None = Field(None, ge=0, le=4, description="of the forecast; 2 if absent, 0 for reuse")
     schedule: Schedule = Field(
         None,
-        description="interval; rcs: by tau; dps: CacheQuant's, of mean gap interval; best: searched; or full steps",
+        description="interval; rcs: by tau; dps: CacheQuant's, of mean gap interval or target_nfc; best: searched",
     )
     interval: int | None = Field(None, ge=1, description="a full step every so many")
     tau: Number | None = Field(None, gt=0, description="RCS: full when the input's forecast error adds up to this")
@@ -101,8 +101,10 @@ class Cache(Section):
         if len(given) != 1:
             alternatives = f"{', '.join(keys)} or a list of steps as schedule"
             raise ValueError(f"give exactly one of {alternatives} (found {' and '.join(given) or 'none'})")
-        if self.schedule in ("interval", "dps") and self.interval is None:
-            raise ValueError(f"schedule {self.schedule} needs interval, for example interval: 4")
+        if self.schedule == "interval" and self.interval is None:
+            raise ValueError("schedule interval needs interval, for example interval: 4")
+        if self.schedule == "dps" and self.interval is None and self.target_nfc is None:
+            raise ValueError("schedule dps needs interval or target_nfc, for example interval: 4")
         rcs = self.schedule == "rcs" or self.tau is not None
         if self.fits and rcs:
             key = "corrected" if self.corrected else "corrected_quantization"

@@ -1,0 +1,217 @@
+"""What a budget pays for: the costs of every combination of types, and the order in which they are worth trying."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accuquant.console import Reporter
+from accuquant.core.schedule import interval_steps
+from accuquant.data import draw
+from accuquant.measure import step_seconds
+from accuquant.model.caching import cached, in_cache
+from accuquant.model.plan import PlannedModule, count_macs, plan_modules
+from accuquant.recipe import Cache, Recipe, RecipeError, Rule, Tune
+from accuquant.session import VALIDATION_SAMPLES, Session, open_model, prepare, validation_error
+
+LEAST_NFC = 3
+TABLE_NFC = (25, 14, 10, 7, 4)
+KEPT = ("norm", "differences", "modules", "feature", "blocks", "factors_dtype", "factors_device", "warmup")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One choice of types for each class of modules.
+
+    Attributes:
+        picks: index into `choose` of each class.
+        recipe: with these types' rules and without the section `tune`.
+        outside, inside: bit-operations of one step over float32's: of modules that run at every step, and of those that
+            run at full steps only.
+    """
+
+    name: str
+    picks: tuple[int, ...]
+    recipe: Recipe
+    outside: float
+    inside: float
+
+    def bit_operations(self, nfc: float) -> float:
+        """Of a trajectory, as a fraction of float32 without a cache."""
+        return self.outside + self.inside * nfc / self.recipe.sampling.num_inference_steps
+
+    def full_steps(self, tune: Tune, seconds: tuple[float, float] | None = None) -> int:
+        """As many as all budgets pay for; ``seconds`` are those of a full and of a skipped step, where known."""
+        steps = self.recipe.sampling.num_inference_steps
+        most = [float(steps)] + ([float(tune.nfc)] if tune.nfc else [])
+        if tune.bit_operations:
+            most.append((tune.bit_operations - self.outside) / self.inside * steps)
+        if tune.seconds and seconds:
+            full, skipped = seconds
+            most.append((tune.seconds - steps * skipped) / max(full - skipped, 1e-9))
+        return max(0, math.floor(min(most) + 1e-9))
+
+
+def base_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's own cache says of every candidate."""
+    return {} if recipe.cache is None else {k: getattr(recipe.cache, k) for k in KEPT}
+
+
+def nearest_interval(num_steps: int, nfc: int, warmup: int = 2) -> int:
+    """The smallest interval with at most ``nfc`` full steps."""
+    return next(n for n in range(1, num_steps + 1) if len(interval_steps(num_steps, n, warmup)) <= nfc)
+
+
+def type_combinations(recipe: Recipe) -> list[Combination]:
+    """Every choice of a rule for each class; these come before the recipe's own rules.
+
+    Raises:
+        RecipeError: a class's pattern matches no module, or one of its rules does not fit its modules.
+    """
+    assert recipe.tune is not None
+    plain, found = recipe.model_copy(update={"tune": None}), list[Combination]()
+    rollout, planned, split = open_model(plain)
+    one = rollout.conditions(split.calibration[:1], [0])
+    planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, one.noise, one), 1)
+    macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
+    settings = base_settings(recipe) | {"estimation": "reuse", "schedule": (0,)}
+    with cached(rollout.denoiser, Cache(**settings)) as controller:
+        skipped = {p.name for p in planned if in_cache(p.name, (*controller.modules, *controller.bypassed))}
+    for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
+        chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
+        rules = (*chosen, *recipe.quantization.rules)
+        deciding = {next((i for i, rule in enumerate(rules) if matches(rule, p.name)), None) for p in planned}
+        kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in deciding)  # the rest is outdone
+        operations = dict[str, float]()
+        for p in plan_modules(rollout.denoiser, kept):
+            counted = PlannedModule(p.name, p.kind, p.shape, p.bias, p.spec, p.tune, macs[p.name])
+            operations[p.name] = counted.bit_operations / float32
+        inside = sum(operations[name] for name in skipped)
+        quantization = recipe.quantization.model_copy(update={"rules": kept})
+        with_types = plain.model_copy(update={"quantization": quantization})
+        name = " + ".join(_words(rule) for rule in chosen or kept[:1])
+        found.append(Combination(name, picks, with_types, sum(operations.values()) - inside, inside))
+    return found
+
+
+def ordered(recipe: Recipe, combinations: list[Combination], work: Path, reporter: Reporter) -> list[Combination]:
+    """Those that the budget leaves enough full steps for, the most promising first.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    section = recipe.tune
+    assert section is not None
+    affordable = [c for c in combinations if c.full_steps(section) >= LEAST_NFC]
+    if not affordable:
+        least = min(combinations, key=lambda c: c.bit_operations(LEAST_NFC))
+        raise RecipeError(
+            f"tune.bit_operations: {section.bit_operations} pays for fewer than {LEAST_NFC} full steps; the cheapest "
+            f"types ({least.name}) take {least.bit_operations(LEAST_NFC):.4f} with that many"
+        )
+    if len(affordable) == 1:
+        return affordable
+    kept = work / "tables.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(error_tables(section, combinations, work, reporter)), encoding="utf-8")
+    tables = json.loads(kept.read_text(encoding="utf-8"))
+
+    def predicted(combination: Combination) -> float:
+        """Independent errors add in squares: good enough to order by."""
+        nfc = combination.full_steps(section)
+        known, error = min(tables["cache"], key=lambda pair: abs(math.log(pair[0] / nfc)))
+        own = [tables["types"][i][k] for i, k in enumerate(combination.picks)]
+        return math.hypot(error * known / nfc, *own)
+
+    return sorted(affordable, key=predicted)
+
+
+def error_tables(section: Tune, combinations: list[Combination], work: Path, reporter: Reporter) -> dict[str, Any]:
+    """Final error of each class at each of its types, all else in full precision; and of a cache, nothing quantized."""
+    types: list[list[float]] = [[math.nan] * len(c.choose) for c in section.types]
+    for k in range(max(map(len, types))):
+        picks = tuple(min(k, len(errors) - 1) for errors in types)
+        session = open_session(next(c for c in combinations if c.picks == picks), work, reporter)
+        for i, each in enumerate(section.types):
+            for name, layer in session.layers.items():
+                layer.quantized = matches(each.choose[0], name)
+            types[i][picks[i]] = validation_error(session)
+    steps, cache, settings = session.rollout.num_steps, list[tuple[int, float]](), base_settings(combinations[0].recipe)
+    for nfc in [n for n in TABLE_NFC if n < steps]:
+        interval = nearest_interval(steps, nfc)
+        config = Cache(**settings, estimation="taylor", order=1, interval=interval)
+        with session.full_precision(), cached(session.rollout.denoiser, config) as controller:
+            error = validation_error(session)
+            cache.append((controller.stats().nfc, error))
+    return {"types": types, "cache": cache}
+
+
+def open_session(combination: Combination, work: Path, reporter: Reporter) -> Session:
+    """The model with these types and initial scales; the reference trajectories are sampled once for all."""
+    recipe = combination.recipe
+    return prepare(recipe, *open_model(recipe), reporter, work / "reference.safetensors")
+
+
+def step_times(session: Session, combination: Combination, kept: Path) -> tuple[float, float]:
+    """Median seconds of a full and of a skipped step of eight samples, of the layers as they will be exported."""
+    if not kept.is_file():
+        config = Cache(**base_settings(combination.recipe), estimation="taylor", order=1, interval=2)
+        with session.hardened(), cached(session.rollout.denoiser, config) as controller:
+            session.rollout.trajectory(session.validation.conditions)
+            times = step_seconds(session.rollout, session.validation.conditions)
+            full_steps = set(controller.stats().full_steps)
+        sides = [[t for i, t in enumerate(times) if (i in full_steps) == full] for full in (True, False)]
+        kept.write_text(json.dumps([statistics.median(side) for side in sides]), encoding="utf-8")
+    full, skipped = json.loads(kept.read_text(encoding="utf-8"))
+    return full, skipped
+
+
+def matches(rule: Rule, name: str) -> bool:
+    return re.fullmatch(rule.modules, name) is not None
+
+
+def _words(rule: Rule) -> str:
+    group = f" in groups of {rule.group_size}" if rule.group_size else ""
+    return f"{rule.weight}/{rule.activation}{group}{' dynamic' if rule.activation_scale == 'dynamic' else ''}"
+
+
+def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[str, float]]:
+    """What `--dry-run` prints: (types, affordable full steps, bit-operations with them) of each combination, and costs.
+
+    The time is extrapolated from one measured call of the denoiser, and so is rough.
+    """
+    section, objective = recipe.tune, recipe.objective
+    assert section is not None
+    combinations = type_combinations(recipe)
+    rows = [(c.name, n := c.full_steps(section), c.bit_operations(n)) for c in combinations]
+    rollout, _, split = open_model(recipe)
+    samples = draw(split.calibration, VALIDATION_SAMPLES, 0)
+    conditions = rollout.conditions(samples.inputs, samples.seeds)
+    with torch.no_grad():
+        rollout.predict(0, conditions.noise, conditions)
+        started = time.monotonic()
+        rollout.predict(0, conditions.noise, conditions)
+    call = time.monotonic() - started
+
+    steps = recipe.sampling.num_inference_steps
+    tried = min(section.combinations, sum(n >= LEAST_NFC for _, n, _ in rows))
+    forecasts = sum(1 if e == "reuse" else len(section.orders) * len(section.noise_aware) for e in section.estimations)
+    proposals = forecasts * len(section.schedules) + 5 * len(section.estimations)
+    refined = (section.trials + 5) * (section.finalists + section.rounds * bool(objective.cached_iterations))
+    rollouts = tried * (proposals * len(section.levels) + refined)
+    fits = tried * len(section.corrections) * (section.finalists + len(section.levels) + 2 * section.rounds)
+    nfc = max((n for _, n, _ in rows), default=0)
+    m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
+    updates = (tried + 1) * (objective.iterations * (2 * m - 1) + section.rounds * objective.cached_iterations * 2 * m)
+    sampling = 3 * recipe.evaluation.num_samples * steps / VALIDATION_SAMPLES
+    calls = rollouts * (nfc + (steps - nfc) / 6) + fits * (steps + nfc) + 3.5 * updates + sampling
+    return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates, "seconds": call * calls}

@@ -1,0 +1,271 @@
+"""Quantization and cache together, at equal numbers of full computations: naive stacking, CacheQuant, calibration with
+the cache on, and the tuner; and which order of forecast each bit width wants.
+
+Every figure is on held-out classes and noise. All methods of one (types, seed) start from the same calibrated model, so
+that only what the cache adds differs; the tuner may also calibrate with the cache on, with as many updates as (c) has.
+Each run is one line of results.jsonl and is not repeated; several shards can work at once:
+
+    python tools/bench_joint.py run --shard 0/2 & python tools/bench_joint.py run --shard 1/2
+    python tools/bench_joint.py orders           # forecast order against bit width
+    python tools/bench_joint.py latency          # on a machine that does nothing else
+    python tools/bench_joint.py table            # Markdown
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS
+
+from accuquant.budget import Combination, nearest_interval, type_combinations
+from accuquant.calibrate import calibrate_alone, calibrate_cached
+from accuquant.console import Reporter
+from accuquant.core.metrics import latent_psnr, relative_l2
+from accuquant.correct import fit_correction
+from accuquant.measure import HeldOut, held_out_reference, image_metrics
+from accuquant.model.cache_state import Correction
+from accuquant.model.caching import cached
+from accuquant.model.digit_classifier import DigitClassifier
+from accuquant.model.families import resolve
+from accuquant.optimise import Tuner
+from accuquant.recipe import Cache, Recipe
+from accuquant.recipe.file import load_recipe, parse_recipe
+from accuquant.session import Session, open_model, prepare
+from accuquant.tune import NAIVE, Place, Tried, as_cache, rounds, step_times
+
+app = typer.Typer(add_completion=False, help=__doc__)
+QUIET = Reporter(quiet=True)
+TYPES = ("W8A8", "W4A8", "W4A4")
+NFC = (25, 14, 10, 7)
+SEEDS = (0, 1, 2)
+HELD_OUT = 30
+TUNED = {"finalists": 2, "trials": 10, "noise_aware": [False], "levels": [1.0]}
+Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+DEFAULT_OUT = Path("tools/results/joint")
+MORE_TYPES: dict[str, dict[str, Any]] = {
+    "W8A6": {"weight": "int8", "activation": "int6"},
+    "W4A16": CONFIGS["W4A8"] | {"activation": "float"},
+}
+
+
+def bench_recipe(types: str, seed: int, nfc: int = 14, iterations: int = 150) -> Recipe:
+    """M = 1, batches of 4 of 16 samples: what the accuracy log found to be best for its cost."""
+    tree = load_recipe("dit_w8a8").model_dump(mode="json")
+    tree["data"] |= {"num_samples": 16, "seed": seed}
+    rule = (CONFIGS | MORE_TYPES)[types] | {"modules": ATTENTION_AND_MLP}
+    tree["quantization"]["rules"] = [rule, ADALN]
+    learn = ["weight", "weight_scale"] + ["activation_scale"] * (rule["activation"] != "float")
+    tree["objective"] = {"iterations": iterations, "cached_iterations": 25, "batch_size": 4, "learn": learn}
+    tree["evaluation"] |= {"num_samples": HELD_OUT, "batch_size": HELD_OUT}
+    tree["tune"] = {"nfc": nfc, **TUNED}
+    return parse_recipe(tree, "benchmark")
+
+
+class Bench:
+    """One (types, seed): the calibrated model, and a held-out set to judge by."""
+
+    def __init__(self, types: str, seed: int, work: Path, iterations: int = 150) -> None:
+        recipe = bench_recipe(types, seed, iterations=iterations).model_copy(update={"tune": None})
+        rollout, planned, split = open_model(recipe)
+        self.held_out: HeldOut = held_out_reference(rollout, recipe, QUIET)
+        self.session: Session = prepare(recipe, rollout, planned, split, QUIET)
+        self.folder = work / f"{types}-{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.alone: Tuner = calibrate_alone(self.session, QUIET, self.folder, resume=True)[0]
+        self.start = self.session.snapshot()
+        self.classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
+        with torch.no_grad():
+            self.images = rollout.decode(self.held_out.latents[-1])
+
+    def judge(self, config: Cache | None, fit: bool = True) -> dict[str, Any]:
+        """Held-out figures of the model as it is under this cache; corrections are fitted first."""
+        correction: Correction | None = None
+        if config is not None and config.fits and fit:
+            config, correction = fit_correction(self.session, config, QUIET)
+        rollout, reference = self.session.rollout, self.held_out.latents[-1]
+        with nullcontext() if config is None else cached(rollout.denoiser, config, correction) as controller:
+            final = rollout.trajectory(self.held_out.conditions)[0][-1]
+            nfc = rollout.num_steps if controller is None else controller.stats().nfc
+        with torch.no_grad():
+            found = image_metrics(rollout.decode(final), self.images, self.held_out.inputs, self.classifier)
+        return {
+            "full_steps": nfc,
+            "relative_l2": float(relative_l2(final, reference).mean()),
+            "latent_psnr": latent_psnr(final, reference),
+            "psnr": found["psnr"],
+            "frechet_distance": found["frechet_distance"],
+        }
+
+    def full_precision(self, config: Cache) -> dict[str, Any]:
+        with self.session.full_precision():
+            return self.judge(config)
+
+
+@app.command()
+def run(
+    out: Out = DEFAULT_OUT,
+    types: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TYPES),
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    nfcs: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(map(str, NFC)),
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
+) -> None:
+    """Make the runs that are missing."""
+    torch.set_num_threads(threads)
+    index, count = map(int, shard.split("/"))
+    pairs = [(t, int(s)) for s in seeds.split(",") for t in types.split(",")][index::count]
+    for name, seed in pairs:
+        wanted = [n for n in map(int, nfcs.split(",")) if _key("run", name, seed, n, "(d) tuner") not in _done(out)]
+        if not wanted:
+            continue
+        bench = Bench(name, seed, Path("build/bench_joint"))
+        _write(out, shard, _key("run", name, seed, 0, "E_q"), bench.judge(None))
+        for nfc in wanted:
+            for method, found in compare(bench, name, seed, nfc):
+                _write(out, shard, _key("run", name, seed, nfc, method), found)
+
+
+def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(a) to (d) at one number of full computations."""
+    session, section = bench.session, bench_recipe(types, seed, nfc).tune
+    assert section is not None
+    folder = bench.folder / str(nfc)
+    folder.mkdir(exist_ok=True)
+    combination: Combination = type_combinations(bench_recipe(types, seed, nfc))[0]
+    seconds = step_times(session, combination, folder / "seconds.json")
+    place = Place(combination, section, session, seconds, Tried(folder / "tried.jsonl"), QUIET)
+
+    session.restore(bench.start)
+    place.rivals(nfc)
+    for row in [row for row in place.tried.rows if row["rival"]]:
+        config = as_cache(row)
+        yield ("(a) naive: TaylorSeer" if row["rival"] == NAIVE else f"(b) {row['rival']}"), bench.judge(config)
+        if row["rival"] == NAIVE:
+            naive = config
+            yield "E_c of (a)", bench.full_precision(config)
+        elif row["rival"] == "CacheQuant":
+            yield (
+                "(b') CacheQuant, fitted on its own trajectory",
+                bench.judge(config.model_copy(update={"measured_on": "quantized"})),
+            )
+
+    started = time.monotonic()
+    calibrate_cached(session, naive, bench.alone, QUIET, folder, resume=True)
+    spent = time.monotonic() - started
+    yield "(c) calibrated with the cache of (a)", bench.judge(naive) | {"seconds": spent}
+
+    session.restore(bench.start)
+    started = time.monotonic()
+    place.try_forecasts(nfc)
+    for forecast in place.best_forecasts(nfc, section.finalists):
+        place.refine(forecast, nfc, section.trials)
+    alone = place.best(nfc)
+    about = {"cache": alone["cache"], "validation": alone["E_qc"]}
+    yield "(d') tuner without calibration", bench.judge(as_cache(alone)) | about
+    rounds(place, bench.alone, nfc, folder)
+    best = place.best(nfc)
+    if not best["cached_iterations"]:
+        session.restore(bench.start)
+    about = {"cache": best["cache"], "validation": best["E_qc"], "calibrated": best["calibrated"]}
+    yield "(d) tuner", bench.judge(as_cache(best)) | about | {"seconds": time.monotonic() - started}
+    session.restore(bench.start)
+
+
+@app.command()
+def orders(
+    out: Out = DEFAULT_OUT,
+    types: Annotated[str, typer.Option(help="Comma-separated.")] = "W8A8,W8A6,W4A8,W4A4,W4A16",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
+) -> None:
+    """Taylor forecasts of order 0 to 3 at fixed intervals, quantized by MSE search, with the decomposition."""
+    torch.set_num_threads(threads)
+    index, count = map(int, shard.split("/"))
+    for name, seed in [(t, int(s)) for s in seeds.split(",") for t in types.split(",")][index::count]:
+        if _key("orders", name, seed, 7, "order 3") in _done(out):
+            continue
+        bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)
+        e_q = bench.judge(None)["relative_l2"]
+        for nfc in (14, 10, 7):
+            interval = nearest_interval(50, nfc)
+            for order in range(4):
+                config = Cache(estimation="taylor", order=order, interval=interval)
+                both, only = bench.judge(config), bench.full_precision(config)["relative_l2"]
+                _write(out, shard, _key("orders", name, seed, nfc, f"order {order}"), both | {"E_q": e_q, "E_c": only})
+            for method, config in {
+                "RFE 1": Cache(order=1, interval=interval),
+                "RFE 2": Cache(order=2, interval=interval),
+            }.items():
+                _write(out, shard, _key("orders", name, seed, nfc, method), bench.judge(config) | {"E_q": e_q})
+
+
+def _done(out: Path) -> set[tuple[Any, ...]]:
+    return {tuple(row[k] for k in ("part", "types", "seed", "nfc", "method")) for row in rows_of(out)}
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    files = sorted(out.glob("results-*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _key(part: str, types: str, seed: int, nfc: int, method: str) -> tuple[Any, ...]:
+    return part, types, seed, nfc, method
+
+
+def _write(out: Path, shard: str, key: tuple[Any, ...], found: dict[str, Any]) -> None:
+    if key in _done(out):
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    row = dict(zip(("part", "types", "seed", "nfc", "method"), key, strict=True)) | found
+    with (out / f"results-{shard.replace('/', '-')}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(*key, f"error {found['relative_l2']:.4f} image PSNR {found['psnr']:.2f}", found.get("cache", ""), flush=True)
+
+
+@app.command()
+def table(out: Out = DEFAULT_OUT) -> None:
+    """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds."""
+    rows = rows_of(out)
+    for part in ("run", "orders"):
+        here = [row for row in rows if row["part"] == part]
+        for types in dict.fromkeys(row["types"] for row in here):
+            mine = [row for row in here if row["types"] == types]
+            columns = sorted({row["nfc"] for row in mine} - {0}, reverse=True)
+            alone = [100 * row["relative_l2"] for row in mine if row["method"] == "E_q"] or [
+                100 * r["E_q"] for r in mine if "E_q" in r
+            ]
+            print(
+                f"\n### {types}: E_qc in % / image PSNR in dB / Fréchet distance x 1000; E_q {_spread(sorted(set(alone)), 2)} %\n"
+            )
+            print(f"| method | {' | '.join(f'NFC {c}' for c in columns)} |\n|---|{'---|' * len(columns)}")
+            for method in dict.fromkeys(row["method"] for row in mine if row["nfc"]):
+                cells = []
+                for nfc in columns:
+                    found = [row for row in mine if row["method"] == method and row["nfc"] == nfc]
+                    cells.append(
+                        " / ".join(_spread([k * row[name] for row in found], d) for name, k, d in FIGURES)
+                        if found
+                        else ""
+                    )
+                print(f"| {method} | {' | '.join(cells)} |")
+
+
+FIGURES = (("relative_l2", 100, 2), ("psnr", 1, 1), ("frechet_distance", 1000, 1))
+
+
+def _spread(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+if __name__ == "__main__":
+    app()
