@@ -96,7 +96,11 @@ class TrainableLayer(Layer):
             return 1 / self.spec.activation_type.qmax
         return 1.0
 
-    def linear(self, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._linear(at_least_float32(self.conv.unfold(x) if self.conv else x)).to(x.dtype)
+        return self.conv.fold(y, x) if self.conv else y
+
+    def _linear(self, tokens: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(self, tokens)
         if not self.quantized:

@@ -1,4 +1,4 @@
-"""What a quantized layer is, before it is trainable or fixed: types and groups, geometry, and the way through it.
+"""What a quantized layer is, before it is trainable or fixed: types, groups, geometry.
 
 A Conv2d is a Linear over its unfolded patches: weights are kept as (O, I) with I = in_channels * kh * kw.
 """
@@ -98,7 +98,7 @@ class Conv:
 
 
 class Layer(nn.Module):
-    """What both kinds share: the spec, the geometry, the clock, and the way from input to rows and back."""
+    """What both kinds share: the spec, the geometry and the clock."""
 
     def __init__(
         self, spec: LayerSpec, columns: int, rows: int, conv: Conv | None, clock: StepClock, name: str
@@ -107,14 +107,6 @@ class Layer(nn.Module):
         self.spec, self.conv, self.clock, self.name = spec, conv, clock, name
         self.in_features, self.out_features = columns, rows
         self.groups = spec.num_groups(columns, name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = at_least_float32(self.conv.unfold(x) if self.conv else x)
-        y = self.linear(tokens).to(x.dtype)
-        return self.conv.fold(y, x) if self.conv else y
-
-    def linear(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight={self.spec.weight}, activation={self.spec.activation}"
