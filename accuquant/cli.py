@@ -184,7 +184,7 @@ def generate(
 
 @app.command()
 def inspect(folder: Folder) -> None:
-    """Print what an export holds: each module's types, scales and size."""
+    """Print what an export holds: each module's types, scales and size, and the path that computes it here."""
     with _readable_errors():
         from accuquant.evaluate import load_export, recipe_of
         from accuquant.model.caching import controller_of
@@ -194,7 +194,17 @@ def inspect(folder: Folder) -> None:
 
         denoiser = denoiser_of(load_export(folder, recipe_of(folder, ["model.device=cpu"])))
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("module", "shape", "weight", "group", "activation", "weight scale", "activation scale", "kB"):
+        for column in (
+            "module",
+            "shape",
+            "weight",
+            "group",
+            "activation",
+            "weight scale",
+            "activation scale",
+            "path",
+            "kB",
+        ):
             table.add_column(column)
         total = 0
         for name, layer in quantized_layers(denoiser).items():
@@ -210,6 +220,7 @@ def inspect(folder: Folder) -> None:
                 f"{spec.activation} {spec.activation_scale}" if spec.activation != "float" else "float",
                 _span(layer.weight_scale),
                 "" if scales is None else ("clip " if not spec.static else f"{len(scales)}: ") + _span(scales),
+                layer.path,
                 f"{size / 1e3:.1f}",
             )
         out.print(table)

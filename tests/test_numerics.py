@@ -302,7 +302,7 @@ def test_integer_linear_is_the_product_of_the_dequantized(
     sw = (randn(14, groups).abs() + 0.01).float()
     zw = random_integers(14, groups, int8, 2) if asymmetric else None
     sx = (randn(9, 1).abs() + 0.01).float() if per_token else torch.tensor(0.037)
-    found = integer_linear(qx, sx, x_zero, qw, sw, zw)
+    found = integer_linear(qx, sx, torch.tensor([x_zero]) if x_zero else None, qw, sw, zw)
     assert found.dtype == torch.float32
     assert relative(found, product(qx, sx, x_zero, qw, sw, zw)) < 1e-6
 
@@ -317,7 +317,7 @@ def test_integer_linear_at_the_ends_of_the_range(columns: int, x: int, x_zero: i
     sw = torch.full((5, 1), 2.0**-7)
     zw = None if w_zero is None else torch.full((5, 1), w_zero, dtype=torch.int8)
     expected = columns * (x - x_zero) * (w - (w_zero or 0)) * 2.0**-7 * 0.5
-    found = integer_linear(qx, torch.tensor(0.5), x_zero, qw, sw, zw)
+    found = integer_linear(qx, torch.tensor(0.5), torch.tensor([x_zero]), qw, sw, zw)
     assert float((found / expected - 1).abs().max()) < 1e-6
 
 
@@ -327,4 +327,4 @@ def test_integer_linear_subtracts_exactly() -> None:
     qx = torch.full((1, columns), 127, dtype=torch.int8)
     qw = torch.tensor([127, -127], dtype=torch.int8).repeat(1, columns // 2)
     qw[0, 0] = 126
-    assert float(integer_linear(qx, torch.tensor(1.0), 0, qw, torch.ones(1, 1), None)) == -127
+    assert float(integer_linear(qx, torch.tensor(1.0), None, qw, torch.ones(1, 1), None)) == -127

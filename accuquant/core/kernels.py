@@ -5,12 +5,32 @@ With q the stored integers, z zero points and s scales, a linear layer is
     y[b, o] = s_x[b] * sum_g s_w[o, g] * sum_{i in g} (q_x[b, i] - z_x) * (q_w[o, i] - z_w[o, g])  + bias[o].
 
 The inner sum is expanded into one integer product and two integer corrections, so nothing is rounded before the scales.
+
+`integer_linear` serves every case with plain torch. `packed_linear` is oneDNN's product on weights laid out for it:
+symmetric int8 weights with one scale a row, on CPUs where it gives the exact integers (`packed_works`).
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+BLOCK_ROWS = 512
+TOKEN_BLOCK = 128  # rows of which the float result stays in the cache until it is scaled
+CACHE_BYTES = 1 << 24  # results larger than this are computed and scaled by blocks of rows
+
+_LIBRARY = torch.library.Library("accuquant", "DEF")
+_LIBRARY.define(
+    "packed_linear(Tensor u, Tensor scale, Tensor zero, Tensor packed, Tensor w_scale, Tensor? bias, ScalarType dtype)"
+    " -> Tensor"
+)
+
+
+def row_blocks(a: Tensor, outputs: int) -> int:
+    """How many of the rows of ``a`` to compute at a time."""
+    return a.shape[0] if a.is_cuda or 4 * a.shape[0] * outputs <= CACHE_BYTES else BLOCK_ROWS
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
@@ -34,32 +54,168 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
 def integer_linear(
     qx: Tensor,
     x_scale: Tensor,
-    x_zero: int,
+    x_zero: Tensor | None,
     qw: Tensor,
     w_scale: Tensor,
     w_zero: Tensor | None,
+    w_sums: Tensor | None = None,
 ) -> Tensor:
     """The formula above without bias.
 
     Args:
-        qx: (M, K) int8 activations; x_scale: (M, 1) or () float32; x_zero: their zero point.
+        qx: (M, K) int8 activations; x_scale: (M, 1), (1,) or () float; x_zero: (1,) their zero point, None for 0.
         qw: (O, K) int8 weights; w_scale: (O, G) float32; w_zero: (O, G) integers, or None for symmetric weights.
+        w_sums: `weight_sums` of qw, where they are known.
 
     Returns:
         (M, O) float32.
     """
+    rows = row_blocks(qx, qw.shape[0])
+    if x_zero is not None and w_sums is None:
+        w_sums = weight_sums(qw, w_scale.shape[1])
+    if rows == qx.shape[0]:
+        return _block(qx, x_scale, x_zero, qw, w_scale, w_zero, w_sums)
+    parts = []
+    for start in range(0, qx.shape[0], rows):
+        scale = x_scale[start : start + rows] if x_scale.dim() == 2 else x_scale
+        parts.append(_block(qx[start : start + rows], scale, x_zero, qw, w_scale, w_zero, w_sums))
+    return torch.cat(parts)
+
+
+def _block(
+    qx: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    qw: Tensor,
+    w_scale: Tensor,
+    w_zero: Tensor | None,
+    w_sums: Tensor | None,
+) -> Tensor:
     groups = w_scale.shape[1]
     size = -(-qw.shape[1] // groups)
     total: Tensor | None = None
     for g in range(groups):
         a, b = qx[:, g * size : (g + 1) * size], qw[:, g * size : (g + 1) * size]
         acc = integer_product(a, b)
-        if x_zero:
-            acc = acc - x_zero * b.sum(1, dtype=torch.int32)
+        if x_zero is not None and w_sums is not None:
+            acc = acc - x_zero.to(torch.int32) * w_sums[:, g]
         if w_zero is not None:
-            rows = a.sum(1, keepdim=True, dtype=torch.int32) - x_zero * a.shape[1]
-            acc = acc - rows * w_zero[:, g].to(torch.int32)
-        part = acc.to(torch.float32) * w_scale[:, g]
+            row_sums = a.sum(1, keepdim=True, dtype=torch.int32)
+            if x_zero is not None:
+                row_sums = row_sums - x_zero.to(torch.int32) * a.shape[1]
+            acc = acc - row_sums * w_zero[:, g].to(torch.int32)
+        part = acc * w_scale[:, g]
         total = part if total is None else total + part
     assert total is not None
     return total * x_scale
+
+
+def weight_sums(qw: Tensor, groups: int) -> Tensor:
+    """(O, K) int8 -> (O, G) int32, the sum of each group."""
+    return torch.stack([part.sum(1, dtype=torch.int32) for part in qw.split(-(-qw.shape[1] // groups), 1)], 1)
+
+
+def unsigned(q: Tensor) -> Tensor:
+    """Integers in [-128, 127], of any type -> uint8, 128 higher: the only activations oneDNN is fast with."""
+    if torch.compiler.is_compiling():
+        return (q + 128).to(torch.uint8)
+    return q.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # by far the fastest without a compiler
+
+
+def prepack(qw: Tensor) -> Tensor:
+    """(O, K) int8 -> (K, O) in oneDNN's own layout, in as many bytes."""
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(qw, None)
+    return packed
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Inverse of `prepack`."""
+    return packed.to_dense().t().contiguous()
+
+
+def packed_linear(
+    u: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(M, O) in ``dtype``: scale * w_scale * ((u - zero) @ packed) + bias.
+
+    Args:
+        u: (M, K) uint8; scale: (1,) or (M, 1) float32; zero: (1,) int32; packed: of `prepack`; w_scale: (O,) float32.
+    """
+    out: Tensor = torch.ops.accuquant.packed_linear(u, scale, zero, packed, w_scale, bias, dtype)
+    return out
+
+
+def _packed_linear(
+    u: Tensor, scale: Tensor, zero: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    w_zero, one, per_token = torch.zeros(w_scale.shape, dtype=torch.int32), torch.ones(1), scale.dim() == 2
+
+    def compute(block: Tensor, scale: Tensor) -> Tensor:
+        fused = (one, None, torch.float32) if per_token else (scale, bias, dtype)  # oneDNN takes one scale
+        y: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
+            block, fused[0], zero, packed, w_scale, w_zero, fused[1], 1.0, 0, fused[2], "none", [], ""
+        )
+        if per_token:
+            y = y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
+        return y
+
+    if not u.shape[0]:
+        return w_scale.new_empty(0, w_scale.shape[0], dtype=dtype)
+    rows = TOKEN_BLOCK if per_token else row_blocks(u, w_scale.shape[0])
+    if rows >= u.shape[0]:
+        return compute(u, scale).to(dtype)
+    out = w_scale.new_empty(u.shape[0], w_scale.shape[0], dtype=dtype)
+    for k, block in enumerate(u.split(rows)):
+        out[k * rows : (k + 1) * rows] = compute(block, scale[k * rows : (k + 1) * rows] if per_token else scale)
+    return out
+
+
+def _packed_linear_shape(
+    u: Tensor, scale: Tensor, zero: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return w_scale.new_empty(u.shape[0], w_scale.shape[0], dtype=dtype)
+
+
+_LIBRARY.impl("packed_linear", _packed_linear, "CPU")
+_LIBRARY.impl("packed_linear", _packed_linear, "MkldnnCPU")
+torch.library.register_fake("accuquant::packed_linear", _packed_linear_shape, lib=_LIBRARY)
+
+
+@functools.cache
+def packed_works() -> bool:
+    """Whether oneDNN's product exists here and its integers are exact, at the ends of their range too.
+
+    CPUs without VNNI add products of pairs in 16 bits, which saturates.
+    """
+    if not (hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qlinear_prepack")):
+        return False
+    try:
+        with torch.device("cpu"):  # models are also built with another default device
+            return _packed_is_exact()
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _packed_is_exact() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, outputs in ((1, 1, 1), (1, 64, 48), (5, 37, 19), (64, 256, 64)):
+        qw = torch.randint(-128, 128, (outputs, columns), dtype=torch.int8, generator=generator)
+        u = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator)
+        qw[0], u[0] = -128, 255
+        w_scale = torch.full((outputs,), 1 / 64)  # powers of two: the expected floats are exact
+        bias = torch.arange(outputs, dtype=torch.float32)
+        for zero in (0, 128, 255):
+            exact = (u.double() - zero) @ qw.double().t() / 128 + bias.double()
+            packed = prepack(qw)
+            arguments = (u, torch.tensor([0.5]), torch.tensor([zero], dtype=torch.int32), packed, w_scale, bias)
+            same = torch.equal(packed_linear(*arguments).double(), exact)
+            half = packed_linear(*arguments, torch.bfloat16)
+            if not (same and torch.equal(half, exact.to(torch.bfloat16)) and torch.equal(unpack(packed), qw)):
+                return False
+    return True

@@ -40,7 +40,7 @@ QTYPES: dict[str, QType] = {t.name: t for t in (QType("int8", 8), QType("int6", 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, qtype: QType) -> Tensor:
     """Integers of ``x`` as a float tensor: ``clamp(round(x / scale) + zero_point, qmin, qmax)``."""
-    return (torch.round(x / scale) + zero_point).clamp_(qtype.qmin, qtype.qmax)
+    return (x / scale).round_().add_(zero_point).clamp_(qtype.qmin, qtype.qmax)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:

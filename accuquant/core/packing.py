@@ -7,6 +7,8 @@ to a byte, low nibble first". A row is padded with zeros of the unsigned form to
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,11 +51,15 @@ def unpack(packed: Tensor, columns: int, qtype: QType) -> Tensor:
         raise ValueError(f"{packed.shape[1]} bytes a row cannot hold {columns} {qtype.name} values")
     if qtype.bits == 8:
         return packed
-    rows = packed.shape[0]
-    parts = packed.view(rows, -1, qtype.bits).to(torch.int64)
-    word = torch.zeros(parts.shape[:2], dtype=torch.int64, device=packed.device)
-    for byte in range(qtype.bits):
-        word |= parts[..., byte] << (8 * byte)
+    if qtype.bits == 4:  # each byte to two: both nibbles into a 16-bit word, the first in its low byte
+        word = packed.to(torch.int16)
+        u = (word << 4).bitwise_or_(word).bitwise_and_(0x0F0F).view(torch.int8).add_(qtype.qmin)
+        return u[:, :columns].contiguous()
+    size = 8 // math.gcd(8, qtype.bits)  # as few integers as fill whole bytes: a word of at most 24 bits
+    bytes_ = packed.view(packed.shape[0], -1, size * qtype.bits // 8).to(torch.int32)
+    word = bytes_[..., 0].clone()
+    for byte in range(1, bytes_.shape[-1]):
+        word |= bytes_[..., byte] << (8 * byte)
     mask = (1 << qtype.bits) - 1
-    u = torch.stack([(word >> (k * qtype.bits)) & mask for k in range(8)], -1).view(rows, -1)[:, :columns]
-    return (u + qtype.qmin).to(torch.int8)
+    u = torch.stack([(word >> (k * qtype.bits)) & mask for k in range(size)], -1).view(packed.shape[0], -1)
+    return (u[:, :columns] + qtype.qmin).to(torch.int8)

@@ -22,6 +22,7 @@ from accuquant.model.cache_state import CacheError, Correction
 from accuquant.model.caching import CORRECTION, attach_cache
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, keep_float32, quantized_layers, trainable_layers
+from accuquant.model.quantized import prepare_layers
 from accuquant.recipe import Cache
 
 FORMAT_VERSION = 1
@@ -125,6 +126,13 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 setattr(model, CORRECTION, Correction(timesteps, cache.correction_channels or {}, full_timesteps))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name, layer in quantized_layers(model).items():
+            key = f"{name}.weight"
+            if layer.repacks and key in self.files:
+                # read by a mapping of its own, which goes afterwards: pages that diffusers has mapped stay in memory
+                with safe_open(self.files[key], framework="pt") as file:
+                    layer.weight = nn.Parameter(file.get_tensor(key), requires_grad=False)
+            layer.prepare()
         self.clock.attach(model)
         keep_float32(model, [*self.quantization_config.layers, CORRECTION])
         if self.quantization_config.cache is not None:
@@ -134,19 +142,18 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"quantization_config.cache: {error}") from error
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        found: set[str] = set()  # what the files hold; for shards, loaded_keys is what their index says
+        self.files: dict[str, str] = {}  # what they hold; for shards, loaded_keys is what their index says
         for path in checkpoint_files:
             with safe_open(path, framework="pt") as file:
-                found.update(file.keys())
-        self.loaded_keys = found
-        return sorted(found)
+                self.files.update(dict.fromkeys(file.keys(), path))
+        return sorted(self.files)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """diffusers would load a missing tensor as zeros and only warn."""
         if missing_keys:
             shown = ", ".join(sorted(missing_keys)[:5]) + (" ..." if len(missing_keys) > 5 else "")
             raise CheckpointError(f"{len(missing_keys)} tensors are missing from the checkpoint: {shown}")
-        extra = sorted(self.loaded_keys - set(model.state_dict()))
+        extra = sorted(set(self.files) - set(model.state_dict()))
         if extra:
             raise CheckpointError(f"the checkpoint holds tensors its config does not promise: {', '.join(extra[:5])}")
         return missing_keys
@@ -200,6 +207,7 @@ def harden_model(model: Any, clock: StepClock) -> None:
     """Turn trainable layers into exported ones in place; ``model.save_pretrained`` then writes them packed."""
     for name, layer in trainable_layers(model).items():
         model.set_submodule(name, layer.harden())
+    prepare_layers(model)
     config = AccuQuantConfig({n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.edges)
     model.hf_quantizer = AccuQuantQuantizer(config)
     model.is_quantized = True

@@ -6,6 +6,7 @@ import inspect
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,8 +24,10 @@ class StepClock:
         if any(a <= b for a, b in itertools.pairwise(edges)):
             raise ValueError(f"timestep edges must descend strictly, found {edges}")
         self.edges = edges
-        self.group = 0
         self.position = 0
+        # the current group: a tensor, so that one graph serves all groups
+        self.index = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self._group: int | None = 0  # the same number, where it is known without asking the device
 
     @classmethod
     def from_timesteps(cls, timesteps: Tensor, num_groups: int) -> StepClock:
@@ -40,8 +43,17 @@ class StepClock:
     def group_of(self, timestep: float) -> int:
         return sum(timestep < edge for edge in self.edges)
 
-    def set(self, timestep: float) -> None:
-        self.group = self.group_of(timestep)
+    @property
+    def group(self) -> int:
+        if self._group is None:
+            self._group = int(self.index)
+        return self._group
+
+    def set(self, timestep: float | Tensor) -> None:
+        """Of a tensor the first value counts. Nothing is read back from its device, so this also runs in a graph."""
+        value = torch.as_tensor(timestep, dtype=torch.float64).flatten()[:1]
+        edges = torch.tensor(self.edges, dtype=torch.float64, device=value.device)
+        self.index, self._group = (value < edges).sum(0, keepdim=True), None
 
     def attach(self, denoiser: nn.Module) -> None:
         """Follow the denoiser's calls: the argument named ``timestep`` is read before each forward pass.
@@ -62,4 +74,4 @@ class StepClock:
 def _follow(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     clock: StepClock = denoiser.step_clock
     timestep = kwargs["timestep"] if "timestep" in kwargs else args[clock.position]
-    clock.set(float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep))
+    clock.set(timestep)

@@ -1,144 +1,41 @@
-"""Quantized Linear and Conv2d.
+"""Quantized Linear and Conv2d while they are calibrated, and the replacing of a model's modules by them.
 
 `TrainableLayer` is what calibration works on: float weights, learned scales, everything differentiable.
 `QuantizedLayer` is what is exported and loaded: packed integers and scales. `TrainableLayer.harden` turns the one into
 the other, and both compute the same function (`torch.equal` with the reference arithmetic).
-
-A Conv2d is a Linear over its unfolded patches: weights are kept as (O, I) with I = in_channels * kh * kw.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accuquant.core import kernels, rounding
-from accuquant.core.numerics import (
-    QTYPES,
-    QType,
-    dequantize,
-    dynamic_scale,
-    fake_quantize,
-    lsq_gradient_scale,
-    quantize,
-    search_scale,
-)
-from accuquant.core.packing import pack, packed_columns, unpack
+from accuquant.core import rounding
+from accuquant.core.numerics import dequantize, dynamic_scale, fake_quantize, lsq_gradient_scale, quantize, search_scale
+from accuquant.core.packing import pack
 from accuquant.model.clock import StepClock
+from accuquant.model.quantized import Arithmetic, QuantizedLayer, quantized_layers, set_arithmetic
+from accuquant.model.spec import Conv, Layer, LayerSpec, at_least_float32
 
-Arithmetic = Literal["integer", "reference"]
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What one module is quantized to; stored per module in the export's config.json."""
-
-    weight: str
-    activation: str = "float"
-    group_size: int | None = None
-    symmetric: bool = True
-    activation_scale: str = "static"
-    activation_symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        for name in (self.weight, *([] if self.activation == "float" else [self.activation])):
-            if name not in QTYPES:
-                raise ValueError(f"unknown type {name!r}; known types: {', '.join(QTYPES)}")
-        if self.activation_scale not in ("static", "dynamic"):
-            raise ValueError(f"activation_scale must be 'static' or 'dynamic', found {self.activation_scale!r}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive, found {self.group_size}")
-
-    @property
-    def weight_type(self) -> QType:
-        return QTYPES[self.weight]
-
-    @property
-    def activation_type(self) -> QType | None:
-        return QTYPES.get(self.activation)
-
-    @property
-    def static(self) -> bool:
-        return self.activation != "float" and self.activation_scale == "static"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def num_groups(self, columns: int, name: str = "module") -> int:
-        """Weight scales per row.
-
-        Raises:
-            ValueError: the group size does not divide the row.
-        """
-        if self.group_size is None:
-            return 1
-        if columns % self.group_size:
-            fits = [s for s in (128, 64, 32, 16, 8) if columns % s == 0]
-            raise ValueError(
-                f"group_size {self.group_size} does not divide the {columns} inputs of {name}; would fit: {fits}"
-            )
-        return columns // self.group_size
+__all__ = [
+    "Arithmetic",
+    "Conv",
+    "LayerSpec",
+    "QuantizedLayer",
+    "TrainableLayer",
+    "keep_float32",
+    "quantize_model",
+    "quantized_layers",
+    "set_arithmetic",
+    "trainable_layers",
+]
 
 
-@dataclass(frozen=True)
-class Conv:
-    """Geometry of a Conv2d."""
-
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str) -> Conv | None:
-        if not isinstance(module, nn.Conv2d):
-            return None
-        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise ValueError(f"{name}: grouped or specially padded convolutions stay float; give them weight: float")
-        pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
-        return cls(*((int(a), int(b)) for a, b in pairs))
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, L, C * kh * kw), L output positions."""
-        return F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride).transpose(1, 2)
-
-    def fold(self, y: Tensor, x: Tensor) -> Tensor:
-        """(B, L, O) -> (B, O, H', W')."""
-        height = (x.shape[2] + 2 * self.padding[0] - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[
-            0
-        ] + 1
-        return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], height, -1)
-
-
-class _Layer(nn.Module):
-    """What both kinds share: the spec, the geometry, the clock, and the way from input to rows and back."""
-
-    def __init__(
-        self, spec: LayerSpec, columns: int, rows: int, conv: Conv | None, clock: StepClock, name: str
-    ) -> None:
-        super().__init__()
-        self.spec, self.conv, self.clock, self.name = spec, conv, clock, name
-        self.in_features, self.out_features = columns, rows
-        self.groups = spec.num_groups(columns, name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = _at_least_float32(self.conv.unfold(x) if self.conv else x)
-        y = self.linear(tokens).to(x.dtype)
-        return self.conv.fold(y, x) if self.conv else y
-
-    def linear(self, tokens: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, weight={self.spec.weight}, activation={self.spec.activation}"
-
-
-class TrainableLayer(_Layer):
+class TrainableLayer(Layer):
     """Fake-quantized layer with learnable weights, weight scales, activation scales, rounding and bias.
 
     Scales are parametrised by their logarithm. ``log_activation_scale`` is (timestep groups,) for static scales and
@@ -149,13 +46,13 @@ class TrainableLayer(_Layer):
     def __init__(
         self, module: nn.Linear | nn.Conv2d, spec: LayerSpec, clock: StepClock, name: str, search: bool
     ) -> None:
-        weight = _at_least_float32(module.weight.detach()).flatten(1)
+        weight = at_least_float32(module.weight.detach()).flatten(1)
         super().__init__(spec, weight.shape[1], weight.shape[0], Conv.of(module, name), clock, name)
         self.weight = nn.Parameter(weight.clone())
         self.register_buffer("float_weight", weight, persistent=False)  # calibration changes `weight` and `bias`
-        float_bias = None if module.bias is None else _at_least_float32(module.bias.detach())
+        float_bias = None if module.bias is None else at_least_float32(module.bias.detach())
         self.register_buffer("float_bias", float_bias, persistent=False)
-        self.bias = None if module.bias is None else nn.Parameter(_at_least_float32(module.bias.detach()).clone())
+        self.bias = None if module.bias is None else nn.Parameter(at_least_float32(module.bias.detach()).clone())
         scale, zero = search_scale(self._grouped(weight), spec.weight_type, spec.symmetric, search)
         self.log_weight_scale = nn.Parameter(scale.view(-1, self.groups).log())
         self.register_buffer("weight_zero_point", zero.view(-1, self.groups))
@@ -204,7 +101,11 @@ class TrainableLayer(_Layer):
             return 1 / self.spec.activation_type.qmax
         return 1.0
 
-    def linear(self, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._linear(at_least_float32(self.conv.unfold(x) if self.conv else x)).to(x.dtype)
+        return self.conv.fold(y, x) if self.conv else y
+
+    def _linear(self, tokens: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(self, tokens)
         if not self.quantized:
@@ -270,81 +171,6 @@ class TrainableLayer(_Layer):
         return layer
 
 
-class QuantizedLayer(_Layer):
-    """Packed integers with their scales; computes in integers, or in float on the dequantized values.
-
-    Tensors, as they stand in the safetensors file: ``weight`` (O, packed columns), ``weight_scale`` (O, G) float32,
-    ``weight_zero_point`` (O, G) int8 where asymmetric, ``activation_scale`` (timestep groups,) or (1,) float32,
-    ``activation_zero_point`` (timestep groups,) int8 where static and asymmetric, ``bias`` (O,).
-    """
-
-    def __init__(
-        self, spec: LayerSpec, columns: int, rows: int, conv: Conv | None, clock: StepClock, name: str, bias: bool
-    ) -> None:
-        super().__init__(spec, columns, rows, conv, clock, name)
-        storage = torch.int8 if spec.weight_type.bits == 8 else torch.uint8
-        num_scales = clock.num_groups if spec.static else 1
-        asymmetric = spec.static and not spec.activation_symmetric
-        self.weight = _fixed(rows, packed_columns(columns, spec.weight_type), dtype=storage)
-        self.weight_scale = _fixed(rows, self.groups)
-        self.weight_zero_point = None if spec.symmetric else _fixed(rows, self.groups, dtype=torch.int8)
-        self.activation_scale = _fixed(num_scales) if spec.activation != "float" else None
-        self.activation_zero_point = _fixed(num_scales, dtype=torch.int8) if asymmetric else None
-        self.bias = _fixed(rows) if bias else None
-        self.arithmetic: Arithmetic = "integer"
-
-    def linear(self, tokens: Tensor) -> Tensor:
-        if self.arithmetic == "integer" and self.activation_scale is not None:
-            y = self._integer(tokens)
-            return y if self.bias is None else y + self.bias
-        return F.linear(self._reference_input(tokens), self.dequantized_weight(), self._float_bias())
-
-    def integer_weight(self) -> Tensor:
-        """(O, I) int8."""
-        return unpack(self.weight, self.in_features, self.spec.weight_type)
-
-    def dequantized_weight(self) -> Tensor:
-        """(O, I) float32."""
-        q = self.integer_weight().reshape(self.out_features * self.groups, -1).float()
-        zero: Tensor | int = 0 if self.weight_zero_point is None else self.weight_zero_point.view(-1, 1).float()
-        return dequantize(q, self.weight_scale.view(-1, 1), zero).view(self.out_features, -1)
-
-    def _float_bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.float()
-
-    def _input_grid(self, tokens: Tensor) -> tuple[Tensor, int]:
-        assert self.activation_scale is not None and self.spec.activation_type is not None
-        if not self.spec.static:
-            return dynamic_scale(tokens, self.spec.activation_type, self.activation_scale), 0
-        group = self.clock.group
-        zero = 0 if self.activation_zero_point is None else int(self.activation_zero_point[group])
-        return self.activation_scale[group], zero
-
-    def _reference_input(self, tokens: Tensor) -> Tensor:
-        if self.spec.activation_type is None:
-            return tokens
-        scale, zero = self._input_grid(tokens)
-        return dequantize(quantize(tokens, scale, zero, self.spec.activation_type), scale, zero)
-
-    def _integer(self, tokens: Tensor) -> Tensor:
-        assert self.spec.activation_type is not None
-        scale, zero = self._input_grid(tokens)
-        q = quantize(tokens, scale, zero, self.spec.activation_type).to(torch.int8).reshape(-1, self.in_features)
-        flat_scale = scale if self.spec.static else scale.reshape(-1, 1)
-        y = kernels.integer_linear(
-            q, flat_scale, zero, self.integer_weight(), self.weight_scale, self.weight_zero_point
-        )
-        return y.view(*tokens.shape[:-1], self.out_features)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _fixed(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
-
-
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -365,10 +191,6 @@ def trainable_layers(model: nn.Module) -> dict[str, TrainableLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, TrainableLayer)}
 
 
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-
-
 def quantize_model(
     model: nn.Module, specs: dict[str, LayerSpec], clock: StepClock, search: bool
 ) -> dict[str, TrainableLayer]:
@@ -385,18 +207,3 @@ def quantize_model(
 def keep_float32(model: Any, names: Iterable[str]) -> None:
     """Tell diffusers that these modules' float tensors do not speak for the model's dtype: scales stay float32."""
     model._keep_in_fp32_modules = [*(getattr(model, "_keep_in_fp32_modules", None) or []), *names]
-
-
-def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:
-    """Choose how a quantized model computes: ``integer`` (default) or ``reference`` (float on dequantized values).
-
-    Raises:
-        ValueError: unknown name, or the model has no quantized layer.
-    """
-    if arithmetic not in ("integer", "reference"):
-        raise ValueError(f"arithmetic must be 'integer' or 'reference', found {arithmetic!r}")
-    layers = quantized_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer quantized by accuquant")
-    for layer in layers.values():
-        layer.arithmetic = arithmetic

@@ -1,0 +1,250 @@
+"""The quantized layer that is exported and loaded: packed integers and scales, and the ways it can compute.
+
+`onednn` is the integer product on weights laid out for it, `int_mm` the one of plain torch, `float` a float product on
+dequantized weights (the only one where activations stay float). All give the same up to float32 rounding;
+`QuantizedLayer.prepare` takes the fastest on this machine.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accuquant.core import kernels
+from accuquant.core.numerics import dequantize, dynamic_scale, quantize
+from accuquant.core.packing import packed_columns, unpack
+from accuquant.model.clock import StepClock
+from accuquant.model.spec import Conv, Layer, LayerSpec, at_least_float32
+
+Arithmetic = Literal["integer", "reference"]
+Path = Literal["onednn", "int_mm", "float"]
+
+PROBE_ROWS = 128
+PROBE_OUTPUTS = 512
+PROBE_RUNS = 3
+PROBE_MARGIN = 1.1  # a path has to be this much faster than one that stands before it
+PROBE_SIZE = 1 << 14  # smaller weights are not worth a measurement
+
+
+class QuantizedLayer(Layer):
+    """Packed integers with their scales; computes in integers, or in float on the dequantized values.
+
+    Tensors, as they stand in the safetensors file: ``weight`` (O, packed columns), ``weight_scale`` (O, G) float32,
+    ``weight_zero_point`` (O, G) int8 where asymmetric, ``activation_scale`` (timestep groups,) or (1,) float32,
+    ``activation_zero_point`` (timestep groups,) int8 where static and asymmetric, ``bias`` (O,).
+
+    On the path ``onednn`` the parameter ``weight`` is in oneDNN's layout, (I, O); state_dict, copies and other devices
+    get the one above.
+    """
+
+    def __init__(
+        self, spec: LayerSpec, columns: int, rows: int, conv: Conv | None, clock: StepClock, name: str, bias: bool
+    ) -> None:
+        super().__init__(spec, columns, rows, conv, clock, name)
+        storage = torch.int8 if spec.weight_type.bits == 8 else torch.uint8
+        num_scales = clock.num_groups if spec.static else 1
+        asymmetric = spec.static and not spec.activation_symmetric
+        self.weight = _fixed(rows, packed_columns(columns, spec.weight_type), dtype=storage)
+        self.weight_scale = _fixed(rows, self.groups)
+        self.weight_zero_point = None if spec.symmetric else _fixed(rows, self.groups, dtype=torch.int8)
+        self.activation_scale = _fixed(num_scales) if spec.activation != "float" else None
+        self.activation_zero_point = _fixed(num_scales, dtype=torch.int8) if asymmetric else None
+        self.bias = _fixed(rows) if bias else None
+        self.arithmetic: Arithmetic = "integer"
+        self.prepared = False
+        self.path = self._unmeasured()
+        self.weight_sums: Tensor | None = None
+
+    # ---- the function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Integers are made from a half type without a copy in float32: the scales make the quotient one."""
+        tokens = self.conv.unfold(x) if self.conv else x
+        if self.arithmetic == "reference" or self.path == "float":
+            y = self._float(at_least_float32(tokens))
+        else:
+            y = self._integer(tokens.reshape(-1, self.in_features)).view(*tokens.shape[:-1], self.out_features)
+        y = y.to(x.dtype)
+        return self.conv.fold(y, x) if self.conv else y
+
+    def _float(self, tokens: Tensor) -> Tensor:
+        weight, bias = self.dequantized_weight(), self.bias
+        if self.spec.activation_type is not None:
+            scale, zero = self._input_grid(tokens)
+            q = quantize(tokens, scale, 0 if zero is None else zero, self.spec.activation_type)
+            tokens = dequantize(q, scale, 0 if zero is None else zero)
+        return F.linear(tokens, weight.to(tokens.dtype), None if bias is None else bias.to(tokens.dtype))
+
+    def _integer(self, tokens: Tensor) -> Tensor:
+        """(M, I) -> (M, O)."""
+        assert self.spec.activation_type is not None
+        if self.path == "onednn" and tokens.device.type != "cpu":  # somebody carried the input elsewhere
+            self._lay_out("int_mm")
+            self.weight = nn.Parameter(self.weight.to(tokens.device), requires_grad=False)
+        scale, zero = self._input_grid(tokens)
+        q = quantize(tokens, scale, 0 if zero is None else zero, self.spec.activation_type)
+        if self.path == "onednn":
+            return self._onednn(q, scale, zero, tokens.dtype)
+        weight = self.integer_weight()
+        y = kernels.integer_linear(
+            q.to(torch.int8), scale, zero, weight, self.weight_scale, self.weight_zero_point, self.weight_sums
+        )
+        return y if self.bias is None else y + self.bias
+
+    def _onednn(self, q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+        shift = torch.full((1,), 128, dtype=torch.int32)
+        zero = shift if zero is None else shift + zero
+        out = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        u, scale = kernels.unsigned(q), scale.float()
+        return kernels.packed_linear(u, scale, zero, self.weight, self.weight_scale.view(-1), self.bias, out)
+
+    def _input_grid(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale, (1,) or one a token, and zero point, (1,) or None for zero."""
+        assert self.activation_scale is not None and self.spec.activation_type is not None
+        if not self.spec.static:
+            return dynamic_scale(tokens, self.spec.activation_type, self.activation_scale), None
+        group = self.clock.index.to(self.activation_scale.device)
+        zero = self.activation_zero_point
+        return self.activation_scale.index_select(0, group), None if zero is None else zero.index_select(0, group)
+
+    def integer_weight(self) -> Tensor:
+        """(O, I) int8."""
+        if self.weight.is_mkldnn:
+            return kernels.unpack(self.weight)
+        return unpack(self.weight, self.in_features, self.spec.weight_type)
+
+    def dequantized_weight(self) -> Tensor:
+        """(O, I) float32."""
+        q = self.integer_weight().reshape(self.out_features * self.groups, -1).float()
+        if self.weight_zero_point is not None:
+            q.sub_(self.weight_zero_point.view(-1, 1))
+        return q.mul_(self.weight_scale.view(-1, 1)).view(self.out_features, -1)
+
+    # ---- the path
+
+    def paths(self) -> list[Path]:
+        """Those that can compute this layer on a CPU, the likely fastest first."""
+        if self.activation_scale is None:
+            return ["float"]
+        plain = self.spec.symmetric and self.groups == 1 and self.spec.weight_type.bits == 8
+        return ["onednn", "int_mm", "float"] if plain and kernels.packed_works() else ["int_mm", "float"]
+
+    def _unmeasured(self) -> Path:
+        return "float" if self.activation_scale is None else "int_mm"
+
+    @property
+    def repacks(self) -> bool:
+        """Whether preparing may copy the weight into another layout."""
+        return self.weight.device.type == "cpu" and "onednn" in self.paths()
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Take the fastest path, by a short measurement that the process remembers, and lay the weights out for it."""
+        self.prepared = True
+        if self.weight.device.type != "cpu":
+            return
+        key = (self.spec, self.out_features, self.in_features, torch.get_num_threads())
+        if key not in _fastest:
+            with torch.device("cpu"):
+                _fastest[key] = self._measured()
+        self._lay_out(_fastest[key])
+
+    def _measured(self) -> Path:
+        paths = self.paths()
+        if len(paths) == 1 or self.in_features * self.out_features < PROBE_SIZE:
+            return paths[0]
+        rows = min(self.out_features, PROBE_OUTPUTS)
+        tokens = torch.linspace(-1, 1, PROBE_ROWS * self.in_features).view(PROBE_ROWS, -1)
+        twin = QuantizedLayer(self.spec, self.in_features, rows, None, StepClock([]), "probe", bias=True)
+        assert twin.activation_scale is not None
+        twin.activation_scale.fill_(1 / 64)
+        best, least = paths[0], float("inf")
+        for path in paths:
+            twin._lay_out(path)
+            seconds = _seconds(twin, tokens)  # a first run, which also makes what later ones reuse
+            if seconds < 2 * least:
+                seconds = min(_seconds(twin, tokens) for _ in range(PROBE_RUNS))
+            if seconds * PROBE_MARGIN < least:
+                best, least = path, seconds
+        return best
+
+    @torch.no_grad()
+    def _lay_out(self, path: Path) -> None:
+        if self.weight.is_mkldnn != (path == "onednn"):
+            change = kernels.unpack if self.weight.is_mkldnn else kernels.prepack
+            self.weight = nn.Parameter(change(self.weight), requires_grad=False)
+        self.path, self.weight_sums = path, None
+        if path == "int_mm" and self.activation_zero_point is not None:
+            parts = (unpack(rows, self.in_features, self.spec.weight_type) for rows in self.weight.split(256))
+            self.weight_sums = torch.cat([kernels.weight_sums(part, self.groups) for part in parts])
+
+    def _stored(self) -> nn.Parameter:
+        """The weight as it stands in the file."""
+        return nn.Parameter(kernels.unpack(self.weight), False) if self.weight.is_mkldnn else self.weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
+        self.weight, self.weight_sums, self.path = self._stored(), None, self._unmeasured()
+        super()._apply(fn, recurse)
+        if self.prepared:
+            self.prepare()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_mkldnn:
+            destination[f"{prefix}weight"] = self._stored().detach()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        path, self.weight = self.path, self._stored()
+        super()._load_from_state_dict(*args, **kwargs)
+        self._lay_out(path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: oneDNN's layout cannot be copied."""
+        return self.__dict__ | {"_parameters": self._parameters | {"weight": self._stored()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lay_out(self.path)
+
+
+_fastest: dict[Any, Path] = {}
+
+
+def _seconds(layer: QuantizedLayer, tokens: Tensor) -> float:
+    start = time.perf_counter()
+    layer(tokens)
+    return time.perf_counter() - start
+
+
+def _fixed(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
+
+
+def prepare_layers(model: nn.Module) -> None:
+    """Take the fastest path of every quantized layer."""
+    for layer in quantized_layers(model).values():
+        layer.prepare()
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:
+    """Choose how a quantized model computes: ``integer`` (default) or ``reference`` (float on dequantized values).
+
+    Raises:
+        ValueError: unknown name, or the model has no quantized layer.
+    """
+    if arithmetic not in ("integer", "reference"):
+        raise ValueError(f"arithmetic must be 'integer' or 'reference', found {arithmetic!r}")
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer quantized by accuquant")
+    for layer in layers.values():
+        layer.arithmetic = arithmetic

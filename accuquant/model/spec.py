@@ -1,0 +1,116 @@
+"""What a quantized layer is, before it is trainable or fixed: types, groups, geometry.
+
+A Conv2d is a Linear over its unfolded patches: weights are kept as (O, I) with I = in_channels * kh * kw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accuquant.core.numerics import QTYPES, QType
+from accuquant.model.clock import StepClock
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one module is quantized to; stored per module in the export's config.json."""
+
+    weight: str
+    activation: str = "float"
+    group_size: int | None = None
+    symmetric: bool = True
+    activation_scale: str = "static"
+    activation_symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (self.weight, *([] if self.activation == "float" else [self.activation])):
+            if name not in QTYPES:
+                raise ValueError(f"unknown type {name!r}; known types: {', '.join(QTYPES)}")
+        if self.activation_scale not in ("static", "dynamic"):
+            raise ValueError(f"activation_scale must be 'static' or 'dynamic', found {self.activation_scale!r}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be positive, found {self.group_size}")
+
+    @property
+    def weight_type(self) -> QType:
+        return QTYPES[self.weight]
+
+    @property
+    def activation_type(self) -> QType | None:
+        return QTYPES.get(self.activation)
+
+    @property
+    def static(self) -> bool:
+        return self.activation != "float" and self.activation_scale == "static"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def num_groups(self, columns: int, name: str = "module") -> int:
+        """Weight scales per row.
+
+        Raises:
+            ValueError: the group size does not divide the row.
+        """
+        if self.group_size is None:
+            return 1
+        if columns % self.group_size:
+            fits = [s for s in (128, 64, 32, 16, 8) if columns % s == 0]
+            raise ValueError(
+                f"group_size {self.group_size} does not divide the {columns} inputs of {name}; would fit: {fits}"
+            )
+        return columns // self.group_size
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Geometry of a Conv2d."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> Conv | None:
+        if not isinstance(module, nn.Conv2d):
+            return None
+        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            raise ValueError(f"{name}: grouped or specially padded convolutions stay float; give them weight: float")
+        pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
+        return cls(*((int(a), int(b)) for a, b in pairs))
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, L, C * kh * kw), L output positions."""
+        return F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride).transpose(1, 2)
+
+    def fold(self, y: Tensor, x: Tensor) -> Tensor:
+        """(B, L, O) -> (B, O, H', W')."""
+        height = (x.shape[2] + 2 * self.padding[0] - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[
+            0
+        ] + 1
+        return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], height, -1)
+
+
+class Layer(nn.Module):
+    """What both kinds share: the spec, the geometry and the clock."""
+
+    def __init__(
+        self, spec: LayerSpec, columns: int, rows: int, conv: Conv | None, clock: StepClock, name: str
+    ) -> None:
+        super().__init__()
+        self.spec, self.conv, self.clock, self.name = spec, conv, clock, name
+        self.in_features, self.out_features = columns, rows
+        self.groups = spec.num_groups(columns, name)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, weight={self.spec.weight}, activation={self.spec.activation}"
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
