@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from accuquant.console import Reporter
-from accuquant.core.schedule import interval_steps
+from accuquant.core.schedule import filled_interval_steps
 from accuquant.data import draw
 from accuquant.measure import step_seconds
 from accuquant.model.caching import cached, in_cache
@@ -64,11 +64,6 @@ class Combination:
 def base_settings(recipe: Recipe) -> dict[str, Any]:
     """What a recipe's own cache says of every candidate."""
     return {} if recipe.cache is None else {k: getattr(recipe.cache, k) for k in KEPT}
-
-
-def nearest_interval(num_steps: int, nfc: int, warmup: int = 2) -> int:
-    """The smallest interval with at most ``nfc`` full steps."""
-    return next(n for n in range(1, num_steps + 1) if len(interval_steps(num_steps, n, warmup)) <= nfc)
 
 
 def type_combinations(recipe: Recipe) -> list[Combination]:
@@ -147,8 +142,8 @@ def error_tables(section: Tune, combinations: list[Combination], work: Path, rep
             types[i][picks[i]] = validation_error(session)
     steps, cache, settings = session.rollout.num_steps, list[tuple[int, float]](), base_settings(combinations[0].recipe)
     for nfc in [n for n in TABLE_NFC if n < steps]:
-        interval = nearest_interval(steps, nfc)
-        config = Cache(**settings, estimation="taylor", order=1, interval=interval)
+        full_steps = filled_interval_steps(steps, nfc, 2)
+        config = Cache(**(settings | {"warmup": 2}), estimation="taylor", order=1, schedule=full_steps)
         with session.full_precision(), cached(session.rollout.denoiser, config) as controller:
             error = validation_error(session)
             cache.append((controller.stats().nfc, error))
@@ -208,7 +203,7 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     proposals = forecasts * len(section.schedules) + 5 * len(section.estimations)
     refined = (section.trials + 5) * (section.finalists + section.rounds * bool(objective.cached_iterations))
     rollouts = tried * (proposals * len(section.levels) + refined)
-    fits = tried * len(section.corrections) * (section.finalists + len(section.levels) + 2 * section.rounds)
+    fits = tried * len(section.corrections) * (len(section.levels) + section.rounds)
     nfc = max((n for _, n, _ in rows), default=0)
     m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
     updates = (tried + 1) * (objective.iterations * (2 * m - 1) + section.rounds * objective.cached_iterations * 2 * m)

@@ -21,7 +21,7 @@ from accuquant.model.rollout import Conditions
 from accuquant.recipe import Cache
 from accuquant.session import Session, watched
 
-CORRECTION_SAMPLES = 8
+CORRECTION_SAMPLES = 16
 
 Fitted = dict[str, dict[float, Tensor]]  # module -> timestep -> (2, C)
 

@@ -11,7 +11,6 @@ of the fixed interval. `schedule: rcs` searches tau.
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import math
 import random
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
-from accuquant.core.schedule import ForecastErrors, best_steps, dps_steps, interval_steps
+from accuquant.core.schedule import ForecastErrors, best_steps, dps_steps, filled_interval_steps
 from accuquant.data import draw
 from accuquant.model.cache_state import CacheError, CacheStats
 from accuquant.model.caching import attach_cache, cached, controller_of, detach_cache
@@ -202,8 +201,7 @@ def _search_steps(
         return measured[steps]
 
     # proposals: the fixed interval that comes nearest from below, and dynamic programming
-    interval = next(n for n in range(1, num_steps + 1) if len(interval_steps(num_steps, n, warmup)) <= nfc)
-    fixed = _filled(interval_steps(num_steps, interval, warmup), num_steps, nfc)
+    fixed = filled_interval_steps(num_steps, nfc, warmup)
     proposals = {fixed}
 
     def error(steps: tuple[int, ...]) -> float:
@@ -241,14 +239,6 @@ def _search_steps(
     timesteps = tuple(float(rollout.timesteps[i]) for i in best)
     reporter.say(f"cache: {len(best)} full steps of {num_steps}, error {errors[best]:.4f} on calibration samples")
     return _with(config, full_timesteps=timesteps, measured_nfc=(float(len(best)), 0.0))
-
-
-def _filled(steps: tuple[int, ...], num_steps: int, nfc: int) -> tuple[int, ...]:
-    """More full steps, each in the middle of the longest gap."""
-    while len(steps) < nfc:
-        gap, start = max((b - a, a) for a, b in itertools.pairwise((*steps, num_steps)))
-        steps = tuple(sorted((*steps, start + gap // 2)))
-    return steps
 
 
 def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: float, reporter: Reporter) -> Cache:

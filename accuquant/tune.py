@@ -4,7 +4,7 @@ For each combination of types, the most promising by tables first (`budget.py`):
 
     calibrate without a cache                                              quantization, as if alone
     every forecast under every schedule, with the full steps that the budget pays for
-    the best few again: their full steps refined, with each correction
+    the best few again with their full steps refined, and the best of all with each correction
     rounds: calibrate with the best cache on, search and correct again
     fewer full steps, for the Pareto front
 
@@ -31,7 +31,6 @@ from accuquant.budget import (
     LEAST_NFC,
     Combination,
     base_settings,
-    nearest_interval,
     open_session,
     ordered,
     step_times,
@@ -40,6 +39,7 @@ from accuquant.budget import (
 from accuquant.calibrate import calibrate, calibrate_alone, calibrate_cached, searched
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
+from accuquant.core.schedule import filled_interval_steps
 from accuquant.correct import fit_correction
 from accuquant.export import check_output
 from accuquant.model.cache_state import CacheError
@@ -124,14 +124,14 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
     place = Place(combination, section, session, seconds, tried, reporter)
     levels = [max(LEAST_NFC, math.floor(share * most + 1e-9)) for share in section.levels]
     for nfc in sorted({*levels} - {most}):
-        place.naive(nfc)
         place.try_forecasts(nfc)
-        place.refine(place.best_forecasts(nfc, 1)[0], nfc, trials=0)
+        place.correct(nfc)
     place.naive(most)
     place.cachequant(most)
     place.try_forecasts(most)
     for forecast in place.best_forecasts(most, section.finalists):
-        place.refine(forecast, most, section.trials)
+        place.refine(forecast, most)
+    place.correct(most)
     rounds(place, alone, most, folder)
     return [place.best(most)]
 
@@ -146,9 +146,9 @@ def rounds(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
         config = as_cache(row).uncorrected
         calibrate_cached(place.session, config, alone, place.reporter, state, resume=True)
         place.calibrated, place.cached_iterations = f"with the cache, round {number}", number * iterations
-        for parts in place.section.corrections:
-            place.confirm(as_forecast(row), row["schedule"], parts, nfc, lambda config=config: config)  # type: ignore[misc]
-        place.refine(as_forecast(row), nfc, place.section.trials)
+        place.confirm(as_forecast(row), row["schedule"], "none", nfc, lambda config=config: config)  # type: ignore[misc]
+        place.refine(as_forecast(row), nfc)
+        place.correct(nfc)
 
 
 @dataclass
@@ -189,22 +189,24 @@ class Place:
                     row = self.confirm(forecast, schedule, "none", nfc, make)
                     advance(f"{row['cache']}: {row['E_qc']:.4f}" if row else "")
 
-    def refine(self, forecast: Forecast, nfc: int, trials: int) -> None:
-        """A searched list for this forecast, and each correction of it."""
-        found = list[Cache]()
-        for parts in sorted(self.section.corrections, key=lambda p: p != "none"):
+    def refine(self, forecast: Forecast, nfc: int) -> None:
+        """Full steps that are searched for this very forecast."""
+        config = self.cache(forecast, "best", nfc, trials=self.section.trials)
+        self.confirm(forecast, "refined", "none", nfc, lambda: self.searched(config))
 
-            def make() -> Cache:
-                if not found:
-                    found.append(self.searched(self.cache(forecast, "best", nfc, trials=trials)))
-                return found[0]
-
-            row = self.confirm(forecast, "refined" if trials else "best", parts, nfc, make)
-            if row and not found:
-                found.append(as_cache(row).uncorrected)
+    def correct(self, nfc: int) -> None:
+        """Every correction of the best candidate without one, of the model as it is."""
+        rows = [r for r in self.own_rows(nfc) if r["parts"] == "none" and r["calibrated"] == self.calibrated]
+        row = min(rows, key=self.score)
+        for parts in self.section.corrections:
+            self.confirm(as_forecast(row), row["schedule"], parts, nfc, lambda: as_cache(row))
 
     def naive(self, nfc: int) -> Row:
         """Naive stacking: TaylorSeer, as if alone, on the model calibrated alone. Candidates are judged against it."""
+        wanted = self.combination.name, nfc, NAIVE
+        for known in self.tried.rows:  # also when the model has been calibrated further since
+            if (known["types"], known["asked_nfc"], known["rival"]) == wanted:
+                return dict(known)
         config = self.cache(("taylor", 2, False), "interval", nfc)
         row = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: config, NAIVE)
         assert row is not None
@@ -271,8 +273,8 @@ class Place:
     def searched(self, config: Cache) -> Cache:
         quiet = Reporter(quiet=True)
         if config.noise_aware and config.noise is None:
-            full_steps = config.target_nfc or len(config.full_timesteps or ())
-            gap = config.interval or max(1, round(self.session.rollout.num_steps / full_steps))
+            full_steps = config.target_nfc or len(config.full_steps or config.full_timesteps or ())
+            gap = max(1, round(self.session.rollout.num_steps / full_steps))
             if (self.calibrated, gap) not in self.noises:
                 self.noises[self.calibrated, gap] = measure_noise(self.session, gap, quiet, config.modules)
             config = config.model_copy(update={"noise": self.noises[self.calibrated, gap]})
@@ -292,7 +294,8 @@ class Place:
         settings = base_settings(self.combination.recipe)
         given: dict[str, Any] = {"estimation": estimation, "order": order, "noise_aware": noise_aware, **more}
         if schedule == "interval":
-            given["interval"] = nearest_interval(self.session.rollout.num_steps, nfc, settings.get("warmup", 2))
+            warmup = settings.pop("warmup", 2)  # the list says it
+            given["schedule"] = filled_interval_steps(self.session.rollout.num_steps, nfc, warmup)
         else:
             given |= {"schedule": schedule, "target_nfc": nfc}
         return Cache(**(settings | given))

@@ -160,7 +160,7 @@ def test_an_interruption_while_the_cache_is_on_resumes_to_the_same_result(
 
 def test_without_a_cache_section_there_is_nothing_to_calibrate_with(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"objective\.cached_iterations: needs a cache: section"):
-        open_model(make_recipe(model_folder, tmp_path / "out", cache=None))
+        calibrate(make_recipe(model_folder, tmp_path / "out", cache=None), QUIET)
 
 
 def test_an_export_keeps_its_cache_apart_from_its_weights(export: Path) -> None:

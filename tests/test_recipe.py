@@ -20,7 +20,7 @@ OBJECTIVE_KEYS = (
 RULE_KEYS = (
     "modules, weight, activation, granularity, group_size, symmetric, activation_scale, activation_symmetric, tune"
 )
-SECTIONS = "model, sampling, data, quantization, objective, cache, evaluation, export"
+SECTIONS = "model, sampling, data, quantization, objective, cache, tune, evaluation, export"
 TYPES = "'int8', 'int6', 'int4', 'int3' or 'float'"
 WRITE_IT_AS = "write it as section.key=value, for example objective.steps_per_group=5"
 

@@ -25,10 +25,11 @@ import torch
 import typer
 from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS
 
-from accuquant.budget import Combination, nearest_interval, step_times, type_combinations
+from accuquant.budget import Combination, step_times, type_combinations
 from accuquant.calibrate import calibrate_alone, calibrate_cached
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
+from accuquant.core.schedule import filled_interval_steps
 from accuquant.correct import fit_correction
 from accuquant.measure import HeldOut, held_out_reference, image_metrics
 from accuquant.model.cache_state import Correction
@@ -47,7 +48,7 @@ TYPES = ("W8A8", "W4A8", "W4A4")
 NFC = (25, 14, 10, 7)
 SEEDS = (0, 1, 2)
 HELD_OUT = 30
-TUNED = {"finalists": 2, "trials": 10, "noise_aware": [False], "levels": [1.0]}
+TUNED = {"finalists": 2, "trials": 8, "noise_aware": [False], "levels": [1.0]}
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 DEFAULT_OUT = Path("tools/results/joint")
 MORE_TYPES: dict[str, dict[str, Any]] = {
@@ -57,9 +58,9 @@ MORE_TYPES: dict[str, dict[str, Any]] = {
 
 
 def bench_recipe(types: str, seed: int, nfc: int = 14, iterations: int = 150) -> Recipe:
-    """M = 1, batches of 4 of 16 samples: what the accuracy log found to be best for its cost."""
+    """M = 1, batches of 4 of 32 samples: what the accuracy log found to be best for its cost."""
     tree = load_recipe("dit_w8a8").model_dump(mode="json")
-    tree["data"] |= {"num_samples": 16, "seed": seed}
+    tree["data"] |= {"num_samples": 32, "seed": seed}
     rule = (CONFIGS | MORE_TYPES)[types] | {"modules": ATTENTION_AND_MLP}
     tree["quantization"]["rules"] = [rule, ADALN]
     learn = ["weight", "weight_scale"] + ["activation_scale"] * (rule["activation"] != "float")
@@ -152,7 +153,7 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
         if row["rival"] == NAIVE:
             naive = config
             yield "E_c of (a)", bench.full_precision(config)
-        elif row["rival"] == "CacheQuant":
+        elif row["rival"] == "CacheQuant" and nfc == 14:
             own = config.model_copy(update={"measured_on": "quantized"})
             yield "(b') CacheQuant, corrected on its own trajectory", bench.judge(own)
 
@@ -165,7 +166,8 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     started = time.monotonic()
     place.try_forecasts(nfc)
     for forecast in place.best_forecasts(nfc, section.finalists):
-        place.refine(forecast, nfc, section.trials)
+        place.refine(forecast, nfc)
+    place.correct(nfc)
     alone = place.best(nfc)
     about = {"cache": alone["cache"], "validation": alone["E_qc"]}
     yield "(d') tuner without calibration", bench.judge(as_cache(alone)) | about
@@ -195,14 +197,14 @@ def orders(
         bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)
         e_q = bench.judge(None)["relative_l2"]
         for nfc in (14, 10, 7):
-            interval = nearest_interval(50, nfc)
+            steps = filled_interval_steps(50, nfc, 2)
             for order in range(4):
-                config = Cache(estimation="taylor", order=order, interval=interval)
+                config = Cache(estimation="taylor", order=order, schedule=steps)
                 both, only = bench.judge(config), bench.full_precision(config)["relative_l2"]
                 _write(out, shard, _key("orders", name, seed, nfc, f"order {order}"), both | {"E_q": e_q, "E_c": only})
             for method, config in {
-                "RFE 1": Cache(order=1, interval=interval),
-                "RFE 2": Cache(order=2, interval=interval),
+                "RFE 1": Cache(order=1, schedule=steps),
+                "RFE 2": Cache(order=2, schedule=steps),
             }.items():
                 _write(out, shard, _key("orders", name, seed, nfc, method), bench.judge(config) | {"E_q": e_q})
 

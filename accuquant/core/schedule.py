@@ -5,6 +5,7 @@ Steps count from 0 to T - 1. NFC is the number of full computations in a traject
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import final
@@ -25,6 +26,16 @@ def interval_steps(num_steps: int, interval: int, warmup: int) -> tuple[int, ...
 
 def interval_is_full(step: int, interval: int, warmup: int) -> bool:
     return step < warmup or (step - warmup + 1) % interval == 0
+
+
+def filled_interval_steps(num_steps: int, nfc: int, warmup: int) -> tuple[int, ...]:
+    """The fixed interval that comes nearest to ``nfc`` full steps from below; the longest gaps get what is left."""
+    interval = next(n for n in range(1, num_steps + 1) if len(interval_steps(num_steps, n, warmup)) <= nfc)
+    steps = interval_steps(num_steps, interval, warmup)
+    while len(steps) < nfc:
+        gap, start = max((b - a, a) for a, b in itertools.pairwise((*steps, num_steps)))
+        steps = tuple(sorted((*steps, start + gap // 2)))
+    return steps
 
 
 @final
