@@ -5,12 +5,12 @@ Importing the package makes diffusers' `from_pretrained` understand the checkpoi
 
 __version__ = "0.1.0"
 
+from accuquant.enable import cache_stats, disable_cache, enable_cache
 from accuquant.model.cache_state import CacheError, CacheStats
 from accuquant.model.checkpoint import AccuQuantConfig, CheckpointError, register
 from accuquant.model.layers import set_arithmetic
 from accuquant.recipe import Cache, FORAConfig, Recipe, RecipeError, RFCConfig, TaylorSeerConfig
 from accuquant.recipe.file import load_recipe
-from accuquant.search import cache_stats, disable_cache, enable_cache
 
 register()
 

@@ -1,4 +1,4 @@
-"""Where to compute in full: the search behind ``target_nfc`` and ``target_seconds``, and the caches' public functions.
+"""Where to compute in full, and by which forecast: the search behind ``target_nfc``, ``target_seconds`` and ``auto``.
 
 A list of full steps (`schedule: best`, the default of a target) is found in three stages, each dearer and nearer to the
 truth than the one before: dynamic programming over forecast errors of one recorded trajectory, for several weightings
@@ -10,8 +10,6 @@ of the fixed interval. `schedule: rcs` searches tau.
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 import random
 import re
@@ -19,124 +17,20 @@ import time
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import ForecastErrors, best_steps, dps_steps, filled_interval_steps
-from accuquant.data import draw
-from accuquant.model.cache_state import CacheError, CacheStats
-from accuquant.model.caching import attach_cache, cached, controller_of, detach_cache
-from accuquant.model.families import FAMILIES, family_of
+from accuquant.model.cache_state import CacheError
+from accuquant.model.caching import cached
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.recipe import Cache, Sampling
-from accuquant.recipe.file import shipped_folder
+from accuquant.recipe import Cache
 
 EMPHASES = (0.0, 1.0, 2.0)  # of late steps over early ones, for the lists that dynamic programming proposes
 RECORDED_BYTES = 2 << 30  # of features kept for the Gram matrices; with large models only some modules are recorded
 TAU_TOLERANCE, TAU_TRIALS = 0.1, 20
 SEARCH_SAMPLES = 8
-
-
-def enable_cache(
-    target: DiffusionPipeline | nn.Module,
-    config: Cache,
-    *,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    inputs: list[Any] | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> Cache:
-    """Put a feature cache on a pipeline's denoiser.
-
-    The keyword arguments matter where the config has a target: they say what is sampled to search for it (some dozens
-    of trajectories of eight samples).
-
-    Args:
-        target: a diffusers pipeline, or its denoiser.
-        config: `FORAConfig`, `TaylorSeerConfig`, `RFCConfig`, or a recipe's `Cache`.
-        num_inference_steps, guidance_scale: by default the pipeline's own. A number of steps that is given is checked
-            against the order and the schedule, also without a target.
-        inputs: class ids or prompts for the search; by default the model's classes or the shipped prompts.
-        seed: of the search's noise.
-        progress: show bars.
-
-    Returns:
-        the config in effect: a target is replaced by what was found.
-
-    Raises:
-        CacheError: there is a cache already, nothing to cache, or a target for a pipeline that cannot be sampled.
-    """
-    if not isinstance(config, Cache):
-        raise CacheError(f"config must be a FORAConfig, TaylorSeerConfig or RFCConfig, found {config!r}")
-    denoiser = denoiser_of_any(target)
-    if num_inference_steps is not None:
-        try:
-            config.check_steps(num_inference_steps)
-        except ValueError as error:
-            raise CacheError(str(error)) from error
-    if config.searches:
-        if not isinstance(target, DiffusionPipeline):
-            raise CacheError("a target is searched by sampling: give enable_cache the whole pipeline, or set tau")
-        if controller_of(denoiser) is not None:
-            raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
-        if type(target).__name__ not in (known := [family.pipeline for family in FAMILIES]):
-            raise CacheError(
-                f"a target can be searched for {' and '.join(known)}, not for {type(target).__name__}; "
-                "set interval, tau or a list of steps as schedule"
-            )
-        usual = inspect.signature(type(target).__call__).parameters
-        steps = num_inference_steps or usual["num_inference_steps"].default
-        guidance = usual["guidance_scale"].default if guidance_scale is None else guidance_scale
-        rollout = Rollout(target, Sampling(num_inference_steps=steps, guidance_scale=float(guidance)))
-        samples = draw(inputs or _known_inputs(target), SEARCH_SAMPLES, seed)
-        conditions = rollout.conditions(samples.inputs, samples.seeds)
-        config = search_cache(
-            rollout, conditions, rollout.trajectory(conditions)[0], config, Reporter(quiet=not progress)
-        )
-    attach_cache(denoiser, config)
-    return config
-
-
-def disable_cache(target: DiffusionPipeline | nn.Module) -> None:
-    """Take the cache off again; nothing of it stays.
-
-    Raises:
-        CacheError: there is none.
-    """
-    detach_cache(denoiser_of_any(target))
-
-
-def cache_stats(target: DiffusionPipeline | nn.Module) -> CacheStats:
-    """What the cache did in the last trajectory; ``.nfc`` is the number of its full computations.
-
-    Raises:
-        CacheError: there is no cache.
-    """
-    denoiser = denoiser_of_any(target)
-    controller = controller_of(denoiser)
-    if controller is None:
-        raise CacheError(f"{type(denoiser).__name__} has no cache of accuquant; call enable_cache first")
-    return controller.stats()
-
-
-def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
-    """The transformer or U-Net of any pipeline; a module is its own."""
-    if isinstance(target, nn.Module):
-        inner = getattr(target, "_orig_mod", target)  # of a module that torch.compile has wrapped
-        assert isinstance(inner, nn.Module)
-        return inner
-    if getattr(target, "transformer_2", None) is not None:
-        raise CacheError(
-            f"{type(target).__name__} has two denoisers; enable a cache on pipeline.transformer and on "
-            "pipeline.transformer_2, each apart"
-        )
-    for name in ("transformer", "unet"):
-        if isinstance(module := getattr(target, name, None), nn.Module):
-            return module
-    raise CacheError(f"{type(target).__name__} has neither a transformer nor a unet to cache")
 
 
 def search_cache(
@@ -157,6 +51,11 @@ def search_cache(
     Raises:
         CacheError: the target cannot be met.
     """
+    if config.estimation == "auto":
+        listed = config.model_copy(update={"estimation": "taylor"})
+        if listed.searches:
+            listed = search_cache(rollout, conditions, reference, listed, reporter, worse_of_both)
+        return _choose_forecast(rollout, conditions, reference, listed, reporter)
     if config.schedule == "dps":
         return _dps(rollout, conditions, config, reporter)
     nfc = config.target_nfc or _nfc_of_seconds(rollout, conditions, config)
@@ -165,6 +64,33 @@ def search_cache(
     if config.schedule == "rcs":
         return _search_tau(rollout, conditions, config, nfc, reporter)
     return _search_steps(rollout, conditions, reference, config, int(nfc), reporter, worse_of_both)
+
+
+def _choose_forecast(
+    rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, reporter: Reporter
+) -> Cache:
+    """The forecast whose final latent is nearest, at the same full steps; those that know the noise only if it is."""
+    tried: dict[str, tuple[float, Cache]] = {}
+    kinds = [("reuse", 0, False)]
+    for aware in (False, True) if config.noise is not None else (False,):
+        kinds += [(name, order, aware) for order in range(1, config.forecast_order + 1) for name in ("taylor", "rfe")]
+    with reporter.bar("choosing the forecast", len(kinds)) as advance:
+        for name, order, aware in kinds:
+            one = config.model_copy(update={"estimation": name, "order": order, "noise_aware": aware}).uncorrected
+            words = f"{name} {order}{' noise-aware' if aware else ''}"
+            try:
+                with cached(rollout.denoiser, one):
+                    final = rollout.trajectory(conditions)[0][-1]
+            except CacheError as error:  # a U-Net's blocks have no input for rfe
+                reporter.detail(f"{words}: {error}")
+            else:
+                kept = {"corrected": config.corrected, "corrected_quantization": config.corrected_quantization}
+                apart = float(relative_l2(final, reference[-1]).mean())
+                tried[words] = apart, one.model_copy(update=kept | ({} if aware else {"noise": None}))
+            advance(words)
+    best = min(tried, key=lambda words: tried[words][0])
+    reporter.say(f"cache: {best} ({', '.join(f'{words} {error:.4f}' for words, (error, _) in tried.items())})")
+    return tried[best][1]
 
 
 def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
@@ -354,12 +280,3 @@ def _with(config: Cache, **changes: Any) -> Cache:
         plain = {"corrected": False, "corrected_quantization": False}
         changes = {"target_nfc": None, "target_seconds": None, "interval": None} | plain | changes
     return config.model_copy(update=changes)
-
-
-def _known_inputs(pipeline: DiffusionPipeline) -> list[Any]:
-    """Classes the model was trained on, or shipped prompts."""
-    if family_of(pipeline).condition == "prompt":
-        lines = (shipped_folder("calib_data") / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["prompt"] for line in lines if line.strip()]
-    classes = sorted(set(pipeline.labels.values())) or list(range(int(pipeline.transformer.config.num_embeds_ada_norm)))
-    return random.Random(0).sample(classes, min(len(classes), SEARCH_SAMPLES))

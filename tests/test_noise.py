@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import recipe_tree
+from conftest import make_pipeline, recipe_tree
 from torch import Tensor
 
-from accuquant.calibrate import calibrate
+from accuquant.calibrate import calibrate, searched
 from accuquant.console import Reporter
+from accuquant.core.metrics import relative_l2
 from accuquant.core.predictors import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor, change_weights
+from accuquant.enable import cache_stats, enable_cache
 from accuquant.evaluate import load_export, recipe_of
 from accuquant.model.cache_state import CacheError, forecast_of
-from accuquant.model.caching import attach_cache, controller_of
+from accuquant.model.caching import attach_cache, cached, controller_of
 from accuquant.model.families import denoiser_of
 from accuquant.noise import measure_noise
-from accuquant.recipe import Cache
+from accuquant.recipe import Cache, RecipeError, RFCConfig
 from accuquant.recipe.file import parse_recipe
 from accuquant.session import Session, open_model, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+QUIET = Reporter(quiet=True)
 STEPS = (0, 3, 5, 9)
 
 
@@ -167,3 +171,59 @@ def test_a_recipe_measures_it_and_the_export_carries_it(model_folder: Path, tmp_
 def test_without_a_measurement_it_is_refused(session: Session) -> None:
     with pytest.raises(CacheError, match="no noise was measured"):
         attach_cache(session.rollout.denoiser, Cache(interval=2, order=1, noise_aware=True))
+
+
+# ---- the choice between forecasts
+
+
+def test_auto_takes_the_forecast_that_is_nearest(session: Session) -> None:
+    """So it falls back to reuse, Taylor or RFE by itself, and is never worse than any of them on its samples."""
+    rollout, reference = session.rollout, session.reference
+    asked = Cache(estimation="auto", order=2, noise_aware=True, interval=3)
+    chosen = searched(asked, session, QUIET)
+    noise = measure_noise(session, 3, QUIET)
+
+    def error(config: Cache) -> float:
+        with cached(rollout.denoiser, config):
+            final = rollout.trajectory(reference.conditions)[0][-1]
+        return float(relative_l2(final, reference.latents[-1]).mean())
+
+    rivals = [Cache(estimation="reuse", interval=3)]
+    for order in (1, 2):
+        for kind in ("taylor", "rfe"):
+            plain = Cache(estimation=kind, order=order, interval=3)  # type: ignore[arg-type]
+            rivals += [plain, plain.model_copy(update={"noise_aware": True, "noise": noise})]
+    assert chosen.estimation != "auto"
+    assert error(chosen) == min(error(rival) for rival in rivals)
+    assert (chosen.noise is not None) == chosen.noise_aware
+
+
+def test_auto_in_a_recipe_is_exported_as_what_was_chosen(model_folder: Path, tmp_path: Path) -> None:
+    cache = {"estimation": "auto", "order": 1, "noise_aware": True, "target_nfc": 3, "trials": 1, "corrected": True}
+    folder = calibrate(parse_recipe(recipe_tree(model_folder, tmp_path / "out", cache=cache), "test"), QUIET)
+    stored = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]["cache"]
+    assert stored["estimation"] in ("reuse", "taylor", "rfe")
+    assert stored["corrected"]
+    assert len(stored["full_timesteps"]) == 3
+    assert json.loads((folder / "metrics.json").read_text())["cache"]["estimation"] == stored["estimation"]
+
+
+def test_auto_needs_the_same_full_steps_and_a_search(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cache\.estimation: auto compares forecasts at the same full steps"):
+        parse_recipe(recipe_tree("m", tmp_path, cache={"estimation": "auto", "tau": 0.1, "order": 1}), "test")
+    with pytest.raises(CacheError, match="auto"):
+        attach_cache(make_pipeline().transformer, Cache(estimation="auto", interval=2, order=1))
+
+
+def test_auto_serves_a_pipeline_too() -> None:
+    pipeline = make_pipeline()
+    found = enable_cache(
+        pipeline,
+        RFCConfig(estimation="auto", order=1, interval=2),
+        num_inference_steps=6,
+        guidance_scale=1.5,
+        progress=False,
+    )
+    assert found.estimation in ("reuse", "taylor", "rfe")
+    pipeline([1], num_inference_steps=6, guidance_scale=1.5)
+    assert cache_stats(pipeline).full_steps == (0, 1, 3, 5)

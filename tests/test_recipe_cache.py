@@ -127,7 +127,7 @@ def test_scientific_notation_and_lists_are_read_as_meant() -> None:
         ({"schedule": [0, True, 2]}, f"cache.schedule: {SCHEDULE} (found [0, True, 2])"),
         (
             {"interval": 2, "estimation": "tailor"},
-            "cache.estimation: must be 'rfe', 'taylor' or 'reuse' (found 'tailor') (did you mean 'taylor'?)",
+            "cache.estimation: must be 'rfe', 'taylor', 'reuse' or 'auto' (found 'tailor') (did you mean 'taylor'?)",
         ),
         (
             {"interval": 2, "norm": "tokens"},

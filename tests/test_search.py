@@ -19,10 +19,11 @@ from accuquant.core.metrics import relative_l2
 from accuquant.core.predictors import RFE, Forecast, Memory, Reuse, Taylor
 from accuquant.core.schedule import ForecastErrors, dps_steps, interval_steps
 from accuquant.data import draw
+from accuquant.enable import _known_inputs
 from accuquant.model.caching import cached_modules, controller_of
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Sampling
-from accuquant.search import _known_inputs, cached, record_grams, search_cache
+from accuquant.search import cached, record_grams, search_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

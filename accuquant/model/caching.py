@@ -189,7 +189,7 @@ def attach_cache(denoiser: nn.Module, config: Cache, correction: Correction | No
     if controller_of(denoiser) is not None or getattr(denoiser, "is_cache_enabled", False):
         raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
     if config.searches:
-        raise CacheError("target_nfc and target_seconds need a search: give enable_cache the whole pipeline")
+        raise CacheError("target_nfc, target_seconds, dps and auto need a search: give enable_cache the whole pipeline")
     bypassed, begins, fused = tuple[str, ...](), dict[str, str](), list[str]()
     if config.feature == "blocks":
         modules, bypassed, begins = cached_blocks(denoiser, config)

@@ -32,7 +32,9 @@ class Cache(Section):
     One of `interval`, `tau`, `target_nfc`, `target_seconds`, or a list of steps as `schedule`, says at which.
     """
 
-    estimation: Literal["rfe", "taylor", "reuse"] = Field("rfe", description="forecast of RFC, TaylorSeer or FORA")
+    estimation: Literal["rfe", "taylor", "reuse", "auto"] = Field(
+        "rfe", description="forecast of RFC, TaylorSeer or FORA; auto: tries them all up to `order`, and noise-aware"
+    )
     order: int | None = Field(None, ge=0, le=4, description="of the forecast; 2 if absent, 0 for reuse")
     schedule: Schedule = Field(
         None,
@@ -91,7 +93,7 @@ class Cache(Section):
     def searches(self) -> bool:
         """Whether a search has to be made before this can run."""
         wanted = self.schedule == "dps" or self.target_nfc is not None or self.target_seconds is not None
-        return wanted and self.full_timesteps is None and self.tau is None
+        return (wanted and self.full_timesteps is None and self.tau is None) or self.estimation == "auto"
 
     @model_validator(mode="after")
     def _consistent(self) -> Cache:
@@ -131,8 +133,10 @@ class Cache(Section):
             raise ValueError(f"order: estimation reuse has order 0 (found {order}); use estimation: taylor")
         if self.noise_aware and order < 1:
             raise ValueError("noise_aware: order 0 has no change that noise could spoil; leave it out")
-        if self.estimation == "rfe" and order < 1:
-            raise ValueError("order: estimation rfe needs order 1 or more; use estimation: reuse")
+        if self.estimation in ("rfe", "auto") and order < 1:
+            raise ValueError(f"order: estimation {self.estimation} needs order 1 or more; use estimation: reuse")
+        if self.estimation == "auto" and rcs:
+            raise ValueError("estimation: auto compares forecasts at the same full steps; use interval or target_nfc")
         if full is not None and (full[0] != 0 or any(a >= b for a, b in itertools.pairwise(full))):
             raise ValueError(f"schedule must rise from 0, which is always full (found {found(list(full))})")
         self.check_steps(self.num_inference_steps)
