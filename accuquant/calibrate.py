@@ -22,9 +22,10 @@ from accuquant.correct import fit_correction
 from accuquant.data import calibration_samples
 from accuquant.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.export import check_output, model_card, publish
+from accuquant.formats import check_format, write_format
 from accuquant.measure import HeldOut, held_out_reference, latent_metrics, sample
 from accuquant.model.caching import cached
-from accuquant.model.checkpoint import harden_model, store_cache
+from accuquant.model.checkpoint import store_cache
 from accuquant.model.plan import PlannedModule, count_macs
 from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
@@ -61,6 +62,7 @@ def calibrate(
     _check_output(recipe, output, partial, resume, overwrite)
 
     rollout, planned, split = open_model(recipe)
+    dimensions = check_format(recipe, rollout, planned, split)
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def calibrate(
 
     staging = partial / "export"
     shutil.rmtree(staging, ignore_errors=True)
-    harden_model(rollout.denoiser, session.clock)
+    write_format(session, dimensions)
     if cache is not None:
         store_cache(rollout.denoiser, cache, correction)
     rollout.pipeline.save_pretrained(staging, max_shard_size=recipe.export.max_shard_size)
@@ -194,6 +196,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     """
     _check_sections(recipe)
     rollout, planned, split = open_model(recipe)
+    check_format(recipe, rollout, planned, split)
     objective, data = recipe.objective, recipe.data
     batch = min(objective.batch_size, data.num_samples)
     samples = calibration_samples(split, data.model_copy(update={"num_samples": batch}))

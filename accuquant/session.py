@@ -21,6 +21,7 @@ from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.layers import TrainableLayer, quantize_model
 from accuquant.model.plan import PlannedModule, plan_modules
 from accuquant.model.rollout import Rollout
+from accuquant.model.torchao import adopt_dynamic_scales
 from accuquant.optimise import Reference, Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 
@@ -150,6 +151,8 @@ def prepare(
     search = recipe.quantization.initialization == "mse"
     reporter.detail(f"initial weight scales of {len(specs)} modules ({recipe.quantization.initialization})")
     layers = quantize_model(rollout.denoiser, specs, clock, search)
+    if recipe.export.format == "torchao":
+        adopt_dynamic_scales(layers.values())
     session = Session(
         recipe,
         rollout,
