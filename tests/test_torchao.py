@@ -24,15 +24,14 @@ from accuquant.evaluate import evaluate, load_export, recipe_of
 from accuquant.generate import generate
 from accuquant.model.checkpoint import harden_model
 from accuquant.model.layers import QuantizedLayer, quantized_layers, set_arithmetic, trainable_layers
-from accuquant.model.torchao import DYNAMIC_CLIP, convert_model, input_dimensions, torchao_layers
+from accuquant.model.torchao import DYNAMIC_CLIP, convert_model, input_dimensions, torchao_installed, torchao_layers
 from accuquant.recipe import Recipe, RecipeError
 from accuquant.recipe.file import parse_recipe
 from accuquant.session import open_model, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_torchao = pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("torchao"), reason="needs accuquant[torchao]"
-)
+REASON = "needs accuquant[torchao]"
+needs_torchao = pytest.mark.skipif(not torchao_installed(), reason=REASON)
 
 QUIET = Reporter(quiet=True)
 ATTENTION, MLP, NORM = (rf"transformer_blocks\.\d+\.{m}" for m in (r"attn1\..*", r"ff\..*", r"norm1\.linear"))
@@ -120,18 +119,25 @@ def make_recipe(model: Path, output: Path, rules: list[dict[str, Any]], **change
 
 @pytest.fixture(scope="module")
 def export(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not needs_torchao.args[0]:
-        return calibrate(make_recipe(model_folder, tmp_path_factory.mktemp("exports") / "w8a8", RULES), QUIET)
-    pytest.skip("needs accuquant[torchao]")
+    if not torchao_installed():
+        pytest.skip(REASON)
+    return calibrate(make_recipe(model_folder, tmp_path_factory.mktemp("exports") / "w8a8", RULES), QUIET)
 
 
 @needs_torchao
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("rules", "tolerance"),
+    [
+        ([{**STATIC, "activation_symmetric": True}, {**STATIC, "modules": MLP}, WEIGHT_ONLY], 1e-5),
+        # half of all tokens have their extreme at -127.5 steps, which torchao and we round as float32 happens to
+        ([{**STATIC, "activation_symmetric": False}, DYNAMIC, WEIGHT_ONLY], 1e-2),
+    ],
+    ids=["static", "dynamic"],
+)
 def test_a_stranger_gets_calibrations_integers_and_our_arithmetic(
-    symmetric: bool, model_folder: Path, tmp_path: Path
+    rules: list[dict[str, Any]], tolerance: float, model_folder: Path, tmp_path: Path
 ) -> None:
-    """static per tensor, dynamic per token and weight-only; integers and scales are equal, outputs but for rounding."""
-    rules = [{**STATIC, "activation_symmetric": symmetric}, DYNAMIC, WEIGHT_ONLY]
+    """Integers and scales are equal, outputs but for rounding, of static, dynamic and weight-only modules."""
     recipe = make_recipe(model_folder, tmp_path / "out", rules)
     session = prepare(recipe, *open_model(recipe), QUIET)
     session.tuner(recipe.objective, 1).run()
@@ -139,7 +145,7 @@ def test_a_stranger_gets_calibrations_integers_and_our_arithmetic(
     twin = copy.deepcopy(denoiser)
     harden_model(twin, twin.step_clock)
     set_arithmetic(twin, "reference")
-    convert_model(denoiser, {name: 3 for name in trainable_layers(denoiser)}, torch.float32)
+    convert_model(denoiser, dict.fromkeys(trainable_layers(denoiser), 3), torch.float32)
     session.rollout.pipeline.save_pretrained(tmp_path / "saved")
 
     found = stranger(tmp_path / "saved", tmp_path)
@@ -152,21 +158,20 @@ def test_a_stranger_gets_calibrations_integers_and_our_arithmetic(
         assert (f"{name} act_quant_scale" in found) == layer.spec.static
         if layer.spec.static:
             assert torch.equal(found[f"{name} act_quant_scale"].view(1), layer.activation_scale)
-            assert (f"{name} act_quant_zero_point" in found) != symmetric
+            assert (f"{name} act_quant_zero_point" in found) != layer.spec.activation_symmetric
         if layer.activation_zero_point is not None:
             assert torch.equal(found[f"{name} act_quant_zero_point"].view(1), layer.activation_zero_point)
     for t in (900, 300):
         with torch.no_grad():
             expected = twin(found["x"], timestep=torch.tensor([t, t]), class_labels=torch.tensor([1, 2])).sample
-        # torchao multiplies with 1 / scale where we divide: a value on the edge may fall to the next step
-        assert float((found[f"output {t}"] - expected).norm() / expected.norm()) < 2e-3
+        assert float((found[f"output {t}"] - expected).norm() / expected.norm()) < tolerance
 
 
 @needs_torchao
 @pytest.mark.parametrize("rule", [STATIC, {**STATIC, "activation_symmetric": True}, {**STATIC, **DYNAMIC}, WEIGHT_ONLY])
 @pytest.mark.parametrize("shape", [(6, 48), (2, 5, 48)])
 def test_one_layer_equals_ours(rule: dict[str, Any], shape: tuple[int, ...]) -> None:
-    """To float rounding: these inputs lie between the steps of both arithmetics."""
+    """To float rounding. A token's extreme is at 127.5 steps of a dynamic scale: if positive, both clamp it to 127."""
     from accuquant.model.clock import StepClock
     from accuquant.model.layers import quantize_model
     from accuquant.model.plan import plan_modules
@@ -189,6 +194,7 @@ def test_one_layer_equals_ours(rule: dict[str, Any], shape: tuple[int, ...]) -> 
     layers = quantize_model(model, {"inner": plan.spec}, StepClock([]), search=True)
     adopt_dynamic_scales(layers.values())
     x = torch.randn(shape)
+    x[..., 0] = 4.0
     if plan.spec.static:
         layers["inner"].set_activation_scale([x.flatten()], search=False)
     with torch.no_grad():
@@ -196,7 +202,7 @@ def test_one_layer_equals_ours(rule: dict[str, Any], shape: tuple[int, ...]) -> 
         ours.arithmetic = "reference"
         expected = ours(x)
         convert_model(model, {"inner": len(shape)}, torch.float32)
-        found = model(x)
+        found = model(x, timestep=0)
     assert list(torchao_layers(model)) == ["inner"]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -223,8 +229,8 @@ def test_same_calibration_in_both_formats(model_folder: Path, tmp_path: Path) ->
     metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders.values()]
     assert metrics[0]["size"] == metrics[1]["size"] and metrics[0]["bit_operations"] == metrics[1]["bit_operations"]
     assert metrics[1]["latent_psnr"] == pytest.approx(metrics[0]["latent_psnr"], abs=0.3)
-    errors = [{m["name"]: m["relative_error"] for m in each["modules"]} for each in metrics]
-    assert errors[1] == pytest.approx(errors[0], rel=1e-2)
+    errors = [{m["name"]: m["relative_error"] for m in each["modules"] if m["weight"] == "int8"} for each in metrics]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
 
 def test_folder_holds_no_pickle_and_says_what_it_is(export: Path) -> None:
@@ -335,37 +341,6 @@ def test_a_module_that_is_called_with_unlike_inputs() -> None:
         input_dimensions(model, ["a"], lambda: (layer(torch.zeros(4)), layer(torch.zeros(1, 4))))
     with pytest.raises(ValueError, match="a is not called"):
         input_dimensions(model, ["a"], lambda: None)
-
-
-@pytest.mark.parametrize(
-    ("rule", "words"),
-    [
-        ({"weight": "int4"}, r"rules\.0\.weight: export\.format torchao holds int8 \(found 'int4'\)"),
-        ({"activation": "int6"}, r"rules\.0\.activation: .* write activation: int8"),
-        ({"granularity": "group", "group_size": 16}, r"rules\.0\.granularity: .* write granularity: channel"),
-        ({"symmetric": False}, r"rules\.0\.symmetric: .* write symmetric: true"),
-    ],
-)
-def test_rules_that_torchao_cannot_hold(rule: dict[str, Any], words: str, model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=words):
-        make_recipe(model_folder, tmp_path / "out", [{**STATIC, **rule}])
-
-
-def test_sections_that_torchao_cannot_hold(model_folder: Path, tmp_path: Path) -> None:
-    def refused(words: str, **changes: Any) -> None:
-        with pytest.raises(RecipeError, match=words):
-            make_recipe(model_folder, tmp_path / "out", RULES, **changes)
-
-    groups = {"timestep_groups": 3, "rules": RULES}
-    refused(
-        r"quantization\.timestep_groups: .*found 3, and quantization\.rules\.0.*write timestep_groups: 1",
-        quantization=groups,
-    )
-    refused(r"objective\.learn: 'activation_scale'.*rules\.1.*write learn", objective={"iterations": 3})
-    refused(r"cache: export\.format torchao holds no feature cache", cache={"interval": 2})
-    # where no scale is static, groups are of no consequence; and scales that are never learned have no clip ratio
-    dynamic = {"timestep_groups": 3, "rules": [DYNAMIC, WEIGHT_ONLY]}
-    make_recipe(model_folder, tmp_path / "out", [], quantization=dynamic, objective={"iterations": 0})
 
 
 @needs_torchao

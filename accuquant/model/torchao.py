@@ -25,7 +25,8 @@ from accuquant.model.layers import QuantizedLayer, TrainableLayer, trainable_lay
 TORCHAO_VERSIONS = "0.18"  # that this format is tested with; its place in torchao is torchao.prototype
 INSTALL_TORCHAO = "pip install 'accuquant[torchao]'"
 
-# torchao's dynamic scale is max|x| / 127.5, half of the whole range; ours is clip ratio * max|x| / 127
+# torchao's dynamic scale is max|x| / 127.5, half of the whole range; ours is clip ratio * max|x| / 127. A token's
+# extreme so lies between two integers, and which of them -127.5 becomes depends on the last bit of the scale.
 DYNAMIC_CLIP = 127 / 127.5
 
 
