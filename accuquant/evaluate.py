@@ -36,7 +36,7 @@ from accuquant.model.families import denoiser_of, family_of, load_pipeline, pick
 from accuquant.model.layers import quantized_layers
 from accuquant.model.plan import PlannedModule, count_macs, plan_modules
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.model.torchao import INSTALL_TORCHAO, stored_tensors, torchao_layers
+from accuquant.model.torchao import INSTALL_TORCHAO, stored_tensors, torchao_installed, torchao_layers
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import load_recipe
 from accuquant.report import write_report
@@ -170,10 +170,10 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
     """
     if not (folder / "model_index.json").is_file():
         raise RecipeError(f"{folder} is no export: it has no model_index.json")
+    if recipe.export.format == "torchao" and not torchao_installed():
+        raise RecipeError(f"{folder} is in torchao's format, and torchao is not installed: {INSTALL_TORCHAO}")
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=getattr(torch, recipe.model.dtype))
-    except ImportError as error:  # diffusers' word for a missing torchao
-        raise RecipeError(f"{folder} cannot be loaded: {error}; or {INSTALL_TORCHAO}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{folder} cannot be loaded: {error}") from error
     if not exported_layers(denoiser_of(pipeline)):
