@@ -51,9 +51,9 @@ def input_dimensions(model: nn.Module, names: Iterable[str], run: Callable[[], o
     seen: dict[str, set[int]] = {name: set() for name in names}
 
     def watch(name: str) -> Any:
-        return lambda module, args: seen[name].add(args[0].dim())
+        return lambda module, args, kwargs: seen[name].add((args[0] if args else kwargs["input"]).dim())
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in seen]
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True) for name in seen]
     try:
         with torch.no_grad():
             run()
