@@ -147,8 +147,8 @@ class Recipe(Section):
         if self.export.format == "torchao":
             if self.tune is not None or self.cache is not None:
                 raise ValueError(
-                    f"{'cache' if self.tune is None else 'tune'}: export.format torchao holds no feature cache; leave the "
-                    "section out (accuquant.enable_cache works on the loaded pipeline), or write export.format: accuquant"
+                    f"{'cache' if self.tune is None else 'tune'}: export.format torchao holds no feature cache; leave "
+                    "the section out (accuquant.enable_cache works on what is loaded) or write export.format: accuquant"
                 )
             learns = self.objective.iterations > 0 and "activation_scale" in self.objective.learn
             check_torchao(self.quantization.rules, groups, learns)
