@@ -27,7 +27,7 @@ from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS
 from matplotlib.figure import Figure
 
 from accuquant.budget import Combination, step_times, type_combinations
-from accuquant.calibrate import calibrate_alone, calibrate_cached
+from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
@@ -38,6 +38,7 @@ from accuquant.model.caching import cached
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
+from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
@@ -190,25 +191,36 @@ def orders(
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
 ) -> None:
-    """Taylor forecasts of order 0 to 3 at fixed intervals, quantized by MSE search, with the decomposition."""
+    """Forecasts at fixed intervals, quantized by MSE search, with E_q and E_c; and what `auto` takes."""
     torch.set_num_threads(threads)
     index, count = map(int, shard.split("/"))
     for name, seed in [(t, int(s)) for s in seeds.split(",") for t in types.split(",")][index::count]:
-        if _key("orders", name, seed, 7, "order 3") in _done(out):
+        if _key("orders", name, seed, 7, "auto") in _done(out):
             continue
         bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)
         e_q = bench.judge(None)["relative_l2"]
-        for nfc in (14, 10, 7):
+        for nfc in (14, 7):
             steps = filled_interval_steps(50, nfc, 2)
             for order in range(4):
                 config = Cache(estimation="taylor", order=order, schedule=steps)
                 both, only = bench.judge(config), bench.full_precision(config)["relative_l2"]
                 _write(out, shard, _key("orders", name, seed, nfc, f"order {order}"), both | {"E_q": e_q, "E_c": only})
-            for method, config in {
+            chosen = searched(Cache(estimation="auto", noise_aware=True, schedule=steps), bench.session, QUIET)
+            noise = measure_noise(bench.session, round(50 / nfc), QUIET)
+            aware: dict[str, Any] = {"schedule": steps, "noise_aware": True, "noise": noise}
+            others = {
                 "RFE 1": Cache(order=1, schedule=steps),
                 "RFE 2": Cache(order=2, schedule=steps),
-            }.items():
-                _write(out, shard, _key("orders", name, seed, nfc, method), bench.judge(config) | {"E_q": e_q})
+                "order 2 noise-aware": Cache(estimation="taylor", **aware),
+                "RFE 2 noise-aware": Cache(**aware),
+                "auto": chosen,
+            }
+            for method, config in others.items():
+                about = {
+                    "cache": f"{config.estimation} {config.forecast_order}{' aware' if config.noise_aware else ''}"
+                }
+                found = bench.judge(config) | {"E_q": e_q} | about
+                _write(out, shard, _key("orders", name, seed, nfc, method), found)
 
 
 @app.command()
