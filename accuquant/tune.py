@@ -237,6 +237,8 @@ class Place:
             return None
         of_forecasts, of_full_steps = PARTS[parts]
         if of_forecasts or of_full_steps:
+            if config.tau is not None:  # RCS skips other steps with every sample
+                return None
             wanted = {"corrected": of_forecasts, "corrected_quantization": of_full_steps}
             config, correction = fit_correction(self.session, config.model_copy(update=wanted), Reporter(quiet=True))
         with cached(self.session.rollout.denoiser, config, correction) as controller:
