@@ -63,7 +63,7 @@ MORE_TYPES: dict[str, dict[str, Any]] = {
 def bench_recipe(types: str, seed: int, nfc: int = 14, iterations: int = 150) -> Recipe:
     """M = 1, batches of 4 of 32 samples: what the accuracy log found to be best for its cost."""
     tree = load_recipe("dit_w8a8").model_dump(mode="json")
-    tree["data"] |= {"num_samples": 32, "seed": seed}
+    tree["data"] |= {"num_samples": 32, "validation_samples": 24, "seed": seed}
     rule = (CONFIGS | MORE_TYPES)[types] | {"modules": ATTENTION_AND_MLP}
     tree["quantization"]["rules"] = [rule, ADALN]
     learn = ["weight", "weight_scale"] + ["activation_scale"] * (rule["activation"] != "float")
@@ -235,7 +235,7 @@ def latency(
     found: dict[str, dict[str, list[float]]] = {}
     for name in types.split(","):
         bench = Bench(name, 0, Path("build/bench_joint"))
-        rollout, samples = bench.session.rollout, bench.session.validation.conditions
+        rollout, samples = bench.session.rollout, bench.session.validation.conditions.batches(8)[0]
         configs = dict(_chosen(bench.folder))
         times: dict[str, list[float]] = {key: [] for key in ("float32", "quantized", *configs)}
         fitted = {key: fit_correction(bench.session, c, QUIET) if c.fits else (c, None) for key, c in configs.items()}
