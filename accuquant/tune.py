@@ -243,9 +243,8 @@ class Place:
             config, correction = fit_correction(self.session, config.model_copy(update=wanted), Reporter(quiet=True))
         with cached(self.session.rollout.denoiser, config, correction) as controller:
             finals, counts = [], []
-            for batch in self.session.validation.conditions.batches(
-                1 if config.tau else self.session.recipe.objective.batch_size
-            ):
+            size = 1 if config.tau else self.session.recipe.evaluation.batch_size
+            for batch in self.session.validation.conditions.batches(size):
                 finals.append(self.session.rollout.trajectory(batch)[0][-1])
                 counts.append(controller.stats().nfc)
         mean = sum(counts) / len(counts)
