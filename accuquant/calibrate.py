@@ -32,7 +32,7 @@ from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe
 from accuquant.search import SEARCH_SAMPLES, search_cache, search_calls
-from accuquant.session import VALIDATION_SAMPLES, Session, open_model, prepare, validation_error
+from accuquant.session import Session, open_model, prepare, validation_error
 
 AUTO_CANDIDATES = (1, 2, 5)
 TYPICAL_NFC = 14  # for the gap that noise is measured over, where tau or a time leaves it open
@@ -212,11 +212,11 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     if objective.steps_per_group == "auto":
         tuning = round(tuning * (1 + AUTO_SHARE * len(AUTO_CANDIDATES)))
     per_batch = rollout.num_steps / batch
-    sampling = round((data.num_samples + VALIDATION_SAMPLES + 3 * recipe.evaluation.num_samples) * per_batch)
+    sampling = round((data.num_samples + data.validation_samples + 3 * recipe.evaluation.num_samples) * per_batch)
     sampling += search_calls(recipe.cache, rollout.num_steps, batch) if recipe.cache else 0
     trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
     calls = sampling + 3.5 * tuning  # a backward pass and the fake quantization cost about 2.5 calls
-    latents = (data.num_samples + VALIDATION_SAMPLES + recipe.evaluation.num_samples) * conditions.noise[0].numel()
+    latents = (data.num_samples + data.validation_samples + recipe.evaluation.num_samples) * conditions.noise[0].numel()
     return planned, {
         "network_evaluations": {"tuning": tuning, "sampling": sampling},
         "seconds": seconds * calls,
@@ -237,14 +237,20 @@ def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> C
     return config
 
 
-def searched(config: Cache, session: Session, reporter: Reporter, worse_of_both: bool = False) -> Cache:
+def searched(
+    config: Cache,
+    session: Session,
+    reporter: Reporter,
+    worse_of_both: bool = False,
+    samples: int = SEARCH_SAMPLES,
+) -> Cache:
     """The cache with its noise measured, and its target searched for, on the session's model as it is."""
     reference, num_steps = session.reference, session.rollout.num_steps
     if config.noise_aware and config.noise is None:
         listed = len(config.full_steps or config.full_timesteps or ())
         gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
         config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
-    chosen = torch.arange(min(SEARCH_SAMPLES, len(reference.conditions)), device=reference.latents.device)
+    chosen = torch.arange(min(samples, len(reference.conditions)), device=reference.latents.device)
     if config.searches:
         conditions, published = reference.conditions.take(chosen), config.measured_on == "full_precision"
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():

@@ -25,7 +25,6 @@ from accuquant.model.torchao import adopt_dynamic_scales
 from accuquant.optimise import Reference, Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 
-VALIDATION_SAMPLES = 8
 VALIDATION_SEED_OFFSET = 500_000  # noise that neither calibration nor evaluation uses
 OBSERVED_VALUES = 16384  # activations kept per module and timestep group for the scale search
 
@@ -142,7 +141,8 @@ def prepare(
         kept: file that keeps the reference trajectories, so that a resumed run need not sample them again.
     """
     samples = calibration_samples(split, recipe.data)
-    checked = draw(split.calibration, VALIDATION_SAMPLES, recipe.data.seed * 100_000 + VALIDATION_SEED_OFFSET)
+    seed = recipe.data.seed * 100_000 + VALIDATION_SEED_OFFSET
+    checked = draw(split.calibration, recipe.data.validation_samples, seed)
     reference = _reference(rollout, samples, checked, recipe, reporter, kept)
     index = torch.arange(len(samples) + len(checked), device=reference.latents.device)
 

@@ -49,3 +49,18 @@ def test_accuracy_benchmark_resumes_and_tabulates(recipe: Path, tmp_path: Path) 
     assert first.count("W8A8 seed 0") == 2 and second.count("W8A8 seed 0") == 2
     table = run("bench_accuracy.py", "table", "--out", out)
     assert "| M=2 exact |" in table and "| 3 |" in table  # nine evaluations pay for three updates of M = 2
+
+
+def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) -> None:
+    figures = {"psnr": 40.0, "frechet_distance": 0.001}
+    rows = [{"part": "run", "types": "W4A4", "seed": s, "nfc": 0, "method": "E_q", "relative_l2": 0.1} for s in (0, 1)]
+    for seed, error in ((0, 0.2), (1, 0.3)):
+        key = {"part": "run", "types": "W4A4", "seed": seed, "nfc": 14, "method": "(d) tuner"}
+        rows.append(key | {"relative_l2": error})
+    (tmp_path / "results-0-1.jsonl").write_text("".join(json.dumps(row | figures) + "\n" for row in rows))
+    table = run("bench_joint.py", "table", "--out", tmp_path)
+    assert "### W4A4: E_qc in %" in table
+    assert "E_q 10.00 ± 0.00 %" in table
+    assert "| (d) tuner | 25.00 ± 7.07 / 40.0 ± 0.0 / 1.0 ± 0.0 |" in table
+    run("bench_joint.py", "plot", "--out", tmp_path)
+    assert (tmp_path / "joint.png").read_bytes()[:4] == b"\x89PNG"
