@@ -79,16 +79,12 @@ class Bench:
 
     def __init__(self, setup: dict[str, Any], out: Path, variants: dict[str, tuple[str, ...]], repeats: int) -> None:
         self.setup, self.out, self.variants, self.repeats = setup, out, variants, repeats
-        self.reporter = Reporter()
+        self.reporter, self.helper = Reporter(), Process("helper", setup, out)
         self.results: dict[str, Any] = {"steps": [], "trajectories": [], "gemm": []}
 
     def prepare(self, steps: int) -> None:
         self.reporter.say("preparing weights, references and exports")
-        process = Process("prepare", self.setup, self.out)
-        try:
-            found = process.ask("prepare", hosts=list(self.variants), steps=steps)
-        finally:
-            process.close()
+        found = self.helper.ask("prepare", hosts=list(self.variants), steps=steps)
         if "failed" in found:
             raise SystemExit(f"preparing failed: {found['failed']}")
         self.results |= found
@@ -96,7 +92,7 @@ class Bench:
     def waves(self, limit: float) -> list[list[str]]:
         """Hosts that fit in memory together, by estimate; the first of each is bfloat16."""
         total, integers = self.results["parameters"], self.results["integers"]
-        base = [BASE] * (BASE in self.variants)
+        base = [BASE] if BASE in self.variants else []
         spare = 2 * total  # the bfloat16 weights that the last one quantizes
 
         def size(host: str) -> float:
@@ -178,24 +174,20 @@ class Bench:
         self.results["trajectories"] = rows
 
     def measure_gemms(self, compiled: bool) -> None:
-        process = Process("gemm", self.setup, self.out)
-        try:
-            names = process.ask("gemm").get("names", [INT_MM, *OURS])
-            names = [name for name in names if compiled or not name.endswith("compiled")]
-            shapes = self.results["shapes"]
-            with self.reporter.bar("bare products", len(shapes) * self.repeats * len(names)) as advance:
-                for *shape, count in shapes:
-                    rows = [{"shape": shape, "count": count, "name": name, "seconds": []} for name in names]
-                    for _ in range(self.repeats):
-                        for row in rows:
-                            if "failed" not in row:
-                                answer = process.ask("gemm", shape=shape, name=row["name"])
-                                row["path"] = answer.get("path", "")
-                                self._take(row, answer)
-                            advance(f"{shape} {row['name']}")
-                    self.results["gemm"] += rows
-        finally:
-            process.close()
+        names = self.helper.ask("gemm").get("names", [INT_MM, *OURS])
+        names = [name for name in names if compiled or not name.endswith("compiled")]
+        shapes = self.results["shapes"]
+        with self.reporter.bar("bare products", len(shapes) * self.repeats * len(names)) as advance:
+            for *shape, count in shapes:
+                rows = [{"shape": shape, "count": count, "name": name, "seconds": []} for name in names]
+                for _ in range(self.repeats):
+                    for row in rows:
+                        if "failed" not in row:
+                            answer = self.helper.ask("gemm", shape=shape, name=row["name"])
+                            row["path"] = answer.get("path", "")
+                            self._take(row, answer)
+                        advance(f"{shape} {row['name']}")
+                self.results["gemm"] += rows
 
 
 def chosen(only: str, compiles: bool) -> dict[str, tuple[str, ...]]:
@@ -220,6 +212,7 @@ def main(
     steps: Annotated[int, typer.Option(min=0, help="Of a trajectory; 0 measures none.")] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     memory: Annotated[float, typer.Option(help="GB that all models may take together.")] = 16.0,
+    float_modulation: Annotated[bool, typer.Option(help="Our adaLN float, not int8 weights as in the recipe.")] = False,
     compiles: Annotated[bool, typer.Option("--compile/--no-compile", help="Compiled variants too.")] = True,
 ) -> None:
     """Measure, and write results.json, results.md and results.png."""
@@ -234,9 +227,10 @@ def main(
         print(f"{FLUX}-sized block stack: not measured, there is no CUDA device")
     (out / "logs").mkdir(parents=True, exist_ok=True)
     work = out.absolute() / "work"
-    setup = {"model": model, "layers": layers, "device": str(picked), "threads": threads, "folder": str(work)}
+    setup = {"model": model, "layers": layers, "float_modulation": float_modulation}
+    setup |= {"device": str(picked), "threads": threads, "folder": str(work)}
     bench = Bench(setup, out, chosen(only, compiles), repeats)
-    bench.results |= machine(picked, threads) | {"model": model, "layers": layers, "repeats": repeats}
+    bench.results |= machine(picked, threads) | setup | {"repeats": repeats}
     try:
         steps = 0 if model == FLUX else steps
         bench.prepare(steps)
@@ -245,6 +239,7 @@ def main(
         bench.measure_steps(waves, steps)
         bench.measure_gemms(compiles)
     finally:
+        bench.helper.close()
         shutil.rmtree(work, ignore_errors=True)
     print(write_report(bench.results, out))
     print(summary(bench.results))

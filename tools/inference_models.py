@@ -35,10 +35,12 @@ class Subject:
 
     Args:
         layers: of a random model, where it shall be smaller than the real one.
+        float_modulation: leave adaLN float, where the recipe has int8 weights; as other packages have it here.
     """
 
     name: str
     layers: int | None = None
+    float_modulation: bool = False
 
     @property
     def samples(self) -> int:
@@ -71,6 +73,8 @@ class Subject:
         if self.name in RECIPES:
             rules = load_recipe(RECIPES[self.name]).quantization.rules
         specs = {p.name: p.spec for p in plan_modules(model, rules) if p.spec is not None}
+        if self.float_modulation:
+            specs = {name: spec for name, spec in specs.items() if spec.activation != "float"}
         if static:
             return specs
         dynamic = dict(activation_scale="dynamic", activation_symmetric=True)

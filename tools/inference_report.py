@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from inference_gemm import BARE, BFLOAT16, INT_MM, ONEDNN
+from inference_gemm import BARE, BFLOAT16, INT_MM, ONEDNN, OURS
 from matplotlib.figure import Figure
 
 import accuquant
@@ -79,15 +79,15 @@ def best(results: dict[str, Any], ours: bool) -> str | None:
 def summary(results: dict[str, Any]) -> str:
     """What the table comes to, in its last line."""
     ours, other = best(results, True), best(results, False)
-    lines, found = [], medians(results)
-    if ours is None:
-        return "vs bf16 compiled: not measured, vs best other int8: not measured"
-    lines.append(f"ours is {ours}")
+    lines, found = [f"ours is {ours}"] if ours else [], medians(results)
     eager, eager_base = found.get("ours static eager"), found.get("bfloat16 eager")
     if eager and eager_base:
         lines.append(f"ours static eager vs bf16 eager: {eager_base / eager:.2f}x")
-    frozen = speed(results, "bfloat16 frozen compiled")
-    own = speed(results, ours)
+    for name in OURS:
+        beyond = mean_overhead(results, name)
+        if beyond is not None:
+            lines.append(f"quantize and rescale, {name.removeprefix('ours ')}: {100 * beyond:.0f} % of the product")
+    frozen, own = speed(results, "bfloat16 frozen compiled"), speed(results, ours) if ours else None
     if own and frozen:
         lines.append(f"vs bf16 compiled and frozen: {own / frozen:.2f}x")
     against = "not measured"
@@ -102,6 +102,7 @@ def summary(results: dict[str, Any]) -> str:
 def write_report(results: dict[str, Any], out: Path) -> str:
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     size = f", {results['layers']} blocks only" if results["layers"] else ""
+    size += ", our adaLN float" if results["float_modulation"] else ""
     text = (
         f"# {results['model']}{size}: {results['machine']}, {results['threads']} threads\n\n"
         f"torch {results['torch']}, diffusers {results['diffusers']}, accuquant {results['accuquant']}; medians of "
@@ -125,7 +126,7 @@ def spread(row: dict[str, Any]) -> str:
 def steps_table(results: dict[str, Any]) -> str:
     text = "## One step\n\n| variant | latency | vs bf16 compiled | peak memory | checkpoint | error | paths |\n"
     text += "|---|---|---|---|---|---|---|\n"
-    waves, shown = len(results["waves"]), set()
+    waves = len(results["waves"])
     for row in results["steps"]:
         name, number = row["name"], f", wave {row['wave'] + 1}" if waves > 1 else ""
         label = name + (f" ({row['version']})" if row.get("version") else "") + number
@@ -138,7 +139,6 @@ def steps_table(results: dict[str, Any]) -> str:
         paths = ", ".join(f"{path} {count}" for path, count in row["paths"].items())
         size = f"{row['checkpoint_bytes'] / 1e6:.1f} MB"
         text += f"| {label} | {spread(row)} | {faster} | {peak} | {size} | {row['error']:.2e} | {paths} |\n"
-        shown.add(name)
     kind = "resident memory beyond the imported packages" if results["device"] == "cpu" else "torch.cuda's allocations"
     return text + (
         f"\nPeak memory is of a step with the model in it: {kind}. Checkpoint: the file, or for other packages "
@@ -195,6 +195,17 @@ def overhead(results: dict[str, Any], row: dict[str, Any]) -> float | None:
     seconds = median(row)
     bare = next((median(r) for r in results["gemm"] if r["name"] == name and r["shape"] == row["shape"]), None)
     return seconds / bare - 1 if seconds and bare else None
+
+
+def mean_overhead(results: dict[str, Any], name: str) -> float | None:
+    """Of all layers of the model that have a bare product, by the time they take."""
+    layers = bare = 0.0
+    for row in results["gemm"]:
+        seconds, beyond = median(row), overhead(results, row)
+        if row["name"] == name and seconds and beyond is not None:
+            layers += row["count"] * seconds
+            bare += row["count"] * seconds / (1 + beyond)
+    return layers / bare - 1 if bare else None
 
 
 def bound(results: dict[str, Any]) -> float | None:

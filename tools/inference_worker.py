@@ -39,7 +39,10 @@ class Worker:
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self.folder, self.host = Path(setup["folder"]), str(setup["host"])
-        self.subject, self.device = Subject(setup["model"], setup["layers"]), torch.device(setup["device"])
+        self.subject, self.device = (
+            Subject(setup["model"], setup["layers"], setup["float_modulation"]),
+            torch.device(setup["device"]),
+        )
         self.dtype = torch.float32 if self.host == "float32" else torch.bfloat16
         self.modules: dict[str, Any] = {}
         self.parts: dict[str, Callable[..., Any]] = {}  # compiled forwards of cached modules
