@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,6 @@ class Process:
         self.host = host
         environment = os.environ | {
             "OMP_NUM_THREADS": str(setup["threads"]),
-            "OMP_WAIT_POLICY": "passive",  # a process that waits for its turn takes no time of the others
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         command = [sys.executable, str(WORKER), json.dumps(setup | {"host": host})]
@@ -69,7 +69,8 @@ class Process:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.log.close()
 

@@ -20,7 +20,7 @@ from accuquant.model.layers import TrainableLayer
 from accuquant.model.spec import LayerSpec
 
 Shape = tuple[int, ...]  # M, K, N
-LEAST_SECONDS = 0.05
+LEAST_SECONDS = 0.02
 ONEDNN, INT_MM, BFLOAT16 = "onednn", "int_mm", "bfloat16 linear"
 BARE = (ONEDNN, INT_MM, BFLOAT16)
 OURS = ("ours static eager", "ours static compiled", "ours dynamic eager", "ours dynamic compiled")

@@ -50,6 +50,7 @@ class Rival:
     module: str
     distribution: str
     quantize: Callable[[Any, list[str], Callable[[Any], Tensor]], Any]
+    helper: str = ""  # a package that it computes with where it is installed
 
     def version(self) -> str:
         if importlib.util.find_spec(self.module.split(".")[0]) is None:
@@ -58,7 +59,11 @@ class Rival:
             importlib.import_module(self.module)
         except ModuleNotFoundError as error:
             raise Missing(f"not installed ({error})") from error
-        return version(self.distribution)
+        if not self.helper:
+            return version(self.distribution)
+        there = importlib.util.find_spec(self.helper) is not None
+        beside = f"with {self.helper} {version(self.helper)}" if there else f"without {self.helper}"
+        return f"{version(self.distribution)} {beside}"
 
 
 def _torchao(model: Any, names: list[str], call: Callable[[Any], Tensor]) -> Any:
@@ -98,7 +103,7 @@ RIVALS = {
     "torchao": TORCHAO,
     "torchao frozen": TORCHAO,
     "quanto": Rival("optimum.quanto", "optimum-quanto", _quanto),
-    "sdnq": Rival("sdnq", "sdnq", _sdnq),
+    "sdnq": Rival("sdnq", "sdnq", _sdnq, helper="openvino"),
 }
 
 
