@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -52,11 +54,21 @@ def test_accuracy_benchmark_resumes_and_tabulates(recipe: Path, tmp_path: Path) 
     assert "| M=2 exact |" in table and "| 3 |" in table  # nine evaluations pay for three updates of M = 2
 
 
-def test_inference_benchmark_measures_and_tabulates(tmp_path: Path) -> None:
-    small = ["--repeats", "2", "--threads", "1", "--steps", "4", "--no-compile"]
-    only = "ours static eager,quanto compiled"
-    out = tmp_path / "inference"
-    printed = run("bench_inference.py", "--model", "bundled", "--out", str(out), "--only", only, *small)
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a tool; what it starts finds this package."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return importlib.import_module
+
+
+def test_inference_benchmark_measures_and_tabulates(
+    tools: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only, out = "ours static eager,quanto compiled", tmp_path / "inference"
+    main = tools("bench_inference").main
+    main("bundled", out, repeats=2, threads=1, steps=4, only=only, device="cpu", compiles=False)
+    printed = capsys.readouterr().out
     found = json.loads((out / "results.json").read_text())
     rows = {row["name"]: row for row in found["steps"]}
     assert set(rows) == {"ours static eager"}  # the other was asked for compiled, and nothing is
@@ -73,10 +85,9 @@ def test_inference_benchmark_measures_and_tabulates(tmp_path: Path) -> None:
     assert not (out / "work").exists()
 
 
-def test_inference_benchmark_splits_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_benchmark_splits_what_does_not_fit(tools: Callable[[str], Any]) -> None:
     """Every wave has bfloat16 in it, nothing is left out, and what fits runs together."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    tool = importlib.import_module("bench_inference")
+    tool = tools("bench_inference")
     bench = object.__new__(tool.Bench)
     bench.variants, bench.results = tool.chosen("", True), {"parameters": 750_000_000, "integers": 450_000_000}
     first, *others = bench.waves(16e9)
@@ -87,10 +98,9 @@ def test_inference_benchmark_splits_what_does_not_fit(monkeypatch: pytest.Monkey
     assert sorted({host for wave in bench.waves(1e9) for host in wave}) == sorted(tool.HOSTS)
 
 
-def test_inference_summary_compares_within_a_wave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_summary_compares_within_a_wave(tools: Callable[[str], Any]) -> None:
     """The second wave ran while the machine was half as fast."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    report = importlib.import_module("inference_report")
+    report = tools("inference_report")
     times = [
         ("bfloat16 compiled", 0, 2.0), ("ours static compiled", 0, 1.0), ("ours dynamic compiled", 0, 1.25),
         ("ours static eager", 0, 0.5),
