@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,30 @@ class Combination:
     Attributes:
         picks: index into `choose` of each class.
         recipe: with these types' rules and without the section `tune`.
-        outside, inside: bit-operations of one step over float32's: of modules that run at every step, and of those that
-            run at full steps only.
+        operations: bit-operations of each module at one step, over float32's of all.
+        cached: names of the modules and blocks that the recipe's cache skips.
     """
 
     name: str
     picks: tuple[int, ...]
     recipe: Recipe
-    outside: float
-    inside: float
+    operations: dict[str, float]
+    cached: tuple[str, ...]
 
-    def bit_operations(self, nfc: float) -> float:
-        """Of a trajectory, as a fraction of float32 without a cache."""
-        return self.outside + self.inside * nfc / self.recipe.sampling.num_inference_steps
+    @property
+    def inside(self) -> float:
+        """Of what runs at full steps only."""
+        return sum(share for name, share in self.operations.items() if in_cache(name, self.cached))
+
+    @property
+    def outside(self) -> float:
+        """Of what runs at every step."""
+        return sum(self.operations.values()) - self.inside
+
+    def bit_operations(self, nfc: float, cached: tuple[str, ...] | None = None) -> float:
+        """Of a trajectory, as a fraction of float32 without a cache; ``cached`` where another cache skips others."""
+        one = self if cached is None else replace(self, cached=cached)
+        return one.outside + one.inside * nfc / self.recipe.sampling.num_inference_steps
 
     def full_steps(self, tune: Tune, seconds: tuple[float, float] | None = None) -> int:
         """As many as all budgets pay for; ``seconds`` are those of a full and of a skipped step, where known."""
@@ -81,7 +92,7 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
     settings = base_settings(recipe) | {"estimation": "reuse", "schedule": (0,)}
     with cached(rollout.denoiser, Cache(**settings)) as controller:
-        skipped = {p.name for p in planned if in_cache(p.name, (*controller.modules, *controller.bypassed))}
+        skipped = (*controller.modules, *controller.bypassed)
     for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
         chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
         rules = (*chosen, *recipe.quantization.rules)
@@ -91,11 +102,10 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
         for p in plan_modules(rollout.denoiser, kept):
             counted = PlannedModule(p.name, p.kind, p.shape, p.bias, p.spec, p.tune, macs[p.name])
             operations[p.name] = counted.bit_operations / float32
-        inside = sum(operations[name] for name in skipped)
         quantization = recipe.quantization.model_copy(update={"rules": kept})
         with_types = plain.model_copy(update={"quantization": quantization})
         name = " + ".join(_words(rule) for rule in chosen or kept[:1])
-        found.append(Combination(name, picks, with_types, sum(operations.values()) - inside, inside))
+        found.append(Combination(name, picks, with_types, operations, skipped))
     return found
 
 

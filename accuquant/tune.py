@@ -247,7 +247,7 @@ class Place:
             for batch in self.session.validation.conditions.batches(size):
                 finals.append(self.session.rollout.trajectory(batch)[0][-1])
                 counts.append(controller.stats().nfc)
-        mean = sum(counts) / len(counts)
+        mean, skipped_by = sum(counts) / len(counts), (*controller.modules, *controller.bypassed)
         final, true = torch.cat(finals), self.session.validation.latents[-1]
         decode = self.session.rollout.decode
         full, skipped = self.seconds
@@ -261,7 +261,7 @@ class Place:
                 "parts": parts,
                 "asked_nfc": nfc,
                 "nfc": mean,
-                "bit_operations": self.combination.bit_operations(mean),
+                "bit_operations": self.combination.bit_operations(mean, skipped_by),
                 "seconds": mean * full + (self.session.rollout.num_steps - mean) * skipped,
                 "E_qc": float(relative_l2(final, true).mean()),
                 "image_error": float(relative_l2(decode(final), decode(true)).mean()),
