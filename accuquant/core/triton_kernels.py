@@ -4,10 +4,10 @@ The formula is that of `kernels`, with d[o] = sum_i w[o, i] over the dequantized
 
     y[m, o] = s_x[m] * (sum_g s_w[o, g] * sum_{i in g} q_x[m, i] * (q_w[o, i] - z_w[o, g])  -  z_x * d[o]) + bias[o].
 
-The inner sum is exact: int8 times int8 in int32. Float activations multiply the integers q_w - z_w, which every float
-type holds exactly, and are summed in float32; so nothing is rounded before the scales here either.
+The inner sum is exact: int8 times int8 in int32. Half types multiply the integers q_w - z_w, which they hold
+exactly, and are summed in float32; so nothing is rounded before the scales here either.
 
-Nothing else may import this file without asking whether Triton is there: it is an extra. With TRITON_INTERPRET=1 the
+Triton is an extra: only `cuda.triton_works`, which asks for it, imports this file. With TRITON_INTERPRET=1 the
 same kernels run on CPU tensors, which is how they are tested where there is no GPU.
 
 Shape legend: M rows, K inputs, O outputs, G groups.
@@ -23,14 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accuquant.core import kernels
-from accuquant.core.numerics import QTYPES, SMALLEST_SCALE
-from accuquant.core.packing import pack
-
-CAPABILITY = (8, 0)  # bfloat16 and int8 tensor cores, and the shared memory that the tiles below take
-MAX_COLUMNS = 1 << 16  # a row is quantized as one block, and its int32 sums cannot overflow
-GROUP_STEP = 16  # groups are multiples of it: tensor cores multiply 16 or 32 columns at a time
-SMALL_ROWS = 16  # the least rows of a tile
+from accuquant.core.kernels import SMALL_ROWS
+from accuquant.core.numerics import SMALLEST_SCALE
 
 ROUND: tl.constexpr = tl.constexpr(1.5 * 2**23)  # adding it leaves float32 no fraction: nearest, ties to even
 FAR: tl.constexpr = tl.constexpr(2.0**20)  # beyond every integer, and small enough for the line above
@@ -39,13 +33,13 @@ TINY: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
 
 @triton.jit
 def _quantize_rows(
-    x: tl.tensor, q: tl.tensor, scale: tl.tensor, zero: tl.tensor, out_scale: tl.tensor, K: tl.tensor,
+    x, q, scale, zero, out_scale, columns,
     QMIN: tl.constexpr, QMAX: tl.constexpr, DYNAMIC: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One row: its scale if dynamic, then clamp(round(x / scale) + zero). ``scale`` is then the clip ratio."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
-    value = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    value = tl.load(x + row * columns + k, mask=k < columns, other=0.0).to(tl.float32)
     s = tl.load(scale)
     if DYNAMIC:
         # NaN as infinity: the maximum would leave it out, and the row would look healthy
@@ -57,72 +51,72 @@ def _quantize_rows(
     if HAS_ZERO:
         v += tl.load(zero).to(tl.float32)
     v = tl.minimum(tl.maximum(v, QMIN * 1.0), QMAX * 1.0)
-    tl.store(q + row * K + k, v.to(tl.int8), mask=k < K)
+    tl.store(q + row * columns + k, v.to(tl.int8), mask=k < columns)
 
 
 @triton.jit
 def _stored_linear(
-    x: tl.tensor, w: tl.tensor, w_scale: tl.tensor, w_zero: tl.tensor, w_sums: tl.tensor, x_scale: tl.tensor, x_zero: tl.tensor, bias: tl.tensor, y: tl.tensor,
-    M: tl.tensor, O: tl.tensor, K: tl.tensor, G: tl.tensor, ROW_BYTES: tl.tensor,
+    x, w, w_scale, w_zero, w_sums, x_scale, x_zero, bias, y,
+    rows, outputs, columns, groups, row_bytes,
     BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, W_ZERO: tl.constexpr,
     X_SCALES: tl.constexpr, X_ZERO: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """One (BM, BO) tile. STEP columns at a time, of a block of BK; GROUP 0 is one scale a row."""
     INTEGER: tl.constexpr = x.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    # tiles in bands of BAND rows, so that neighbours in time share weights in the L2 cache
-    tiles_o = tl.cdiv(O, BO)
+    # tiles in bands of BAND tiles, so that neighbours in time share weights in the L2 cache
+    tiles_o = tl.cdiv(outputs, BO)
     first = tl.program_id(0) // (BAND * tiles_o) * BAND
-    height = min(tl.cdiv(M, BM) - first, BAND)
+    height = min(tl.cdiv(rows, BM) - first, BAND)
     inside_band = tl.program_id(0) % (BAND * tiles_o)
     start = (first + inside_band % height).to(tl.int64) * BM
     m, o = tl.arange(0, BM), inside_band // height * BO + tl.arange(0, BO)
-    is_row, is_output = start + m < M, o < O
-    x += start * K
-    y += start * O
+    is_row, is_output = start + m < rows, o < outputs
+    x += start * columns
+    y += start * outputs
 
     lane, byte = tl.arange(0, BK), tl.arange(0, BK // 2)
-    rows = w + o.to(tl.int64)[:, None] * ROW_BYTES
+    w_rows = w + o.to(tl.int64)[:, None] * row_bytes
     total = tl.zeros((BM, BO), tl.float32)
     acc = tl.zeros((BM, BO), SUM)
-    for k0 in range(0, K, STEP):
+    for k0 in range(0, columns, STEP):
         k = k0 + lane
-        is_column = (lane < STEP) & (k < K)
-        a = tl.load(x + m[:, None] * K + k[None, :], mask=is_row[:, None] & is_column[None, :], other=0)
+        is_column = (lane < STEP) & (k < columns)
+        a = tl.load(x + m[:, None] * columns + k[None, :], mask=is_row[:, None] & is_column[None, :], other=0)
         if BITS == 8:
-            b = tl.load(rows + k[None, :], mask=is_output[:, None] & is_column[None, :], other=0)
+            b = tl.load(w_rows + k[None, :], mask=is_output[:, None] & is_column[None, :], other=0)
         else:  # two to a byte, low nibble first, eight higher
             column = k0 // 2 + byte
-            pair = tl.load(rows + column[None, :], mask=is_output[:, None] & (column < ROW_BYTES)[None, :], other=0)
+            pair = tl.load(w_rows + column[None, :], mask=is_output[:, None] & (column < row_bytes)[None, :], other=0)
             b = tl.interleave(pair & 15, pair >> 4).to(tl.int8) - 8
         g = k0 // GROUP if GROUP else 0
         if W_ZERO:
-            z = tl.load(w_zero + o * G + g, mask=is_output, other=0)
+            z = tl.load(w_zero + o * groups + g, mask=is_output, other=0)
             if BITS == 4:
                 b = b - z[:, None]
             elif not INTEGER:
                 b = b.to(tl.int16) - z.to(tl.int16)[:, None]
-        part = tl.dot(a, tl.trans(b.to(a.dtype)), out_dtype=SUM, input_precision="ieee")
+        part = tl.dot(a, tl.trans(b.to(a.dtype)), out_dtype=SUM)
         if W_ZERO and INTEGER and BITS == 8:  # the difference does not fit eight bits
             part -= tl.sum(a.to(tl.int32), 1)[:, None] * z.to(tl.int32)[None, :]
         if GROUP:
-            s = tl.load(w_scale + o * G + g, mask=is_output, other=0.0)
+            s = tl.load(w_scale + o * groups + g, mask=is_output, other=0.0)
             total += part.to(tl.float32) * s[None, :]
         else:
             acc += part
     if not GROUP:
         total = acc.to(tl.float32) * tl.load(w_scale + o, mask=is_output, other=0.0)[None, :]
-    _finish(total, w_sums, x_scale, x_zero, bias, y, start, M, m, o, O, X_SCALES, X_ZERO, BIAS)
+    _finish(total, w_sums, x_scale, x_zero, bias, y, start, rows, m, o, outputs, X_SCALES, X_ZERO, BIAS)
 
 
 @triton.jit
 def _finish(
-    total: tl.tensor, w_sums: tl.tensor, x_scale: tl.tensor, x_zero: tl.tensor, bias: tl.tensor, y: tl.tensor, start: tl.tensor, M: tl.tensor, m: tl.tensor, o: tl.tensor, O: tl.tensor,
+    total, w_sums, x_scale, x_zero, bias, y, start, rows, m, o, outputs,
     X_SCALES: tl.constexpr, X_ZERO: tl.constexpr, BIAS: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """The formula outside its sum over groups, and the store; ``y`` begins at row ``start``."""
-    is_row, is_output = start + m < M, o < O
+    is_row, is_output = start + m < rows, o < outputs
     if X_ZERO:
         total -= tl.load(x_zero).to(tl.float32) * tl.load(w_sums + o, mask=is_output, other=0.0)[None, :]
     if X_SCALES == 1:
@@ -131,39 +125,33 @@ def _finish(
         total *= tl.load(x_scale + start + m, mask=is_row, other=0.0)[:, None]
     if BIAS:
         total += tl.load(bias + o, mask=is_output, other=0.0).to(tl.float32)[None, :]
-    where = m[:, None] * O + o[None, :]
+    where = m[:, None] * outputs + o[None, :]
     tl.store(y + where, total.to(y.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])
 
 
 @triton.jit
 def _rescale(
-    acc: tl.tensor, w_scale: tl.tensor, w_sums: tl.tensor, x_scale: tl.tensor, x_zero: tl.tensor, bias: tl.tensor, y: tl.tensor, M: tl.tensor, O: tl.tensor,
+    acc, w_scale, w_sums, x_scale, x_zero, bias, y, rows, outputs,
     X_SCALES: tl.constexpr, X_ZERO: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """What `_stored_linear` does after its loop, on the int32 sums of another product."""
     start = tl.program_id(0).to(tl.int64) * BM
     m, o = tl.arange(0, BM), tl.program_id(1) * BO + tl.arange(0, BO)
-    mask = (start + m < M)[:, None] & (o < O)[None, :]
-    sums = tl.load(acc + start * O + m[:, None] * O + o[None, :], mask=mask, other=0)
-    total = sums.to(tl.float32) * tl.load(w_scale + o, mask=o < O, other=0.0)[None, :]
-    _finish(total, w_sums, x_scale, x_zero, bias, y + start * O, start, M, m, o, O, X_SCALES, X_ZERO, BIAS)
+    mask = (start + m < rows)[:, None] & (o < outputs)[None, :]
+    sums = tl.load(acc + start * outputs + m[:, None] * outputs + o[None, :], mask=mask, other=0)
+    total = sums.to(tl.float32) * tl.load(w_scale + o, mask=o < outputs, other=0.0)[None, :]
+    _finish(
+        total, w_sums, x_scale, x_zero, bias, y + start * outputs, start, rows, m, o, outputs, X_SCALES, X_ZERO, BIAS
+    )
 
 
-def tile(rows: int, integer: bool, wide: bool = False) -> dict[str, int]:
-    """Sizes of a tile. Up to 96 kB of shared memory, which every device since compute capability 8.0 has."""
-    if wide:  # float32 activations
-        return {"BM": 32, "BO": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+def tile(rows: int, integer: bool) -> dict[str, int]:
+    """Sizes of a tile. Up to 96 kB of shared memory, which every device of `cuda.CAPABILITY` has."""
     if rows <= SMALL_ROWS:  # the weights are read once, and that is all there is to it: many short programs
         return {"BM": SMALL_ROWS, "BO": 32, "BK": 128, "num_warps": 4, "num_stages": 4}
     if rows <= 64:
         return {"BM": 64, "BO": 64, "BK": 128 if integer else 64, "num_warps": 4, "num_stages": 3}
     return {"BM": 128, "BO": 128, "BK": 128 if integer else 64, "num_warps": 8, "num_stages": 3}
-
-
-def takes(bits: int, columns: int, groups: int) -> bool:
-    """Whether `stored_linear` multiplies such weights; the numbers of rows and outputs do not matter."""
-    fits = groups == 1 or (columns // groups) % GROUP_STEP == 0
-    return bits in (4, 8) and fits and columns <= MAX_COLUMNS
 
 
 # ---- operators: one opaque call each, so that torch.compile keeps one graph
@@ -178,7 +166,9 @@ _LIBRARY.define(
 _LIBRARY.define("rescale(Tensor acc, Tensor w_scale, Tensor? w_sums, " + _REST)
 
 
-def _quantized(x: Tensor, scale: Tensor, zero: Tensor | None, qmin: int, qmax: int, dynamic: bool) -> tuple[Tensor, Tensor]:
+def _quantized(
+    x: Tensor, scale: Tensor, zero: Tensor | None, qmin: int, qmax: int, dynamic: bool
+) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     x, q = x.contiguous(), torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     out_scale = scale.new_empty(rows if dynamic else 0, 1)
@@ -218,15 +208,18 @@ def stored_linear(
     """The formula above: (M, K) -> (M, O) in ``dtype``.
 
     Args:
-        x: (M, K) int8, or floats that are not quantized; x_scale: (M, 1), (1,) or None for 1; x_zero: (1,) or None.
+        x: (M, K) int8, or float16 or bfloat16 that is not quantized.
+        x_scale: (M, 1), (1,) or None for 1; x_zero: (1,) int8 or None.
         weight: (O, packed columns) of `packing`, 4 or 8 ``bits``; w_scale: (O, G) float32; w_zero: (O, G) int8 or None.
         w_sums: (O,) float32, d of the formula; needed where there is an x_zero.
     """
+    if x.dtype not in (torch.int8, torch.float16, torch.bfloat16):
+        raise TypeError(f"no tensor core multiplies {x.dtype}")
     (rows, columns), (outputs, groups) = x.shape, w_scale.shape
     y = x.new_empty(rows, outputs, dtype=dtype)
     if not rows:
         return y
-    sizes = tile(rows, x.dtype == torch.int8, x.dtype == torch.float32)
+    sizes = tile(rows, x.dtype == torch.int8)
     size, step = columns // groups, sizes["BK"]
     if groups > 1:
         step = min(step, size & -size)  # the greatest power of two in it: a step never leaves its group

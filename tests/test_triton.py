@@ -1,0 +1,28 @@
+"""Runs tests/triton_checks.py with Triton's interpreter, in a process of its own: the switch cannot be taken back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (the extra `cuda`)")
+
+
+def run_checks(**environment: str) -> None:
+    """tests/triton_checks.py with these variables and without the interpreter's, unless it is among them."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_checks.py"]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parent, env=inherited | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@needs_triton
+def test_kernels_in_the_interpreter() -> None:
+    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
