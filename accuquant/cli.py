@@ -192,7 +192,7 @@ def inspect(folder: Folder) -> None:
         from accuquant.model.families import denoiser_of
         from accuquant.model.layers import quantized_layers
 
-        denoiser = denoiser_of(load_export(folder, recipe_of(folder, ["model.device=cpu"])))
+        denoiser = denoiser_of(load_export(folder, recipe_of(folder, ["model.device=auto"])))
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in (
             "module",

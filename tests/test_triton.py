@@ -1,4 +1,7 @@
-"""Runs tests/triton_checks.py with Triton's interpreter, in a process of its own: the switch cannot be taken back."""
+"""Triton's kernels where there is no GPU: computed by its interpreter, and compiled for devices that are not there.
+
+Each in a process of its own: the interpreter's switch is set before Triton is imported, and cannot be taken back.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ import pytest
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (the extra `cuda`)")
 
 
-def run_checks(**environment: str) -> None:
-    """tests/triton_checks.py with these variables and without the interpreter's, unless it is among them."""
+def run_file(name: str, **environment: str) -> None:
+    """Its tests, with these variables, and without the interpreter's unless it is among them."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_checks.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
     result = subprocess.run(
         command, cwd=Path(__file__).parent, env=inherited | environment, capture_output=True, text=True
     )
@@ -25,4 +28,10 @@ def run_checks(**environment: str) -> None:
 
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_file("triton_checks.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_compile_for_cuda_devices(tmp_path: Path) -> None:
+    run_file("triton_targets.py", TRITON_CACHE_DIR=str(tmp_path))

@@ -282,10 +282,36 @@ def test_compiled_layers_are_one_graph() -> None:
 # ---- trust
 
 
+@pytest.mark.parametrize(
+    ("spec", "paths"),
+    [
+        (LayerSpec("int8", "int8"), ["triton", "cublas", "float"]),
+        (LayerSpec("int8", "int8", activation_scale="dynamic"), ["triton", "cublas", "float"]),
+        (LayerSpec("int8", "int8", symmetric=False), ["triton", "int_mm", "float"]),
+        (LayerSpec("int8", "int8", 16), ["triton", "float"]),
+        (LayerSpec("int4", "int8"), ["triton", "int_mm", "float"]),
+        (LayerSpec("int4", "int8", 32), ["triton", "float"]),
+        (LayerSpec("int4", group_size=16), ["triton", "float"]),
+        (LayerSpec("int4", group_size=8), ["float"]),  # too small a step
+        (LayerSpec("int6", "int8"), ["int_mm", "float"]),
+        (LayerSpec("int6"), ["float"]),
+    ],
+    ids=str,
+)
+def test_paths_of_a_device(spec: LayerSpec, paths: list[str]) -> None:
+    for columns, outputs in ((64, 24), (64, 9)):
+        layer = QuantizedLayer(spec, columns, outputs, None, StepClock([]), "x", bias=True).to(DEVICE)
+        plain = spec.weight == "int8" and spec.symmetric and spec.group_size is None
+        padded = [p for p in paths if outputs % 8 == 0 or p not in ("cublas", "int_mm")]
+        assert layer._cuda_paths(plain) == padded
+
+
 def test_kernels_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     check, right = cuda.triton_works.__wrapped__, triton_kernels.tile
     assert check(DEVICE)
     monkeypatch.setattr(triton_kernels, "tile", lambda *a: right(*a) | {"BK": 96})  # not a power of two: refused
-    assert not check(DEVICE)
-    monkeypatch.setattr(triton_kernels, "tile", lambda *a: right(*a) | {"BAND": 8, "BM": 16, "BK": 32})
+    with pytest.warns(UserWarning, match="do not run on"):
+        assert not check(DEVICE)
+    monkeypatch.setattr(triton_kernels, "tile", right)
+    monkeypatch.setattr(triton_kernels, "_scales", lambda scale: 0)  # forgets to scale
     assert not check(DEVICE)

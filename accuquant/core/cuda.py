@@ -7,7 +7,7 @@ computes something else is not used.
 from __future__ import annotations
 
 import functools
-import logging
+import warnings
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ TRITON = ("triton", "cublas")  # the paths that need Triton
 CAPABILITY = (8, 0)  # int8 and bfloat16 tensor cores, and the shared memory that the kernels' tiles take
 MAX_COLUMNS = 1 << 16  # Triton quantizes a row as one block, and its int32 sums cannot overflow
 GROUP_STEP = 16  # Triton's groups are multiples of it: tensor cores multiply 16 or 32 columns at a time
-
-log = logging.getLogger(__name__)
 
 
 def triton_takes(bits: int, columns: int, groups: int) -> bool:
@@ -40,14 +38,13 @@ def triton_works(device: torch.device) -> bool:
         return False
     try:
         from accuquant.core import triton_kernels  # noqa: F401
-    except ImportError:
-        log.info("Triton is not installed: no fused kernels (pip install 'accuquant[cuda]')")
+    except ImportError:  # an extra
         return False
     try:
         with device:
             return all(_product_is_right(*case) for case in ((8, 1, 200, True), (4, 2, 5, True), (4, 2, 200, False)))
     except Exception as error:  # Triton has no common class for what a compiler, a driver or a launch may raise
-        log.warning("Triton does not run on %s, its kernels are not used: %s", device, error)
+        warnings.warn(f"Triton's kernels do not run on {device} and are not used: {error}", stacklevel=2)
         return False
 
 
@@ -58,7 +55,7 @@ def cublas_works(device: torch.device) -> bool:
     try:
         return torch.equal(integer_product(a, b).double(), a.double() @ b.double().t())
     except RuntimeError as error:
-        log.warning("no integer product on %s: %s", device, error)
+        warnings.warn(f"{device} has no integer product: {error}", stacklevel=2)
         return False
 
 
