@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (the extra `cuda`)")
+WITHOUT_INTERPRETER = ("3.5", "3.6")  # theirs takes no loop bound that is an argument from today's NumPy
 
 
 def run_file(name: str, **environment: str) -> None:
@@ -28,6 +30,8 @@ def run_file(name: str, **environment: str) -> None:
 
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
+    if version("triton").startswith(WITHOUT_INTERPRETER):
+        pytest.skip("this Triton's interpreter does not run with today's NumPy")
     run_file("triton_checks.py", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 

@@ -68,7 +68,9 @@ def test_quantization(x: str, dynamic: bool, block: int) -> None:
     fixed |= ({"zero": None} if dynamic else {}) | ({"columns": 1} if block == 1 else {})
     warps = min(16, max(1, block // 512))
     found = compiled(kernels._quantize_rows, 90, {"x": x}, fixed, num_warps=warps)
-    assert "div.rn.f32" in found.asm["ptx"] and not re.search(r"div\.(full|approx)", found.asm["ptx"])
+    ptx = found.asm["ptx"]
+    assert "div.rn.f32" in ptx and not re.search(r"div\.(full|approx)", ptx)
+    assert "0f4B400000" in ptx and "0fCB400000" in ptx  # the constant of rounding is added and taken away, not folded
 
 
 @pytest.mark.parametrize("x_scales", [0, 1, 2])
