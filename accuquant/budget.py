@@ -21,9 +21,10 @@ from accuquant.measure import step_seconds
 from accuquant.model.caching import cached, in_cache
 from accuquant.model.plan import PlannedModule, count_macs, plan_modules
 from accuquant.recipe import Cache, Recipe, RecipeError, Rule, Tune
-from accuquant.session import VALIDATION_SAMPLES, Session, open_model, prepare, validation_error
+from accuquant.session import Session, open_model, prepare, validation_error
 
 LEAST_NFC = 3
+TIMED_SAMPLES = 8
 TABLE_NFC = (25, 14, 10, 7, 4)
 KEPT = ("norm", "differences", "modules", "feature", "blocks", "factors_dtype", "factors_device", "warmup")
 
@@ -160,9 +161,10 @@ def step_times(session: Session, combination: Combination, kept: Path) -> tuple[
     """Median seconds of a full and of a skipped step of eight samples, of the layers as they will be exported."""
     if not kept.is_file():
         config = Cache(**base_settings(combination.recipe), estimation="taylor", order=1, interval=2)
+        eight = session.reference.conditions.batches(TIMED_SAMPLES)[0]
         with session.hardened(), cached(session.rollout.denoiser, config) as controller:
-            session.rollout.trajectory(session.validation.conditions)
-            times = step_seconds(session.rollout, session.validation.conditions)
+            session.rollout.trajectory(eight)
+            times = step_seconds(session.rollout, eight)
             full_steps = set(controller.stats().full_steps)
         sides = [[t for i, t in enumerate(times) if (i in full_steps) == full] for full in (True, False)]
         kept.write_text(json.dumps([statistics.median(side) for side in sides]), encoding="utf-8")
@@ -189,7 +191,7 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     combinations = type_combinations(recipe)
     rows = [(c.name, n := c.full_steps(section), c.bit_operations(n)) for c in combinations]
     rollout, _, split = open_model(recipe)
-    samples = draw(split.calibration, VALIDATION_SAMPLES, 0)
+    samples = draw(split.calibration, recipe.data.validation_samples, 0)
     conditions = rollout.conditions(samples.inputs, samples.seeds)
     with torch.no_grad():
         rollout.predict(0, conditions.noise, conditions)
@@ -207,6 +209,6 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     nfc = max((n for _, n, _ in rows), default=0)
     m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
     updates = (tried + 1) * (objective.iterations * (2 * m - 1) + section.rounds * objective.cached_iterations * 2 * m)
-    sampling = 3 * recipe.evaluation.num_samples * steps / VALIDATION_SAMPLES
+    sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
     calls = rollouts * (nfc + (steps - nfc) / 6) + fits * (steps + nfc) + 3.5 * updates + sampling
     return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates, "seconds": call * calls}

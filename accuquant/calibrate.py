@@ -22,16 +22,17 @@ from accuquant.correct import fit_correction
 from accuquant.data import calibration_samples
 from accuquant.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.export import check_output, model_card, publish
+from accuquant.formats import check_format, write_format
 from accuquant.measure import HeldOut, held_out_reference, latent_metrics, sample
 from accuquant.model.caching import cached
-from accuquant.model.checkpoint import harden_model, store_cache
+from accuquant.model.checkpoint import store_cache
 from accuquant.model.plan import PlannedModule, count_macs
 from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe
 from accuquant.search import SEARCH_SAMPLES, search_cache, search_calls
-from accuquant.session import VALIDATION_SAMPLES, Session, open_model, prepare, validation_error
+from accuquant.session import Session, open_model, prepare, validation_error
 
 AUTO_CANDIDATES = (1, 2, 5)
 TYPICAL_NFC = 14  # for the gap that noise is measured over, where tau or a time leaves it open
@@ -61,6 +62,7 @@ def calibrate(
     _check_output(recipe, output, partial, resume, overwrite)
 
     rollout, planned, split = open_model(recipe)
+    dimensions = check_format(recipe, rollout, planned, split)
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def calibrate(
 
     staging = partial / "export"
     shutil.rmtree(staging, ignore_errors=True)
-    harden_model(rollout.denoiser, session.clock)
+    write_format(session, dimensions)
     if cache is not None:
         store_cache(rollout.denoiser, cache, correction)
     rollout.pipeline.save_pretrained(staging, max_shard_size=recipe.export.max_shard_size)
@@ -194,6 +196,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     """
     _check_sections(recipe)
     rollout, planned, split = open_model(recipe)
+    check_format(recipe, rollout, planned, split)
     objective, data = recipe.objective, recipe.data
     batch = min(objective.batch_size, data.num_samples)
     samples = calibration_samples(split, data.model_copy(update={"num_samples": batch}))
@@ -209,11 +212,11 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     if objective.steps_per_group == "auto":
         tuning = round(tuning * (1 + AUTO_SHARE * len(AUTO_CANDIDATES)))
     per_batch = rollout.num_steps / batch
-    sampling = round((data.num_samples + VALIDATION_SAMPLES + 3 * recipe.evaluation.num_samples) * per_batch)
+    sampling = round((data.num_samples + data.validation_samples + 3 * recipe.evaluation.num_samples) * per_batch)
     sampling += search_calls(recipe.cache, rollout.num_steps, batch) if recipe.cache else 0
     trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
     calls = sampling + 3.5 * tuning  # a backward pass and the fake quantization cost about 2.5 calls
-    latents = (data.num_samples + VALIDATION_SAMPLES + recipe.evaluation.num_samples) * conditions.noise[0].numel()
+    latents = (data.num_samples + data.validation_samples + recipe.evaluation.num_samples) * conditions.noise[0].numel()
     return planned, {
         "network_evaluations": {"tuning": tuning, "sampling": sampling},
         "seconds": seconds * calls,
@@ -234,14 +237,20 @@ def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> C
     return config
 
 
-def searched(config: Cache, session: Session, reporter: Reporter, worse_of_both: bool = False) -> Cache:
+def searched(
+    config: Cache,
+    session: Session,
+    reporter: Reporter,
+    worse_of_both: bool = False,
+    samples: int = SEARCH_SAMPLES,
+) -> Cache:
     """The cache with its noise measured, and its target searched for, on the session's model as it is."""
     reference, num_steps = session.reference, session.rollout.num_steps
     if config.noise_aware and config.noise is None:
         listed = len(config.full_steps or config.full_timesteps or ())
         gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
         config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
-    chosen = torch.arange(min(SEARCH_SAMPLES, len(reference.conditions)), device=reference.latents.device)
+    chosen = torch.arange(min(samples, len(reference.conditions)), device=reference.latents.device)
     if config.searches:
         conditions, published = reference.conditions.take(chosen), config.measured_on == "full_precision"
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():

@@ -186,53 +186,11 @@ def generate(
 def inspect(folder: Folder) -> None:
     """Print what an export holds: each module's types, scales and size, and the path that computes it here."""
     with _readable_errors():
-        from accuquant.evaluate import load_export, recipe_of
-        from accuquant.model.caching import controller_of
-        from accuquant.model.clock import StepClock
-        from accuquant.model.families import denoiser_of
-        from accuquant.model.layers import quantized_layers
+        from accuquant.contents import contents
 
-        denoiser = denoiser_of(load_export(folder, recipe_of(folder, ["model.device=auto"])))
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in (
-            "module",
-            "shape",
-            "weight",
-            "group",
-            "activation",
-            "weight scale",
-            "activation scale",
-            "path",
-            "kB",
-        ):
-            table.add_column(column)
-        total = 0
-        for name, layer in quantized_layers(denoiser).items():
-            spec = layer.spec
-            size = sum(p.numel() * p.element_size() for p in layer.parameters())
-            total += size
-            scales = layer.activation_scale if spec.activation != "float" else None
-            table.add_row(
-                name,
-                f"{layer.out_features}x{layer.in_features}",
-                spec.weight + ("" if spec.symmetric else " asym"),
-                str(spec.group_size or "row"),
-                f"{spec.activation} {spec.activation_scale}" if spec.activation != "float" else "float",
-                _span(layer.weight_scale),
-                "" if scales is None else ("clip " if not spec.static else f"{len(scales)}: ") + _span(scales),
-                layer.path,
-                f"{size / 1e3:.1f}",
-            )
+        table, lines = contents(folder)
         out.print(table)
-        rest = sum(p.numel() * p.element_size() for p in denoiser.parameters()) - total
-        clock = denoiser.step_clock
-        assert isinstance(clock, StepClock)
-        out.print(f"\nquantized layers {total / 1e6:.3f} MB, float rest {rest / 1e6:.3f} MB")
-        edges = ", ".join(f"{e:g}" for e in clock.edges)
-        out.print(f"timestep groups: {clock.num_groups}, edges at timesteps {edges or 'none'}")
-        controller = controller_of(denoiser)
-        given = controller.config.model_dump(exclude_none=True) if controller else {}
-        out.print(f"cache: {', '.join(f'{k} {v}' for k, v in given.items()) or 'none'}")
+        out.print("\n" + "\n".join(lines))
 
 
 @app.command()
@@ -338,11 +296,6 @@ def _print_tried(rows: list[dict[str, Any]]) -> None:
             table.add_row(mark, row["types"], row["cache"], row["calibrated"], *costs, f"{row['elapsed']:.1f} s")
     out.print(table)
     out.print(f"{len(rows)} candidates were tried; the report shows them all\n")
-
-
-def _span(values: Any) -> str:
-    low, high = float(values.min()), float(values.max())
-    return f"{low:.3g}" if low == high else f"{low:.3g} .. {high:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from accuquant import __version__
 from accuquant.console import Reporter
@@ -36,6 +36,7 @@ from accuquant.model.families import denoiser_of, family_of, load_pipeline, pick
 from accuquant.model.layers import quantized_layers
 from accuquant.model.plan import PlannedModule, count_macs, plan_modules
 from accuquant.model.rollout import Conditions, Rollout
+from accuquant.model.torchao import INSTALL_TORCHAO, stored_tensors, torchao_installed, torchao_layers
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import load_recipe
 from accuquant.report import write_report
@@ -77,7 +78,9 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         len(first),
     )
     with uncached(quantized.denoiser):  # a pattern may cache the very layers that are looked at
-        errors = module_errors(full, quantized.denoiser, held_out)
+        layers = exported_layers(quantized.denoiser)
+        errors = module_errors(full, layers, getattr(quantized.denoiser, "step_clock", None), held_out)
+    sizes = {name: sum(t.numel() * t.element_size() for t in stored_tensors(layer)) for name, layer in layers.items()}
     metrics: dict[str, Any] = {
         "accuquant": __version__,
         "model": recipe.model.id,
@@ -87,9 +90,9 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "num_samples": len(held_out.inputs),
         "held_out": sorted(set(held_out.inputs)),
         **latent_metrics(latents, held_out.latents),
-        **cost_metrics(planned, full.denoiser, recipe.quantization.timestep_groups),
+        **cost_metrics(planned, full.denoiser, sizes),
         **(_of_cache(controller, traces, planned, full, quantized, held_out, first) if controller else {}),
-        "modules": [module_row(p, errors.get(p.name), recipe.quantization.timestep_groups) for p in planned],
+        "modules": [module_row(p, errors.get(p.name), sizes.get(p.name)) for p in planned],
     }
     full_images, quantized_images = None, None
     if recipe.evaluation.reconstruct:
@@ -167,11 +170,13 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
     """
     if not (folder / "model_index.json").is_file():
         raise RecipeError(f"{folder} is no export: it has no model_index.json")
+    if recipe.export.format == "torchao" and not torchao_installed():
+        raise RecipeError(f"{folder} is in torchao's format, and torchao is not installed: {INSTALL_TORCHAO}")
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=getattr(torch, recipe.model.dtype))
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{folder} cannot be loaded: {error}") from error
-    if not quantized_layers(denoiser_of(pipeline)):
+    if not exported_layers(denoiser_of(pipeline)):
         raise RecipeError(f"{folder} holds no quantized layer: it was not written by accuquant")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(pick_device(recipe.model.device))
@@ -188,6 +193,11 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
                 )
             attach_cache(denoiser, _searched(recipe.cache, pipeline, recipe, reporter or Reporter(quiet=True)))
     return pipeline
+
+
+def exported_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """The quantized modules of a loaded export, of whichever format."""
+    return {**quantized_layers(denoiser), **torchao_layers(denoiser)}
 
 
 def _searched(config: Cache, pipeline: DiffusionPipeline, recipe: Recipe, reporter: Reporter) -> Cache:

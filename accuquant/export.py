@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accuquant.model.torchao import TORCHAO_VERSIONS
 from accuquant.recipe import Recipe, RecipeError
 
 CARD = """---
@@ -17,10 +18,7 @@ base_model: {model}
 # {model}, quantized by accuquant
 
 ```python
-import accuquant  # teaches diffusers the format
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{name}")
+{loading}
 ```
 
 Measured on {num_samples} held-out samples against full precision, same noise
@@ -36,6 +34,19 @@ reproduces this folder with `accuquant calibrate`.
 """
 
 
+LOADING = {
+    "accuquant": """import accuquant  # teaches diffusers the format
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")""",
+    # without a dtype, diffusers makes the rest of a torchao model bfloat16, but not the autoencoder
+    "torchao": """import torch
+from diffusers import DiffusionPipeline  # and torchao {torchao}; accuquant is not needed
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", dtype=torch.{dtype})""",
+}
+
+
 def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
     """README.md of the export, with its figures."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures(metrics))
@@ -44,7 +55,9 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
     return CARD.format(
         **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps", "guidance_scale")},
         **{k: calibration[k] for k in ("steps_per_group", "gradient", "network_evaluations", "seconds")},
-        name=Path(recipe.export.output).name,
+        loading=LOADING[recipe.export.format].format(
+            name=Path(recipe.export.output).name, dtype=recipe.model.dtype, torchao=TORCHAO_VERSIONS
+        ),
         types=", ".join(f"`{t}`" for t in types),
         rows=rows,
     )

@@ -45,6 +45,10 @@ def generate(
     pipeline = load_export(folder, recipe, reporter)
     family = family_of(pipeline)
     if reference:
+        if recipe.export.format == "torchao":
+            raise RecipeError(
+                "--reference: is the arithmetic of accuquant's own format; this export computes in torchao"
+            )
         set_arithmetic(denoiser_of(pipeline), "reference")
     conditions: list[Any] = list(inputs)
     if family.condition == "class_id":

@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from accuquant.core.schedule import RCS
 from accuquant.data import held_out_samples, load_split
 from accuquant.model.cache_state import CacheStats, Controller
 from accuquant.model.caching import CORRECTION, cached, controller_of, in_cache, uncached
+from accuquant.model.clock import StepClock
 from accuquant.model.digit_classifier import DigitClassifier
-from accuquant.model.layers import QuantizedLayer, quantized_layers
 from accuquant.model.plan import PlannedModule
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Recipe
@@ -127,13 +127,17 @@ class _Features(nn.Module):
 
 
 @torch.no_grad()
-def module_errors(full: Rollout, quantized: nn.Module, held_out: HeldOut) -> dict[str, float]:
-    """Relative error of each quantized module's output on the inputs its float twin sees in full precision."""
-    layers = quantized_layers(quantized)
-    clock = next(iter(layers.values())).clock
+def module_errors(
+    full: Rollout, layers: Mapping[str, nn.Module], clock: StepClock | None, held_out: HeldOut
+) -> dict[str, float]:
+    """Relative error of each quantized module's output on the inputs its float twin sees in full precision.
+
+    Args:
+        layers: the quantized twins; ``clock`` says to them which step it is, where they ask.
+    """
     error, energy = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
 
-    def compare(name: str, layer: QuantizedLayer) -> Any:
+    def compare(name: str, layer: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             error[name] += float((layer(args[0]) - output).double().square().sum())
             energy[name] += float(output.double().square().sum())
@@ -146,7 +150,8 @@ def module_errors(full: Rollout, quantized: nn.Module, held_out: HeldOut) -> dic
     conditions = held_out.conditions.take(chosen)
     try:
         for i in range(0, full.num_steps, max(1, full.num_steps // MODULE_ERROR_STEPS)):
-            clock.set(float(full.timesteps[i]))
+            if clock is not None:
+                clock.set(float(full.timesteps[i]))
             full.predict(i, held_out.latents[i][chosen], conditions)
     finally:
         for handle in handles:
@@ -154,10 +159,10 @@ def module_errors(full: Rollout, quantized: nn.Module, held_out: HeldOut) -> dic
     return {n: (error[n] / max(energy[n], 1e-30)) ** 0.5 for n in layers}
 
 
-def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, timestep_groups: int) -> dict[str, Any]:
-    """Size of the whole denoiser and of its quantized layers, and bit-operations of one call."""
+def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[str, int]) -> dict[str, Any]:
+    """Size of the whole denoiser and of its quantized layers, whose bytes are ``sizes``; bit-operations of one call."""
     inside = [p for p in planned if p.spec is not None]
-    float_layers, packed = sum(p.float_bytes for p in inside), sum(p.quantized_bytes(timestep_groups) for p in inside)
+    float_layers, packed = sum(p.float_bytes for p in inside), sum(sizes[p.name] for p in inside)
     float_bytes = sum(4 * p.numel() for p in denoiser.parameters())
     operations, planned_operations = sum(p.macs * 32 * 32 for p in planned), sum(p.bit_operations for p in planned)
     return {
@@ -272,7 +277,7 @@ def cache_metrics(
     }
 
 
-def module_row(p: PlannedModule, error: float | None, timestep_groups: int) -> dict[str, Any]:
+def module_row(p: PlannedModule, error: float | None, size: int | None) -> dict[str, Any]:
     return {
         "name": p.name,
         "kind": p.kind,
@@ -281,5 +286,5 @@ def module_row(p: PlannedModule, error: float | None, timestep_groups: int) -> d
         "group_size": p.spec.group_size if p.spec else None,
         "relative_error": error,
         "float_bytes": p.float_bytes,
-        "quantized_bytes": p.quantized_bytes(timestep_groups),
+        "quantized_bytes": p.float_bytes if size is None else size,
     }

@@ -21,10 +21,10 @@ from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.layers import TrainableLayer, quantize_model
 from accuquant.model.plan import PlannedModule, plan_modules
 from accuquant.model.rollout import Rollout
+from accuquant.model.torchao import adopt_dynamic_scales
 from accuquant.optimise import Reference, Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 
-VALIDATION_SAMPLES = 8
 VALIDATION_SEED_OFFSET = 500_000  # noise that neither calibration nor evaluation uses
 OBSERVED_VALUES = 16384  # activations kept per module and timestep group for the scale search
 
@@ -141,7 +141,8 @@ def prepare(
         kept: file that keeps the reference trajectories, so that a resumed run need not sample them again.
     """
     samples = calibration_samples(split, recipe.data)
-    checked = draw(split.calibration, VALIDATION_SAMPLES, recipe.data.seed * 100_000 + VALIDATION_SEED_OFFSET)
+    seed = recipe.data.seed * 100_000 + VALIDATION_SEED_OFFSET
+    checked = draw(split.calibration, recipe.data.validation_samples, seed)
     reference = _reference(rollout, samples, checked, recipe, reporter, kept)
     index = torch.arange(len(samples) + len(checked), device=reference.latents.device)
 
@@ -150,6 +151,8 @@ def prepare(
     search = recipe.quantization.initialization == "mse"
     reporter.detail(f"initial weight scales of {len(specs)} modules ({recipe.quantization.initialization})")
     layers = quantize_model(rollout.denoiser, specs, clock, search)
+    if recipe.export.format == "torchao":
+        adopt_dynamic_scales(layers.values())
     session = Session(
         recipe,
         rollout,

@@ -58,8 +58,8 @@ CORRECTED = {
     "both": ", all corrected",
 }
 PARTS = {"none": (False, False), "cache": (True, False), "quantization": (False, True), "both": (True, True)}
+TUNING_SAMPLES = 16  # that full steps are searched on; fewer do not carry over to other classes
 WRITTEN = ("noise", "correction_timesteps", "correction_full_timesteps", "correction_channels", "measured_nfc")
-TIMED_SAMPLES = 8
 Row = dict[str, Any]
 Forecast = tuple[str, int, bool]  # estimation, order, noise_aware
 
@@ -237,11 +237,14 @@ class Place:
             return None
         of_forecasts, of_full_steps = PARTS[parts]
         if of_forecasts or of_full_steps:
+            if config.tau is not None:  # RCS skips other steps with every sample
+                return None
             wanted = {"corrected": of_forecasts, "corrected_quantization": of_full_steps}
             config, correction = fit_correction(self.session, config.model_copy(update=wanted), Reporter(quiet=True))
         with cached(self.session.rollout.denoiser, config, correction) as controller:
             finals, counts = [], []
-            for batch in self.session.validation.conditions.batches(1 if config.tau else TIMED_SAMPLES):
+            size = 1 if config.tau else self.session.recipe.evaluation.batch_size
+            for batch in self.session.validation.conditions.batches(size):
                 finals.append(self.session.rollout.trajectory(batch)[0][-1])
                 counts.append(controller.stats().nfc)
         mean = sum(counts) / len(counts)
@@ -278,7 +281,7 @@ class Place:
             if (self.calibrated, gap) not in self.noises:
                 self.noises[self.calibrated, gap] = measure_noise(self.session, gap, quiet, config.modules)
             config = config.model_copy(update={"noise": self.noises[self.calibrated, gap]})
-        return searched(config, self.session, quiet, worse_of_both=True)
+        return searched(config, self.session, quiet, worse_of_both=True, samples=TUNING_SAMPLES)
 
     def forecasts(self, nfc: int) -> list[Forecast]:
         """Those that the section allows and ``nfc`` full steps are enough for."""

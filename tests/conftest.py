@@ -129,6 +129,50 @@ def make_pixart() -> Any:
     return pipeline
 
 
+def make_stable_diffusion() -> Any:
+    """Stable Diffusion with a CLIP of its own, all random and tiny; skips where the `text` extra is not installed."""
+    transformers = pytest.importorskip("transformers", reason="text pipelines need accuquant[text]")
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8,) * 2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    encoder = transformers.CLIPTextModel(config).eval()
+    pipeline = StableDiffusionPipeline(vae.eval(), encoder, tokenizer, unet.eval(), scheduler, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def finite_differences(steps: list[int], values: list[torch.Tensor]) -> list[torch.Tensor]:
     """D_0, D_1, ... at the last full step. TaylorSeer: D_{j+1} = (D_j - D_j at the one before) / the last gap."""
     last = len(steps) - 1

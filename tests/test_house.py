@@ -136,7 +136,8 @@ def test_no_pickles(path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("accuquant", ["cuda"]), ("tools", ["train"]), ("tests", ["train", "dev", "cuda"])]
+    ("folder", "extras"),
+    [("accuquant", ["torchao", "cuda"]), ("tools", ["train"]), ("tests", ["train", "dev", "cuda"])],
 )
 def test_imports_are_declared(folder, extras):
     local = {"accuquant", "tools", "tests", "conftest"} | {path.stem for path in sources(folder)}

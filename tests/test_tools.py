@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -49,3 +52,80 @@ def test_accuracy_benchmark_resumes_and_tabulates(recipe: Path, tmp_path: Path) 
     assert first.count("W8A8 seed 0") == 2 and second.count("W8A8 seed 0") == 2
     table = run("bench_accuracy.py", "table", "--out", out)
     assert "| M=2 exact |" in table and "| 3 |" in table  # nine evaluations pay for three updates of M = 2
+
+
+def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) -> None:
+    figures = {"psnr": 40.0, "frechet_distance": 0.001}
+    rows = [{"part": "run", "types": "W4A4", "seed": s, "nfc": 0, "method": "E_q", "relative_l2": 0.1} for s in (0, 1)]
+    for seed, error in ((0, 0.2), (1, 0.3)):
+        key = {"part": "run", "types": "W4A4", "seed": seed, "nfc": 14, "method": "(d) tuner"}
+        rows.append(key | {"relative_l2": error})
+    (tmp_path / "results-0-1.jsonl").write_text("".join(json.dumps(row | figures) + "\n" for row in rows))
+    table = run("bench_joint.py", "table", "--out", tmp_path)
+    assert "### W4A4: E_qc in %" in table
+    assert "E_q 10.00 ± 0.00 %" in table
+    assert "| (d) tuner | 25.00 ± 7.07 / 40.0 ± 0.0 / 1.0 ± 0.0 |" in table
+    run("bench_joint.py", "plot", "--out", tmp_path)
+    assert (tmp_path / "joint.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a tool; what it starts finds this package."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return importlib.import_module
+
+
+def test_inference_benchmark_measures_and_tabulates(
+    tools: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only, out = "ours static eager,quanto compiled", tmp_path / "inference"
+    main = tools("bench_inference").main
+    main("bundled", out, repeats=2, threads=1, steps=4, only=only, device="cpu", compiles=False)
+    printed = capsys.readouterr().out
+    found = json.loads((out / "results.json").read_text())
+    rows = {row["name"]: row for row in found["steps"]}
+    assert set(rows) == {"ours static eager"}  # the other was asked for compiled, and nothing is
+    row = rows["ours static eager"]
+    assert len(row["seconds"]) == 2 and 0 < row["error"] < 0.05
+    assert row["checkpoint_bytes"] < 1.5 * found["parameters"]  # bfloat16 has twice as many
+    assert sum(row["paths"].values()) == 6 * 7  # attention, MLP and adaLN of each block
+    assert [row["nfc"] for row in found["trajectories"]] == [4, 2, 2]
+    assert sum(count for *_, count in found["shapes"]) == 6 * 6 and all(
+        len(row["seconds"]) == 2 for row in found["gemm"]
+    )
+    assert (out / "results.png").stat().st_size > 1000 and "| ours static eager |" in (out / "results.md").read_text()
+    assert printed.splitlines()[-1] == "vs bf16 compiled: not measured, vs best other int8: not measured"
+    assert not (out / "work").exists()
+
+
+def test_inference_benchmark_splits_what_does_not_fit(tools: Callable[[str], Any]) -> None:
+    """Every wave has bfloat16 in it, nothing is left out, and what fits runs together."""
+    tool = tools("bench_inference")
+    bench = object.__new__(tool.Bench)
+    bench.variants, bench.results = tool.chosen("", True), {"parameters": 750_000_000, "integers": 450_000_000}
+    first, *others = bench.waves(16e9)
+    assert others and set(first) >= {"bfloat16", "float32", "ours static", "ours dynamic", "torchao", "quanto", "sdnq"}
+    assert all(wave[0] == "bfloat16" for wave in (first, *others))
+    assert sorted({host for wave in (first, *others) for host in wave}) == sorted(tool.HOSTS)
+    assert len(bench.waves(100e9)) == 1
+    assert sorted({host for wave in bench.waves(1e9) for host in wave}) == sorted(tool.HOSTS)
+
+
+def test_inference_summary_compares_within_a_wave(tools: Callable[[str], Any]) -> None:
+    """The second wave ran while the machine was half as fast."""
+    report = tools("inference_report")
+    times = [
+        ("bfloat16 compiled", 0, 2.0), ("ours static compiled", 0, 1.0), ("ours dynamic compiled", 0, 1.25),
+        ("ours static eager", 0, 0.5),
+        ("bfloat16 compiled", 1, 4.0), ("torchao compiled", 1, 2.5), ("sdnq eager", 1, 3),
+    ]  # fmt: skip
+    steps = [
+        {"name": n, "host": n.rpartition(" ")[0], "mode": n.split()[-1], "wave": w, "seconds": [t, t, 9 * t, t / 9]}
+        for n, w, t in times
+    ]
+    failed = {"name": "quanto eager", "host": "quanto", "mode": "eager", "wave": 1, "failed": "no"}
+    lines = report.summary({"steps": [*steps, failed], "gemm": []}).splitlines()
+    assert lines[0] == "ours is ours static compiled"
+    assert lines[-1] == "vs bf16 compiled: 2.00x, vs best other int8: 1.25x (torchao)"

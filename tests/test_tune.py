@@ -298,6 +298,15 @@ def test_the_command_prints_plan_and_front(model_folder: Path, tmp_path: Path) -
     assert "--set tune.nfc=14" in none.output + none.stderr
 
 
+def test_tau_may_be_searched_too(model_folder: Path, tmp_path: Path) -> None:
+    only = {"schedules": ["rcs"], "estimations": ["taylor"], "noise_aware": [False], "finalists": 1, "rounds": 0}
+    folder = tune(make_recipe(model_folder, tmp_path / "out", types=[], bit_operations=None, nfc=4, **only), QUIET)
+    rows = record(folder)["tried"]
+    found = [row for row in rows if row["cache"] == "taylor 1, rcs steps"]
+    assert [abs(row["nfc"] - 4) <= 0.5 for row in found] == [True]
+    assert not any("rcs" in row["cache"] and "corrected" in row["cache"] for row in rows)
+
+
 def test_the_shipped_recipe_is_a_real_choice() -> None:
     rows, costs = describe_tuning(load_recipe("dit_tune"))
     assert len(rows) == 4

@@ -8,7 +8,7 @@ Each run is one line of results.jsonl and is not repeated; several shards can wo
     python tools/bench_joint.py run --shard 0/2 & python tools/bench_joint.py run --shard 1/2
     python tools/bench_joint.py orders           # forecast order against bit width
     python tools/bench_joint.py latency          # on a machine that does nothing else
-    python tools/bench_joint.py table            # Markdown
+    python tools/bench_joint.py table            # Markdown; and plot
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS
+from matplotlib.figure import Figure
 
 from accuquant.budget import Combination, step_times, type_combinations
-from accuquant.calibrate import calibrate_alone, calibrate_cached
+from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
@@ -36,6 +37,8 @@ from accuquant.model.cache_state import Correction
 from accuquant.model.caching import cached
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import resolve
+from accuquant.model.rollout import Conditions, Rollout
+from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
@@ -60,7 +63,7 @@ MORE_TYPES: dict[str, dict[str, Any]] = {
 def bench_recipe(types: str, seed: int, nfc: int = 14, iterations: int = 150) -> Recipe:
     """M = 1, batches of 4 of 32 samples: what the accuracy log found to be best for its cost."""
     tree = load_recipe("dit_w8a8").model_dump(mode="json")
-    tree["data"] |= {"num_samples": 32, "seed": seed}
+    tree["data"] |= {"num_samples": 32, "validation_samples": 24, "seed": seed}
     rule = (CONFIGS | MORE_TYPES)[types] | {"modules": ATTENTION_AND_MLP}
     tree["quantization"]["rules"] = [rule, ADALN]
     learn = ["weight", "weight_scale"] + ["activation_scale"] * (rule["activation"] != "float")
@@ -188,25 +191,118 @@ def orders(
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
     shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
 ) -> None:
-    """Taylor forecasts of order 0 to 3 at fixed intervals, quantized by MSE search, with the decomposition."""
+    """Forecasts at fixed intervals, quantized by MSE search, with E_q and E_c; and what `auto` takes."""
     torch.set_num_threads(threads)
     index, count = map(int, shard.split("/"))
     for name, seed in [(t, int(s)) for s in seeds.split(",") for t in types.split(",")][index::count]:
-        if _key("orders", name, seed, 7, "order 3") in _done(out):
+        if _key("orders", name, seed, 7, "auto") in _done(out):
             continue
         bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)
         e_q = bench.judge(None)["relative_l2"]
-        for nfc in (14, 10, 7):
+        for nfc in (14, 7):
             steps = filled_interval_steps(50, nfc, 2)
             for order in range(4):
                 config = Cache(estimation="taylor", order=order, schedule=steps)
                 both, only = bench.judge(config), bench.full_precision(config)["relative_l2"]
                 _write(out, shard, _key("orders", name, seed, nfc, f"order {order}"), both | {"E_q": e_q, "E_c": only})
-            for method, config in {
+            chosen = searched(Cache(estimation="auto", noise_aware=True, schedule=steps), bench.session, QUIET)
+            noise = measure_noise(bench.session, round(50 / nfc), QUIET)
+            aware: dict[str, Any] = {"schedule": steps, "noise_aware": True, "noise": noise}
+            others = {
                 "RFE 1": Cache(order=1, schedule=steps),
                 "RFE 2": Cache(order=2, schedule=steps),
-            }.items():
-                _write(out, shard, _key("orders", name, seed, nfc, method), bench.judge(config) | {"E_q": e_q})
+                "order 2 noise-aware": Cache(estimation="taylor", **aware),
+                "RFE 2 noise-aware": Cache(**aware),
+                "auto": chosen,
+            }
+            for method, config in others.items():
+                about = {
+                    "cache": f"{config.estimation} {config.forecast_order}{' aware' if config.noise_aware else ''}"
+                }
+                found = bench.judge(config) | {"E_q": e_q} | about
+                _write(out, shard, _key("orders", name, seed, nfc, method), found)
+
+
+@app.command()
+def latency(
+    out: Out = DEFAULT_OUT,
+    types: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TYPES),
+    repeats: Annotated[int, typer.Option(help="Trajectories timed of each, alternating.")] = 5,
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
+) -> None:
+    """Seconds of one trajectory of eight samples, by the layers as exported, with what the runs have chosen."""
+    torch.set_num_threads(threads)
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in types.split(","):
+        bench = Bench(name, 0, Path("build/bench_joint"))
+        rollout, samples = bench.session.rollout, bench.session.validation.conditions.batches(8)[0]
+        configs = dict(_chosen(bench.folder))
+        times: dict[str, list[float]] = {key: [] for key in ("float32", "quantized", *configs)}
+        fitted = {key: fit_correction(bench.session, c, QUIET) if c.fits else (c, None) for key, c in configs.items()}
+        for _ in range(repeats + 1):  # the first is a warm-up
+            with bench.session.full_precision():
+                times["float32"].append(_seconds(rollout, samples))
+            with bench.session.hardened():
+                times["quantized"].append(_seconds(rollout, samples))
+                for key, (config, correction) in fitted.items():
+                    with cached(rollout.denoiser, config, correction):
+                        times[key].append(_seconds(rollout, samples))
+        found[name] = {key: values[1:] for key, values in times.items()}
+        for key, values in found[name].items():
+            median = statistics.median(values)
+            faster = statistics.median(found[name]["float32"]) / median
+            print(f"{name} {key:36} {median:.3f} s ({min(values):.3f} to {max(values):.3f}) {faster:.2f}x", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "latency.json").write_text(json.dumps({"threads": threads, "seconds": found}, indent=1), encoding="utf-8")
+
+
+def _chosen(folder: Path) -> Iterator[tuple[str, Cache]]:
+    """Both rivals and the tuner's choice at every NFC that was run."""
+    for nfc in NFC:
+        rows = Tried(folder / str(nfc) / "tried.jsonl").rows
+        for row in rows:
+            if row["rival"] in (NAIVE, "CacheQuant"):
+                yield f"{row['rival']}, NFC {nfc}", as_cache(row)
+        naive = next((row for row in rows if row["rival"] == NAIVE), None)
+        own = [row for row in rows if not row["rival"]]
+        if naive and own:
+            best = min(own, key=lambda r: max(r[k] / naive[k] for k in ("E_qc", "image_error")))
+            yield f"tuner, NFC {nfc}", as_cache(best)
+
+
+def _seconds(rollout: Rollout, conditions: Conditions) -> float:
+    started = time.perf_counter()
+    rollout.trajectory(conditions)
+    return time.perf_counter() - started
+
+
+@app.command()
+def plot(out: Out = DEFAULT_OUT) -> None:
+    """Error over full computations for each pair of types, mean and range over seeds; and orders against bit width."""
+    rows = rows_of(out)
+    runs = [row for row in rows if row["part"] == "run" and row["nfc"]]
+    panels = list(dict.fromkeys(row["types"] for row in runs))
+    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
+    for axes, types in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for method, style in DRAWN.items():
+            known = dict[int, list[float]]()
+            for row in runs:
+                if (row["types"], row["method"]) == (types, method):
+                    known.setdefault(row["nfc"], []).append(100 * row["relative_l2"])
+            if known:
+                nfcs = sorted(known)
+                axes.plot(nfcs, [statistics.mean(known[n]) for n in nfcs], style, label=method, markersize=4)
+                axes.fill_between(nfcs, [min(known[n]) for n in nfcs], [max(known[n]) for n in nfcs], alpha=0.12)
+        alone = [100 * r["relative_l2"] for r in rows if (r["types"], r["method"]) == (types, "E_q")]
+        if alone:
+            axes.axhline(statistics.mean(alone), color="0.5", linewidth=1, label="without a cache (E_q)")
+        axes.set(title=types, xlabel="full computations in 50 steps (NFC)", yscale="log")
+        axes.set_ylabel("E_qc: relative L2 of the final latent, %")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_xticks(list(NFC), [str(n) for n in NFC])
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.savefig(out / "joint.png", dpi=110)
 
 
 def _done(out: Path) -> set[tuple[Any, ...]]:
@@ -241,8 +337,8 @@ def table(out: Out = DEFAULT_OUT) -> None:
         for types in dict.fromkeys(row["types"] for row in here):
             mine = [row for row in here if row["types"] == types]
             columns = sorted({row["nfc"] for row in mine} - {0}, reverse=True)
-            alone = {row["seed"]: row["relative_l2"] if row["method"] == "E_q" else row.get("E_q") for row in mine}
-            e_q = _spread([100 * e for e in alone.values() if e is not None], 2)
+            alone = {r["seed"]: r["relative_l2"] if r["method"] == "E_q" else r["E_q"] for r in mine if _knows_e_q(r)}
+            e_q = _spread([100 * e for e in alone.values()], 2)
             print(f"\n### {types}: E_qc in % / image PSNR in dB / Fréchet distance x 1000; E_q {e_q} %\n")
             print(f"| method | {' | '.join(f'NFC {c}' for c in columns)} |\n|---|{'---|' * len(columns)}")
             for method in dict.fromkeys(row["method"] for row in mine if row["nfc"]):
@@ -253,7 +349,18 @@ def table(out: Out = DEFAULT_OUT) -> None:
                 print(f"| {method} | {' | '.join(cells)} |")
 
 
+DRAWN = {
+    "(a) naive: TaylorSeer": "o--",
+    "(b) CacheQuant": "s:",
+    "(b) CacheQuant, one feature": "d:",
+    "(c) calibrated with the cache of (a)": "^--",
+    "(d) tuner": "*-",
+}
 FIGURES = (("relative_l2", 100, 2), ("psnr", 1, 1), ("frechet_distance", 1000, 1))
+
+
+def _knows_e_q(row: dict[str, Any]) -> bool:
+    return row["method"] == "E_q" or "E_q" in row
 
 
 def _spread(values: list[float], digits: int) -> str:

@@ -43,6 +43,7 @@ FAMILIES = (
     # EulerDiscreteScheduler its images are not what the sampler means. We calibrate what the pipeline really runs.
     Family("DiTPipeline", "transformer", "class_id", conditional_first=True, steps_scaled_input=True),
     Family("PixArtAlphaPipeline", "transformer", "prompt", conditional_first=False, steps_scaled_input=False),
+    Family("StableDiffusionPipeline", "unet", "prompt", conditional_first=False, steps_scaled_input=False),
 )
 
 

@@ -2,11 +2,11 @@
 
 from accuquant.recipe.base import RecipeError
 from accuquant.recipe.cache import Cache, FORAConfig, RFCConfig, TaylorSeerConfig
+from accuquant.recipe.export import Export
 from accuquant.recipe.rule import Rule
 from accuquant.recipe.schema import (
     Data,
     Evaluation,
-    Export,
     LearningRates,
     Model,
     Objective,

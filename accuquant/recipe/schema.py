@@ -6,14 +6,13 @@ give one `RecipeError` that names the place and the nearest valid spelling; noth
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from accuquant.recipe.base import Number, Section, found, nearest
 from accuquant.recipe.cache import Cache
+from accuquant.recipe.export import Export, check_torchao
 from accuquant.recipe.rule import Rule
 from accuquant.recipe.tune import Tune
 
@@ -24,14 +23,7 @@ def _steps_or_auto(value: Any) -> Any:
     raise ValueError(f"must be a whole number from 1 on, or auto (found {found(value)}){nearest(value, ['auto'])}")
 
 
-def _output_folder(value: str) -> str:
-    if "\0" in value or not value.strip() or Path(value).name in ("", ".."):
-        raise ValueError(f"must name a folder that can be created (found {value!r})")
-    return os.path.expanduser(value)
-
-
 StepsOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_steps_or_auto)]
-OutputFolder = Annotated[str, AfterValidator(_output_folder)]
 
 
 class Model(Section):
@@ -56,6 +48,7 @@ class Data(Section):
 
     path: str = Field(min_length=1, description="JSON-lines file: beside the recipe, absolute, or a shipped one")
     num_samples: int = Field(32, ge=1, description="samples calibrated on, each with its own noise")
+    validation_samples: int = Field(8, ge=1, description="further ones, that choices are made by: M auto, tune")
     held_out_fraction: Number = Field(0.3, gt=0, lt=1, description="share of classes or prompts never calibrated on")
     seed: int = Field(0, ge=0, lt=2**31, description="decides the split and every sample's noise")
 
@@ -113,11 +106,6 @@ class Evaluation(Section):
     reconstruct: bool = Field(True, description="decode to images; False compares latents only")
 
 
-class Export(Section):
-    output: OutputFolder = Field(description="folder to write; it appears when it is whole")
-    max_shard_size: str = Field("5GB", pattern=r"^[1-9]\d*(\.\d+)?\s*[KMGT]B$")
-
-
 class Recipe(Section):
     model: Model
     sampling: Sampling = Sampling()
@@ -157,4 +145,12 @@ class Recipe(Section):
                 "objective.learn: 'activation_scale' (there by default) needs a tuned rule with an integer activation; "
                 "write learn: [weight, weight_scale], or give a rule activation: int8"
             )
+        if self.export.format == "torchao":
+            if self.tune is not None or self.cache is not None:
+                raise ValueError(
+                    f"{'cache' if self.tune is None else 'tune'}: export.format torchao holds no feature cache; leave "
+                    "the section out (accuquant.enable_cache works on what is loaded) or write export.format: accuquant"
+                )
+            learns = self.objective.iterations > 0 and "activation_scale" in self.objective.learn
+            check_torchao(self.quantization.rules, groups, learns)
         return self

@@ -43,7 +43,7 @@ class Tune(Section):
     types: tuple[ModuleClass, ...] = Field((), description="classes of modules whose bit widths are chosen")
     combinations: int = Field(4, ge=1, description="combinations of types that are calibrated; tables say which")
     estimations: tuple[Estimation, ...] = Field(("reuse", "taylor", "rfe"), min_length=1)
-    orders: tuple[int, ...] = Field((1, 2), min_length=1, description="of taylor and rfe")
+    orders: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="of taylor and rfe")
     noise_aware: tuple[bool, ...] = Field((False, True), min_length=1)
     schedules: tuple[Schedule, ...] = Field(("interval", "best"), min_length=1)
     corrections: tuple[Correction, ...] = Field(("none", "cache", "quantization", "both"), min_length=1)

@@ -1,0 +1,108 @@
+"""The physical limit of tools/bench_inference.py: bare products of the shapes a model has, beside our layers on them.
+
+A bare product has its operands ready: integers and laid-out weights. What our layer takes longer is what it costs to
+make integers of its input and floats of the result. Weights stay in the cache here; in a model they come from memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accuquant.core import kernels
+from accuquant.model.clock import StepClock
+from accuquant.model.layers import TrainableLayer
+from accuquant.model.spec import LayerSpec
+
+Shape = tuple[int, ...]  # M, K, N
+LEAST_SECONDS = 0.02
+ONEDNN, INT_MM, BFLOAT16 = "onednn", "int_mm", "bfloat16 linear"
+BARE = (ONEDNN, INT_MM, BFLOAT16)
+OURS = ("ours static eager", "ours static compiled", "ours dynamic eager", "ours dynamic compiled")
+
+
+class Gemms:
+    """Products of one shape at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        packed = device.type == "cpu" and kernels.packed_works()
+        self.names = [name for name in (*BARE, *OURS) if packed or name != ONEDNN]
+        self.made: dict[tuple[Shape, str], tuple[Callable[[], Tensor], str]] = {}
+        self.calls: dict[tuple[Shape, str], int] = {}
+
+    @torch.no_grad()
+    def measure(self, shape: Shape, name: str) -> dict[str, Any]:
+        """Seconds of one product, and the path of a layer of ours."""
+        key = (shape, name)
+        if key not in self.made:
+            self.made[key] = self._make(shape, name)
+            self._seconds(key, 3)
+            self.calls[key] = max(1, int(LEAST_SECONDS / self._seconds(key, 3)))
+        self._seconds(key, 1)
+        return {"seconds": self._seconds(key, self.calls[key]), "path": self.made[key][1]}
+
+    def _seconds(self, key: tuple[Shape, str], calls: int) -> float:
+        run = self.made[key][0]
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        self._wait()
+        return (time.perf_counter() - started) / calls
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _make(self, shape: Shape, name: str) -> tuple[Callable[[], Tensor], str]:
+        m, k, n = shape
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(m, k, generator=generator).to(self.device, torch.bfloat16)
+        module = nn.Linear(k, n)
+        if name == BFLOAT16:
+            linear = module.to(self.device, torch.bfloat16)
+            return lambda: F.linear(x, linear.weight, linear.bias), ""
+        q = torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8).to(self.device)
+        w = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8).to(self.device)
+        if name == INT_MM:
+            return lambda: torch._int_mm(q, w.t()), ""
+        if name == ONEDNN:
+            return _onednn(q, w), ""
+        layer = self._layer(module, x, dynamic="dynamic" in name)
+        run: Callable[[Tensor], Tensor] = layer
+        if name.endswith("compiled"):
+            run = torch.compile(layer, fullgraph=True, dynamic=False)
+            run(x)
+        return lambda: run(x), layer.path
+
+    def _layer(self, module: nn.Linear, x: Tensor, dynamic: bool) -> Any:
+        spec = LayerSpec("int8", "int8")
+        if dynamic:
+            spec = LayerSpec("int8", "int8", activation_scale="dynamic", activation_symmetric=True)
+        trainable = TrainableLayer(module, spec, StepClock([]), "layer", search=False)
+        if not dynamic:
+            trainable.set_activation_scale([x.float().cpu().flatten()], search=False)
+        layer = trainable.harden().to(self.device)
+        layer.prepare()
+        return layer
+
+
+def _onednn(q: Tensor, w: Tensor) -> Callable[[], Tensor]:
+    """The one call, with the result in bfloat16 as our layer has it."""
+    u, packed, columns = kernels.unsigned(q), kernels.prepack(w), w.shape[0]
+    scale, zero = torch.ones(1), torch.full((1,), 128, dtype=torch.int32)
+    w_scale, w_zero = torch.ones(columns), torch.zeros(columns, dtype=torch.int32)
+
+    def run() -> Tensor:
+        y: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
+            u, scale, zero, packed, w_scale, w_zero, None, 1.0, 0, torch.bfloat16, "none", [], ""
+        )
+        return y
+
+    return run
