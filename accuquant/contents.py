@@ -24,7 +24,7 @@ def contents(folder: Path) -> tuple[Table, list[str]]:
     Raises:
         RecipeError: the folder is no export.
     """
-    denoiser = denoiser_of(load_export(folder, recipe_of(folder, ["model.device=cpu"])))
+    denoiser = denoiser_of(load_export(folder, recipe_of(folder, ["model.device=auto"])))
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in COLUMNS:
         table.add_column(column)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import recipe_tree
+from test_layers import oracle, relative
+from test_triton import needs_triton, run_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from accuquant.calibrate import calibrate
 from accuquant.console import Reporter
+from accuquant.core import cuda
 from accuquant.core.kernels import integer_product
 from accuquant.evaluate import load_export
-from accuquant.model.layers import set_arithmetic
+from accuquant.model.clock import StepClock
+from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, set_arithmetic
 from accuquant.model.rollout import Rollout
 from accuquant.recipe.file import parse_recipe
 
@@ -42,3 +50,103 @@ def test_calibration_and_loading_on_the_device(model_folder: Path, tmp_path: Pat
     set_arithmetic(pipeline.transformer, "reference")
     reference = rollout.trajectory(conditions)[0]
     assert integers.is_cuda and float((integers - reference).norm() / reference.norm()) < 2e-2
+
+
+class Devices(TorchDispatchMode):
+    """Where every result lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {t.device.type for t in tree_leaves(out) if isinstance(t, Tensor)}
+        return out
+
+
+LAYERS = [
+    (LayerSpec("int8", "int8"), 128, 96),
+    (LayerSpec("int8", "int8", activation_symmetric=True), 128, 96),
+    (LayerSpec("int8", "int8", activation_scale="dynamic"), 128, 96),
+    (LayerSpec("int8", "int8", activation_scale="dynamic"), 37, 19),  # nothing is a multiple of anything
+    (LayerSpec("int8", "int8", 16, symmetric=False), 128, 96),
+    (LayerSpec("int8"), 128, 96),
+    (LayerSpec("int4", "int8", 32), 128, 96),
+    (LayerSpec("int4", "int8", 128, symmetric=False, activation_scale="dynamic"), 256, 96),
+    (LayerSpec("int4", group_size=16, symmetric=False), 128, 96),
+    (LayerSpec("int4"), 37, 19),
+    (LayerSpec("int4", group_size=8), 128, 96),
+    (LayerSpec("int6", "int8"), 128, 96),
+    (LayerSpec("int3"), 128, 96),
+]
+
+
+def layer_and_module(spec: LayerSpec, columns: int, outputs: int) -> tuple[QuantizedLayer, nn.Module]:
+    torch.manual_seed(0)
+    module = nn.Linear(columns, outputs)
+    trainable = TrainableLayer(module, spec, StepClock([]), "x", search=False)
+    if spec.static:
+        trainable.set_activation_scale([torch.randn(1000) + 0.3], search=False)
+    return trainable.harden(), module
+
+
+@pytest.mark.parametrize(("spec", "columns", "outputs"), LAYERS)
+@pytest.mark.parametrize("rows", [1, 16, 17, 300])
+@torch.no_grad()
+def test_every_path_of_a_layer_is_right_and_stays_on_the_device(
+    spec: LayerSpec, columns: int, outputs: int, rows: int
+) -> None:
+    """In the half types up to their rounding: float computes in them, the other paths round their result."""
+    layer, module = layer_and_module(spec, columns, outputs)
+    x = torch.randn(rows, columns)
+    layer.clock.set(torch.zeros(1, device="cuda"))
+    for dtype, limit in ((torch.float32, 1e-6), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)):
+        layer.cpu()
+        expected = oracle(layer, module, x.to(dtype).float())
+        layer.cuda()
+        for path in layer.paths():
+            layer._lay_out(path)
+            with Devices() as devices:
+                found = layer(x.to("cuda", dtype))
+            if spec.activation_scale == "dynamic" and path not in cuda.TRITON:
+                limit = max(
+                    limit, 2e-3
+                )  # torch divides by a number on a device in another way: a tie may fall otherwise
+            assert found.dtype == dtype and relative(found.cpu(), expected) < limit, path
+            assert devices.seen == {"cuda"}, path
+
+
+@torch.no_grad()
+def test_preparing_measures_on_the_device() -> None:
+    for spec in (LayerSpec("int8", "int8"), LayerSpec("int4", group_size=32), LayerSpec("int3", "int8")):
+        layer, _ = layer_and_module(spec, 512, 512)
+        layer.prepare()
+        before = layer.path
+        layer.cuda()
+        assert layer.path in layer.paths() and layer.path != "onednn"
+        layer.cpu()
+        assert layer.path == before
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_layers_are_one_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    layers = [layer_and_module(*row)[0].cuda() for row in LAYERS]
+    for layer in layers:
+        layer.prepare()
+    inputs = [torch.randn(40, layer.in_features, device="cuda", dtype=torch.bfloat16) for layer in layers]
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        return [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+
+    with torch.no_grad():
+        found, expected = torch.compile(run, backend=backend, fullgraph=True)(inputs), run(inputs)
+    assert max(relative(a.cpu(), b.double().cpu()) for a, b in zip(found, expected, strict=True)) < 2e-2
+
+
+@needs_triton
+def test_kernels_on_the_device() -> None:
+    """Against float64 and `numerics`, as in the interpreter; and nothing has switched them off."""
+    assert cuda.triton_works(torch.device("cuda:0")) and cuda.cublas_works(torch.device("cuda:0"))
+    run_file("triton_checks.py")

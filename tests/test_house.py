@@ -65,8 +65,12 @@ def band_error(module: str, imported: str) -> str | None:
         return "there is no such module"
     if within(module, "accuquant.recipe") and ours and not within(imported, "accuquant.recipe"):
         return "the recipe stands alone"
-    if within(module, "accuquant.core") and not (within(imported, "torch", "accuquant.core") or is_stdlib(imported)):
+    triton = module == "accuquant.core.triton_kernels" and within(imported, "triton")  # an extra: one file needs it
+    below_core = within(imported, "torch", "accuquant.core") or is_stdlib(imported) or triton
+    if within(module, "accuquant.core") and not below_core:
         return "core imports torch, the standard library and core"
+    if imported == "accuquant.core.triton_kernels" and module != "accuquant.core.cuda":
+        return "only core.cuda knows whether Triton is there"
     below_programs = within(imported, "accuquant.core", "accuquant.model", "accuquant.recipe")
     if within(module, "accuquant.model") and ours and not below_programs:
         return "model imports core, model and the recipe"
@@ -132,7 +136,8 @@ def test_no_pickles(path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("accuquant", ["torchao"]), ("tools", ["train"]), ("tests", ["train", "dev"])]
+    ("folder", "extras"),
+    [("accuquant", ["torchao", "cuda"]), ("tools", ["train"]), ("tests", ["train", "dev", "cuda"])],
 )
 def test_imports_are_declared(folder, extras):
     local = {"accuquant", "tools", "tests", "conftest"} | {path.stem for path in sources(folder)}
@@ -152,6 +157,8 @@ def test_imports_are_declared(folder, extras):
         ("accuquant.recipe", "accuquant.core.numerics"),
         ("accuquant.core.numerics", "accuquant.model.layers"),
         ("accuquant.core.numerics", "diffusers"),
+        ("accuquant.core.cuda", "triton"),
+        ("accuquant.model.quantized", "accuquant.core.triton_kernels"),
         ("accuquant.model.layers", "accuquant.evaluate"),
         ("accuquant.model.layers", "accuquant"),
         ("accuquant.evaluate", "accuquant.cli"),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 BLOCK_ROWS = 512
 TOKEN_BLOCK = 128  # rows of which the float result stays in the cache until it is scaled
+SMALL_ROWS = 16  # cuBLAS' integer product wants more
 CACHE_BYTES = 1 << 24  # results larger than this are computed and scaled by blocks of rows
 
 _LIBRARY = torch.library.Library("accuquant", "DEF")
@@ -36,14 +37,14 @@ def row_blocks(a: Tensor, outputs: int) -> int:
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """(M, K) int8 times (O, K) int8 -> (M, O) int32, exact.
 
-    CUDA's kernel wants more than 16 rows and multiples of eight; smaller operands are padded with zeros there.
+    cuBLAS wants more than 16 rows and multiples of eight; smaller operands are padded with zeros there.
     """
     if a.device.type != "cuda":
         if a.shape[1] == 1:  # torch 2.13 leaves the result unwritten
             return a.to(torch.int32) * b.t().to(torch.int32)
         return torch._int_mm(a.contiguous(), b.t())
     rows, columns, outputs = a.shape[0], a.shape[1], b.shape[0]
-    pad_m, pad_k, pad_o = max(0, 17 - rows), -columns % 8, -outputs % 8
+    pad_m, pad_k, pad_o = max(0, SMALL_ROWS + 1 - rows), -columns % 8, -outputs % 8
     if pad_m or pad_k:
         a = torch.nn.functional.pad(a, (0, pad_k, 0, pad_m))
     if pad_k or pad_o:

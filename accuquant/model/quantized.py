@@ -1,8 +1,12 @@
 """The quantized layer that is exported and loaded: packed integers and scales, and the ways it can compute.
 
 `onednn` is the integer product on weights laid out for it, `int_mm` the one of plain torch, `float` a float product on
-dequantized weights (the only one where activations stay float). All give the same up to float32 rounding;
-`QuantizedLayer.prepare` takes the fastest on this machine.
+dequantized weights. `QuantizedLayer.prepare` takes the fastest on this machine. A CUDA device has `triton`, products of
+integers or floats with weights that stay packed, and `cublas`, that library's integer product between Triton's
+quantization and rescaling; what no kernel takes is computed by `float` there, never on the CPU.
+
+All give the same up to float32 rounding, except `float` on a CUDA device: it computes in the input's type, as the layer
+did that was replaced.
 """
 
 from __future__ import annotations
@@ -14,19 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accuquant.core import kernels
+from accuquant.core import cuda, kernels
 from accuquant.core.numerics import dequantize, dynamic_scale, quantize
 from accuquant.core.packing import packed_columns, unpack
 from accuquant.model.clock import StepClock
 from accuquant.model.spec import Conv, Layer, LayerSpec, at_least_float32
 
 Arithmetic = Literal["integer", "reference"]
-Path = Literal["onednn", "int_mm", "float"]
+Path = Literal["onednn", "int_mm", "triton", "cublas", "float"]
 
 PROBE_ROWS = 128
 PROBE_OUTPUTS = 512
 PROBE_RUNS = 3
 PROBE_MARGIN = 1.1  # a path has to be this much faster than one that stands before it
+PROBE_ROWS_CUDA = 2048  # fewer leave most of a device idle
 PROBE_SIZE = 1 << 14  # smaller weights are not worth a measurement
 
 
@@ -64,20 +69,49 @@ class QuantizedLayer(Layer):
     def forward(self, x: Tensor) -> Tensor:
         """Integers are made from a half type without a copy in float32: the scales make the quotient one."""
         tokens = self.conv.unfold(x) if self.conv else x
-        if self.arithmetic == "reference" or self.path == "float":
-            y = self._float(at_least_float32(tokens))
+        path = "float" if self.arithmetic == "reference" else self._path_of(tokens)
+        if path == "float":
+            host = self.arithmetic == "integer" and tokens.is_cuda
+            y = self._float(at_least_float32(tokens), x.dtype if host else None)
         else:
-            y = self._integer(tokens.reshape(-1, self.in_features)).view(*tokens.shape[:-1], self.out_features)
+            compute = self._triton if path in cuda.TRITON else self._integer
+            y = compute(tokens.reshape(-1, self.in_features)).view(*tokens.shape[:-1], self.out_features)
         y = y.to(x.dtype)
         return self.conv.fold(y, x) if self.conv else y
 
-    def _float(self, tokens: Tensor) -> Tensor:
-        weight, bias = self.dequantized_weight(), self.bias
+    def _path_of(self, tokens: Tensor) -> Path:
+        """Of this input: the layer's, where its kernels take it."""
+        if self.path in cuda.TRITON:
+            wide = torch.float64 if self.activation_scale is not None else torch.float32
+            return "float" if tokens.dtype.itemsize >= wide.itemsize else self.path
+        few = self.path == "int_mm" and tokens.is_cuda and tokens.numel() <= kernels.SMALL_ROWS * self.in_features
+        return "float" if few else self.path
+
+    def _float(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """In ``dtype``, or the one of the tokens."""
+        weight, bias, dtype = self.dequantized_weight(), self.bias, dtype or tokens.dtype
         if self.spec.activation_type is not None:
             scale, zero = self._input_grid(tokens)
             q = quantize(tokens, scale, 0 if zero is None else zero, self.spec.activation_type)
             tokens = dequantize(q, scale, 0 if zero is None else zero)
-        return F.linear(tokens, weight.to(tokens.dtype), None if bias is None else bias.to(tokens.dtype))
+        return F.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def _triton(self, tokens: Tensor) -> Tensor:
+        """(M, I) -> (M, O). Few rows are one tile; weights are then read once and never written out as floats."""
+        operators, qtype, dtype = torch.ops.accuquant, self.spec.activation_type, tokens.dtype
+        scale, zero = None, None
+        if qtype is not None and self.spec.static:
+            scale, zero = self._input_grid(tokens)
+            tokens = operators.quantize_static(tokens, scale, zero, qtype.qmin, qtype.qmax)
+        elif qtype is not None:
+            tokens, scale = operators.quantize_dynamic(tokens, self.activation_scale, qtype.qmin, qtype.qmax)
+        if self.path == "cublas" and tokens.shape[0] > kernels.SMALL_ROWS:
+            y: Tensor = kernels.integer_product(tokens, self.weight)
+            y = operators.rescale(y, self.weight_scale, self.weight_sums, scale, zero, self.bias, dtype)
+            return y
+        weight = (self.weight, self.spec.weight_type.bits, self.weight_scale, self.weight_zero_point, self.weight_sums)
+        y = operators.stored_linear(tokens, *weight, scale, zero, self.bias, dtype)
+        return y
 
     def _integer(self, tokens: Tensor) -> Tensor:
         """(M, I) -> (M, O)."""
@@ -111,27 +145,42 @@ class QuantizedLayer(Layer):
         zero = self.activation_zero_point
         return self.activation_scale.index_select(0, group), None if zero is None else zero.index_select(0, group)
 
-    def integer_weight(self) -> Tensor:
-        """(O, I) int8."""
+    def integer_weight(self, rows: slice = slice(None)) -> Tensor:
+        """(O, I) int8, or only some rows of it."""
         if self.weight.is_mkldnn:
-            return kernels.unpack(self.weight)
-        return unpack(self.weight, self.in_features, self.spec.weight_type)
+            return kernels.unpack(self.weight)[rows]
+        return unpack(self.weight[rows], self.in_features, self.spec.weight_type)
 
-    def dequantized_weight(self) -> Tensor:
-        """(O, I) float32."""
-        q = self.integer_weight().reshape(self.out_features * self.groups, -1).float()
+    def dequantized_weight(self, rows: slice = slice(None)) -> Tensor:
+        """(O, I) float32, or only some rows of it."""
+        scale = self.weight_scale[rows].reshape(-1, 1)
+        q = self.integer_weight(rows).reshape(len(scale), -1).float()
         if self.weight_zero_point is not None:
-            q.sub_(self.weight_zero_point.view(-1, 1))
-        return q.mul_(self.weight_scale.view(-1, 1)).view(self.out_features, -1)
+            q.sub_(self.weight_zero_point[rows].reshape(-1, 1))
+        return q.mul_(scale).view(-1, self.in_features)
 
     # ---- the path
 
     def paths(self) -> list[Path]:
-        """Those that can compute this layer on a CPU, the likely fastest first."""
+        """Those that can compute this layer where its weight is, the likely fastest first."""
+        plain = self.spec.symmetric and self.groups == 1 and self.spec.weight_type.bits == 8
+        if self.weight.is_cuda:
+            return self._cuda_paths(plain)
         if self.activation_scale is None:
             return ["float"]
-        plain = self.spec.symmetric and self.groups == 1 and self.spec.weight_type.bits == 8
         return ["onednn", "int_mm", "float"] if plain and kernels.packed_works() else ["int_mm", "float"]
+
+    def _cuda_paths(self, plain: bool) -> list[Path]:
+        """cuBLAS multiplies integers in multiples of eight; padded copies of the weights are no path."""
+        integers = self.activation_scale is not None and self.groups == 1
+        integers = (
+            integers and self.in_features % 8 == self.out_features % 8 == 0 and cuda.cublas_works(self.weight.device)
+        )
+        found: list[Path] = []
+        bits = self.spec.weight_type.bits
+        if cuda.triton_takes(bits, self.in_features, self.groups) and cuda.triton_works(self.weight.device):
+            found = ["triton", "cublas"] if plain and integers else ["triton"]
+        return [*found, "float"] if not integers or "cublas" in found else [*found, "int_mm", "float"]
 
     def _unmeasured(self) -> Path:
         return "float" if self.activation_scale is None else "int_mm"
@@ -145,11 +194,13 @@ class QuantizedLayer(Layer):
     def prepare(self) -> None:
         """Take the fastest path, by a short measurement that the process remembers, and lay the weights out for it."""
         self.prepared = True
-        if self.weight.device.type != "cpu":
+        device = self.weight.device
+        if device.type not in ("cpu", "cuda"):
             return
-        key = (self.spec, self.out_features, self.in_features, torch.get_num_threads())
+        speed = torch.get_num_threads() if device.type == "cpu" else device
+        key = (self.spec, self.out_features, self.in_features, speed)
         if key not in _fastest:
-            with torch.device("cpu"):
+            with device:  # models are also built with another default device
                 _fastest[key] = self._measured()
         self._lay_out(_fastest[key])
 
@@ -157,11 +208,13 @@ class QuantizedLayer(Layer):
         paths = self.paths()
         if len(paths) == 1 or self.in_features * self.out_features < PROBE_SIZE:
             return paths[0]
-        rows = min(self.out_features, PROBE_OUTPUTS)
-        tokens = torch.linspace(-1, 1, PROBE_ROWS * self.in_features).view(PROBE_ROWS, -1)
-        twin = QuantizedLayer(self.spec, self.in_features, rows, None, StepClock([]), "probe", bias=True)
-        assert twin.activation_scale is not None
-        twin.activation_scale.fill_(1 / 64)
+        on_cuda = self.weight.is_cuda
+        outputs = self.out_features if on_cuda else min(self.out_features, PROBE_OUTPUTS)
+        tokens = torch.linspace(-1, 1, (PROBE_ROWS_CUDA if on_cuda else PROBE_ROWS) * self.in_features)
+        tokens = tokens.view(-1, self.in_features).to(torch.bfloat16 if on_cuda else torch.float32)
+        twin = QuantizedLayer(self.spec, self.in_features, outputs, None, StepClock([]), "probe", bias=True)
+        if twin.activation_scale is not None:
+            twin.activation_scale.fill_(1 / 64)
         best, least = paths[0], float("inf")
         for path in paths:
             twin._lay_out(path)
@@ -178,9 +231,13 @@ class QuantizedLayer(Layer):
             change = kernels.unpack if self.weight.is_mkldnn else kernels.prepack
             self.weight = nn.Parameter(change(self.weight), requires_grad=False)
         self.path, self.weight_sums = path, None
-        if path == "int_mm" and self.activation_zero_point is not None:
-            parts = (unpack(rows, self.in_features, self.spec.weight_type) for rows in self.weight.split(256))
-            self.weight_sums = torch.cat([kernels.weight_sums(part, self.groups) for part in parts])
+        if self.activation_zero_point is None:
+            return
+        blocks = [slice(start, start + 256) for start in range(0, self.out_features, 256)]
+        if path == "int_mm":  # of the integers, by group
+            self.weight_sums = torch.cat([kernels.weight_sums(self.integer_weight(b), self.groups) for b in blocks])
+        elif path in cuda.TRITON:  # of the dequantized row
+            self.weight_sums = torch.cat([self.dequantized_weight(b).double().sum(1).float() for b in blocks])
 
     def _stored(self) -> nn.Parameter:
         """The weight as it stands in the file."""
@@ -218,6 +275,8 @@ _fastest: dict[Any, Path] = {}
 def _seconds(layer: QuantizedLayer, tokens: Tensor) -> float:
     start = time.perf_counter()
     layer(tokens)
+    if tokens.is_cuda:
+        torch.cuda.synchronize(tokens.device)
     return time.perf_counter() - start
 
 
