@@ -287,14 +287,32 @@ def _print_tuning_plan(recipe: Recipe) -> None:
 def _print_tried(rows: list[dict[str, Any]]) -> None:
     """The Pareto front of what was tried, the chosen point, and the rivals."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("", "types", "cache", "calibrated", "NFC", "bit-operations", "seconds", "E_qc", "tried in"):
+    for column in (
+        "",
+        "types",
+        "cache",
+        "calibrated",
+        "NFC",
+        "bit-operations",
+        "seconds",
+        "E_qc",
+        "images",
+        "tried in",
+    ):
         table.add_column(column)
     for row in sorted(rows, key=lambda row: float(row["E_qc"])):
         mark = "chosen" if row["chosen"] else "front" if row["front"] else row["rival"] or ""
         if mark:
-            costs = (f"{row['nfc']:g}", f"{row['bit_operations']:.4f}", f"{row['seconds']:.2f}", f"{row['E_qc']:.4f}")
+            costs = (
+                f"{row['nfc']:g}",
+                f"{row['bit_operations']:.4f}",
+                f"{row['seconds']:.2f}",
+                f"{row['E_qc']:.4f}",
+                f"{row['image_error']:.4f}",
+            )
             table.add_row(mark, row["types"], row["cache"], row["calibrated"], *costs, f"{row['elapsed']:.1f} s")
     out.print(table)
+    out.print("chosen by the worse of both errors, latents (E_qc) and images, each in that of naive stacking")
     out.print(f"{len(rows)} candidates were tried; the report shows them all\n")
 
 

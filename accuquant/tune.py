@@ -341,7 +341,8 @@ def record(section: Tune, rows: list[Row], best: Row) -> Row:
         cheaper = [r for r in own if r["bit_operations"] <= row["bit_operations"] and r is not row]
         return not row["rival"] and all(_error(row) < _error(r) for r in cheaper)
 
-    naive = next((r for r in rows if r["rival"] == NAIVE and r["types"] == best["types"]), None)
+    same = [row for row in rows if all(row[key] == best[key] for key in ("types", "asked_nfc"))]
+    naive = next((row for row in same if row["rival"] == NAIVE), None)
     shown = [{k: v for k, v in row.items() if k not in ("config", "key", "forecast")} for row in rows]
     marks = [{"front": on_front(row), "chosen": row is best} for row in rows]
     return {

@@ -20,6 +20,7 @@ from accuquant.budget import LEAST_NFC, describe_tuning, error_tables, ordered, 
 from accuquant.calibrate import calibrate
 from accuquant.cli import app
 from accuquant.console import Reporter
+from accuquant.core.schedule import filled_interval_steps
 from accuquant.model.caching import controller_of
 from accuquant.recipe import Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe, load_recipe, parse_recipe
@@ -161,6 +162,7 @@ def test_the_chosen_point_keeps_to_the_budget_and_is_the_best_of_its_types(tuned
         return float(max(row[name] / naive[name] for name in ("E_qc", "image_error")))
 
     assert score(chosen) == min(score(row) for row in same if not row["rival"])
+    assert found["naive"]["schedule"] == list(filled_interval_steps(8, chosen["asked_nfc"], 2))
     assert score(chosen) <= 1.0  # naive stacking is among the candidates
     assert {row["rival"] for row in same} == {None, "naive stacking", "CacheQuant", "CacheQuant, one feature"}
 
