@@ -19,7 +19,7 @@ from accuquant.core.schedule import filled_interval_steps
 from accuquant.data import draw
 from accuquant.measure import step_seconds
 from accuquant.model.caching import cached, in_cache
-from accuquant.model.plan import PlannedModule, count_macs, plan_modules
+from accuquant.model.plan import count_macs, plan_modules
 from accuquant.recipe import Cache, Recipe, RecipeError, Rule, Tune
 from accuquant.session import Session, open_model, prepare, validation_error
 
@@ -98,10 +98,8 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
         rules = (*chosen, *recipe.quantization.rules)
         deciding = {next((i for i, rule in enumerate(rules) if matches(rule, p.name)), None) for p in planned}
         kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in deciding)  # the rest is outdone
-        operations = dict[str, float]()
-        for p in plan_modules(rollout.denoiser, kept):
-            counted = PlannedModule(p.name, p.kind, p.shape, p.bias, p.spec, p.tune, macs[p.name])
-            operations[p.name] = counted.bit_operations / float32
+        modules = [replace(p, macs=macs[p.name]) for p in plan_modules(rollout.denoiser, kept)]
+        operations = {p.name: p.bit_operations / float32 for p in modules}
         quantization = recipe.quantization.model_copy(update={"rules": kept})
         with_types = plain.model_copy(update={"quantization": quantization})
         name = " + ".join(_words(rule) for rule in chosen or kept[:1])

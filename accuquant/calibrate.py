@@ -245,17 +245,16 @@ def searched(
     samples: int = SEARCH_SAMPLES,
 ) -> Cache:
     """The cache with its noise measured, and its target searched for, on the session's model as it is."""
-    reference, num_steps = session.reference, session.rollout.num_steps
+    num_steps = session.rollout.num_steps
     if config.noise_aware and config.noise is None:
         listed = len(config.full_steps or config.full_timesteps or ())
         gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
         config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
-    chosen = torch.arange(min(samples, len(reference.conditions)), device=reference.latents.device)
     if config.searches:
-        conditions, published = reference.conditions.take(chosen), config.measured_on == "full_precision"
+        reference, published = session.reference.first(samples), config.measured_on == "full_precision"
+        given = (session.rollout, reference.conditions, reference.latents)
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():
-            latents = reference.latents[:, chosen]
-            config = search_cache(session.rollout, conditions, latents, config, reporter, worse_of_both)
+            config = search_cache(*given, config, reporter, worse_of_both)
     return config
 
 

@@ -94,12 +94,8 @@ def calibrate(
             planned, costs = describe(loaded)
             _print_plan(loaded, planned, costs)
             return
-        try:
+        with _nothing_lost(loaded, ".partial"):
             folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
-        except KeyboardInterrupt:
-            if Path(f"{loaded.export.output}.partial").is_dir():
-                errors.print("nothing is lost: the same command with --resume goes on")
-            raise
         _print_metrics(folder)
         out.print(f"\nexport: {folder}\nreport: {folder / 'report.html'}")
 
@@ -129,12 +125,8 @@ def tune(
             return
         from accuquant.tune import tune as run
 
-        try:
+        with _nothing_lost(loaded, ".tuning"):
             folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
-        except KeyboardInterrupt:
-            if Path(f"{loaded.export.output}.tuning").is_dir():
-                errors.print("nothing is lost: the same command with --resume goes on")
-            raise
         _print_tried(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))["tried"])
         _print_metrics(folder)
         out.print(f"\nexport: {folder}\nrecipe: {folder / 'recipe.yaml'}\nreport: {folder / 'report.html'}")
@@ -337,6 +329,17 @@ def _changeable(overrides: list[str] | None) -> list[str]:
         if not override.strip().startswith(CHANGEABLE):
             raise RecipeError(f"--set {override}: fixed by calibration; an export can change {CHANGEABLE_WORDS}")
     return overrides or []
+
+
+@contextmanager
+def _nothing_lost(recipe: Recipe, suffix: str) -> Iterator[None]:
+    """Say of an interrupted run that it can go on, where it has left its folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if Path(f"{recipe.export.output}{suffix}").is_dir():
+            errors.print("nothing is lost: the same command with --resume goes on")
+        raise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from accuquant.core.predictors import Memory
 from accuquant.model.cache_state import Controller, Correction
 from accuquant.model.caching import cached
 from accuquant.model.rollout import Conditions
+from accuquant.optimise import Reference
 from accuquant.recipe import Cache
 from accuquant.session import Session, watched
 
@@ -41,7 +42,7 @@ def fit_correction(session: Session, config: Cache, reporter: Reporter) -> tuple
         cached(session.rollout.denoiser, config.uncorrected) as controller,
     ):
         fit = _fit_as_published if config.measured_on == "full_precision" else _fit_on_own_trajectory
-        fit(session, config, controller, forecasts, computed, advance)
+        fit(session, session.reference.first(CORRECTION_SAMPLES), config, controller, forecasts, computed, advance)
     skipped, full = (
         sorted(next(iter(fitted.values())), reverse=True) if fitted else [] for fitted in (forecasts, computed)
     )
@@ -59,12 +60,16 @@ def fit_correction(session: Session, config: Cache, reporter: Reporter) -> tuple
 
 
 def _fit_on_own_trajectory(
-    session: Session, config: Cache, controller: Controller, forecasts: Fitted, computed: Fitted, advance: Advance
+    session: Session,
+    reference: Reference,
+    config: Cache,
+    controller: Controller,
+    forecasts: Fitted,
+    computed: Fitted,
+    advance: Advance,
 ) -> None:
     """The model walks its own trajectory, quantized and cached and corrected so far."""
-    rollout, reference = session.rollout, session.reference
-    chosen = torch.arange(min(CORRECTION_SAMPLES, len(reference.conditions)), device=reference.latents.device)
-    conditions = reference.conditions.take(chosen)
+    rollout, conditions = session.rollout, reference.conditions
     x, predictions = {0: conditions.noise}, dict[int, Tensor]()
     targets: dict[str, Tensor] = {}
 
@@ -77,7 +82,7 @@ def _fit_on_own_trajectory(
 
     controller.correct = correct
     for i in range(rollout.num_steps):
-        true = _look(session, controller, i, reference.latents[i][chosen], conditions, full_precision=True)
+        true = _look(session, controller, i, reference.latents[i], conditions, full_precision=True)
         targets |= {module: output for module, (_, output) in true.items()}
         predictions[i] = rollout.predict(i, x[i], conditions)
         x[i + 1] = rollout.solver.step(i, x, predictions)
@@ -85,15 +90,19 @@ def _fit_on_own_trajectory(
 
 
 def _fit_as_published(
-    session: Session, config: Cache, controller: Controller, forecasts: Fitted, computed: Fitted, advance: Advance
+    session: Session,
+    reference: Reference,
+    config: Cache,
+    controller: Controller,
+    forecasts: Fitted,
+    computed: Fitted,
+    advance: Advance,
 ) -> None:
     """On the reference latents: forecasts of full precision's features, and quantized modules beside them."""
-    rollout, reference = session.rollout, session.reference
-    chosen = torch.arange(min(CORRECTION_SAMPLES, len(reference.conditions)), device=reference.latents.device)
-    conditions = reference.conditions.take(chosen)
+    rollout, conditions = session.rollout, reference.conditions
     memories: dict[str, Memory] = {}
     for i in range(rollout.num_steps):
-        latents, timestep = reference.latents[i][chosen], float(rollout.timesteps[i])
+        latents, timestep = reference.latents[i], float(rollout.timesteps[i])
         controller.enter(None, timestep, latents)
         true = _look(session, controller, i, latents, conditions, full_precision=True)
         if controller.full and config.corrected_quantization:

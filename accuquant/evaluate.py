@@ -29,13 +29,13 @@ from accuquant.measure import (
     sample,
     step_seconds,
 )
-from accuquant.model.cache_state import CacheStats, Controller
+from accuquant.model.cache_state import CacheStats
 from accuquant.model.caching import attach_cache, controller_of, detach_cache, uncached
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import denoiser_of, family_of, load_pipeline, pick_device, resolve
 from accuquant.model.layers import quantized_layers
-from accuquant.model.plan import PlannedModule, count_macs, plan_modules
-from accuquant.model.rollout import Conditions, Rollout
+from accuquant.model.plan import count_macs, plan_modules
+from accuquant.model.rollout import Rollout
 from accuquant.model.torchao import INSTALL_TORCHAO, stored_tensors, torchao_installed, torchao_layers
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import load_recipe
@@ -91,9 +91,11 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "held_out": sorted(set(held_out.inputs)),
         **latent_metrics(latents, held_out.latents),
         **cost_metrics(planned, full.denoiser, sizes),
-        **(_of_cache(controller, traces, planned, full, quantized, held_out, first) if controller else {}),
         "modules": [module_row(p, errors.get(p.name), sizes.get(p.name)) for p in planned],
     }
+    if controller:
+        errors_of_input = input_errors(full, held_out, controller, traces[0].full_steps)
+        metrics |= cache_metrics(controller, traces, planned, step_seconds(quantized, first), errors_of_input)
     full_images, quantized_images = None, None
     if recipe.evaluation.reconstruct:
         full_images, quantized_images = (
@@ -104,20 +106,25 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
             metrics |= image_metrics(
                 quantized_images, full_images, held_out.inputs, _classifier(recipe, full_images.device)
             )
-    rows, others = recipe.evaluation.num_images, dict[str, Tensor]()
+    rows, others, made = recipe.evaluation.num_images, dict[str, Tensor](), recipe_of(folder)
+    # what was measured when the export was made counts only for the same trajectories
+    same_samples = (recipe.sampling, recipe.evaluation.num_samples) == (made.sampling, made.evaluation.num_samples)
+    same_cache = recipe.cache == made.cache
     if controller:
         figures, finals = decompose(full, quantized, latents, held_out, recipe, reporter)
         metrics |= figures
-        finals |= _naive_latents(folder, recipe)
+        if same_samples and same_cache and (folder / NAIVE_LATENTS).is_file():
+            kept = load_file(folder / NAIVE_LATENTS, device=str(pick_device(recipe.model.device)))
+            finals["naive both"] = kept["latents"]
         others = (
             {name: full.decode(final[:rows]).cpu() for name, final in finals.items()} if full_images is not None else {}
         )
     calibration = folder / "calibration.json"
     if calibration.is_file():
-        record, made = json.loads(calibration.read_text(encoding="utf-8")), recipe_of(folder)
-        if (recipe.sampling, recipe.evaluation.num_samples) != (made.sampling, made.evaluation.num_samples):
-            record |= {"initial": None, "naive": None}  # they were measured on other trajectories
-        if recipe.cache != made.cache:
+        record = json.loads(calibration.read_text(encoding="utf-8"))
+        if not same_samples:
+            record["initial"] = None
+        if not same_samples or not same_cache:
             record["naive"] = None
         metrics |= {key: value for key, value in record.items() if value is not None}
     naive = metrics.pop("naive", None)
@@ -125,7 +132,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         metrics["E_naive"] = naive["relative_l2_per_step"][-1] if naive else None
         metrics["decomposition"]["E_naive"] = naive["relative_l2_per_step"] if naive else None
     tuning = folder / "tuning.json"
-    if tuning.is_file() and recipe.cache == recipe_of(folder).cache:
+    if tuning.is_file() and same_cache:
         metrics["tuning"] = json.loads(tuning.read_text(encoding="utf-8"))
     _write(folder / "metrics.json", json.dumps(metrics, indent=2))
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
@@ -138,28 +145,6 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         others or None,
     )
     return metrics
-
-
-def _of_cache(
-    controller: Controller,
-    traces: list[CacheStats],
-    planned: list[PlannedModule],
-    full: Rollout,
-    quantized: Rollout,
-    held_out: HeldOut,
-    first: Conditions,
-) -> dict[str, Any]:
-    errors = input_errors(full, held_out, controller, traces[0].full_steps)
-    return cache_metrics(controller, traces, planned, step_seconds(quantized, first), errors)
-
-
-def _naive_latents(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
-    """Final latents of naive stacking on the same samples, where calibration has kept them."""
-    kept, made = folder / NAIVE_LATENTS, recipe_of(folder)
-    same = (recipe.sampling, recipe.evaluation.num_samples) == (made.sampling, made.evaluation.num_samples)
-    if not kept.is_file() or not same or recipe.cache != made.cache:
-        return {}
-    return {"naive both": load_file(kept, device=str(pick_device(recipe.model.device)))["latents"]}
 
 
 def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) -> DiffusionPipeline:

@@ -31,15 +31,13 @@ def measure_noise(
         gap: N, steps between full computations.
         pattern: of the cached modules; the default one if None.
     """
-    rollout, reference = session.rollout, session.reference
+    rollout, reference = session.rollout, session.reference.first(NOISE_SAMPLES)
     names, fused = cached_modules(rollout.denoiser, pattern)
     names = [*names, *(f"{block}.proj_out" for block in fused)]
-    chosen = torch.arange(min(NOISE_SAMPLES, len(reference.conditions)), device=reference.latents.device)
-    conditions = reference.conditions.take(chosen)
 
     def look(i: int) -> dict[str, tuple[Tensor, Tensor]]:
         with watched(rollout.denoiser, names) as seen:
-            rollout.predict(i, reference.latents[i][chosen], conditions)
+            rollout.predict(i, reference.latents[i], reference.conditions)
         return seen
 
     changed, energy = torch.zeros(len(names), 2, dtype=torch.float64), torch.zeros(len(names), 2, dtype=torch.float64)

@@ -57,6 +57,10 @@ class Reference:
     def take(self, index: Tensor) -> Reference:
         return Reference(self.latents[:, index], self.predictions[:, index], self.conditions.take(index))
 
+    def first(self, count: int) -> Reference:
+        """At most ``count`` samples."""
+        return self.take(torch.arange(min(count, len(self.conditions)), device=self.latents.device))
+
 
 @dataclass
 class Tuner:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.data import Samples, Split, calibration_samples, draw, load_split
-from accuquant.model.caching import cached_blocks, cached_modules
+from accuquant.model.caching import cached_features
 from accuquant.model.clock import StepClock
 from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.layers import TrainableLayer, quantize_model
@@ -115,10 +115,7 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     rollout = Rollout(pipeline, recipe.sampling)
     planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
     if recipe.cache is not None:
-        if recipe.cache.feature == "blocks":
-            cached_blocks(rollout.denoiser, recipe.cache)
-        else:
-            cached_modules(rollout.denoiser, recipe.cache.modules)
+        cached_features(rollout.denoiser, recipe.cache)
     split = load_split(recipe.data, rollout.family.condition)
     if rollout.family.condition == "class_id":
         highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
@@ -193,13 +190,10 @@ def _activation_scales(session: Session, search: bool, reporter: Reporter) -> No
     observed = {n: layer for n, layer in session.layers.items() if layer.spec.static}
     if not observed:
         return
-    rollout, reference, clock = session.rollout, session.reference, session.clock
+    rollout, clock = session.rollout, session.clock
+    reference = session.reference.first(session.recipe.objective.batch_size)
     groups = torch.tensor([clock.group_of(float(t)) for t in rollout.timesteps])
     values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(clock.num_groups)] for n in observed}
-    chosen = torch.arange(
-        min(len(reference.conditions), session.recipe.objective.batch_size), device=reference.latents.device
-    )
-    conditions = reference.conditions.take(chosen)
 
     def observe(layer: TrainableLayer, tokens: Tensor) -> None:
         share = OBSERVED_VALUES // int((groups == clock.group).sum())
@@ -212,7 +206,7 @@ def _activation_scales(session: Session, search: bool, reporter: Reporter) -> No
         layer.observer = observe
     with session.full_precision(), reporter.bar("activation scales", rollout.num_steps) as advance:
         for i in range(rollout.num_steps):
-            rollout.predict(i, reference.latents[i][chosen], conditions)
+            rollout.predict(i, reference.latents[i], reference.conditions)
             advance("")
     for name, layer in observed.items():
         layer.observer = None

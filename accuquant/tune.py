@@ -203,10 +203,6 @@ class Place:
 
     def naive(self, nfc: int) -> Row:
         """Naive stacking: TaylorSeer, as if alone, on the model calibrated alone. Candidates are judged against it."""
-        wanted = self.combination.name, nfc, NAIVE
-        for known in self.tried.rows:  # also when the model has been calibrated further since
-            if (known["types"], known["asked_nfc"], known["rival"]) == wanted:
-                return dict(known)
         config = self.cache(("taylor", 2, False), "interval", nfc)
         row = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: config, NAIVE)
         assert row is not None
@@ -226,7 +222,8 @@ class Place:
     ) -> Row | None:
         """Roll the candidate out, unless that was done; None where there is no such cache."""
         words = f"{_words(forecast)}, {schedule} steps{CORRECTED[parts]}"
-        key = f"{self.combination.name} | {words} | NFC {nfc} | {self.calibrated} | {rival}"
+        calibrated = ALONE if rival else self.calibrated  # rivals are measured first, and stay what they were
+        key = f"{self.combination.name} | {words} | NFC {nfc} | {calibrated} | {rival}"
         if (known := self.tried.find(key)) is not None:
             return known
         started = time.monotonic()
@@ -265,7 +262,7 @@ class Place:
                 "seconds": mean * full + (self.session.rollout.num_steps - mean) * skipped,
                 "E_qc": float(relative_l2(final, true).mean()),
                 "image_error": float(relative_l2(decode(final), decode(true)).mean()),
-                "calibrated": self.calibrated,
+                "calibrated": calibrated,
                 "cached_iterations": self.cached_iterations,
                 "elapsed": round(time.monotonic() - started, 2),
                 "rival": rival or None,
@@ -314,8 +311,7 @@ class Place:
 
     def score(self, row: Row) -> float:
         """The worse of latent and image error, each in that of naive stacking: both have to be better."""
-        naive = self.naive(row["asked_nfc"])
-        return max(float(row[name] / max(naive[name], 1e-30)) for name in ("E_qc", "image_error"))
+        return worse_error(row, self.naive(row["asked_nfc"]))
 
     def best(self, nfc: int) -> Row:
         return min(self.own_rows(nfc), key=self.score)
@@ -351,6 +347,11 @@ def record(section: Tune, rows: list[Row], best: Row) -> Row:
         "seconds": round(sum(row["elapsed"] for row in rows), 1),
         "naive": naive["config"] if naive else None,
     }
+
+
+def worse_error(row: Row, naive: Row) -> float:
+    """Of latents and images, each in that of naive stacking."""
+    return max(float(row[name] / max(naive[name], 1e-30)) for name in ("E_qc", "image_error"))
 
 
 def as_cache(row: Row) -> Cache:

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
 
 
 def make_pipeline(
@@ -129,10 +136,24 @@ def make_pixart() -> Any:
     return pipeline
 
 
+def make_unet(cross_attention_dim: int) -> UNet2DConditionModel:
+    """Three down-blocks and three up-blocks, random."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    ).eval()
+
+
 def make_stable_diffusion() -> Any:
     """Stable Diffusion with a CLIP of its own, all random and tiny; skips where the `text` extra is not installed."""
     transformers = pytest.importorskip("transformers", reason="text pipelines need accuquant[text]")
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline
 
     torch.manual_seed(0)
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
@@ -148,16 +169,7 @@ def make_stable_diffusion() -> Any:
         bos_token_id=len(words) - 2,
         eos_token_id=len(words) - 1,
     )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
+    unet = make_unet(cross_attention_dim=16)
     vae = AutoencoderKL(
         latent_channels=4,
         block_out_channels=(8,) * 2,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline, recipe_tree
+from conftest import make_pipeline, make_unet, recipe_tree
 from diffusers import DiTPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -175,16 +175,7 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 def unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    ).eval()
+    return make_unet(cross_attention_dim=8)
 
 
 @torch.no_grad()

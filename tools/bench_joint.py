@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.session import Session, open_model, prepare
-from accuquant.tune import NAIVE, Place, Tried, as_cache, rounds
+from accuquant.tune import NAIVE, Place, Tried, as_cache, rounds, worse_error
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
@@ -266,7 +267,7 @@ def _chosen(folder: Path) -> Iterator[tuple[str, Cache]]:
         naive = next((row for row in rows if row["rival"] == NAIVE), None)
         own = [row for row in rows if not row["rival"]]
         if naive and own:
-            best = min(own, key=lambda r: max(r[k] / naive[k] for k in ("E_qc", "image_error")))
+            best = min(own, key=partial(worse_error, naive=naive))
             yield f"tuner, NFC {nfc}", as_cache(best)
 
 

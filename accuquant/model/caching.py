@@ -190,12 +190,7 @@ def attach_cache(denoiser: nn.Module, config: Cache, correction: Correction | No
         raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
     if config.searches:
         raise CacheError("target_nfc, target_seconds, dps and auto need a search: give enable_cache the whole pipeline")
-    bypassed, begins, fused = tuple[str, ...](), dict[str, str](), list[str]()
-    if config.feature == "blocks":
-        modules, bypassed, begins = cached_blocks(denoiser, config)
-    else:
-        names, fused = cached_modules(denoiser, config.modules)
-        modules = (*names, *(f"{block}.proj_out" for block in fused))
+    modules, fused, bypassed, begins = cached_features(denoiser, config)
     if config.noise_aware and (unknown := [name for name in modules if name not in (config.noise or {})]):
         raise CacheError(f"noise_aware: no noise was measured for {', '.join(unknown[:3])}; `accuquant calibrate` does")
     controller = Controller(config, modules, bypassed, begins)
@@ -291,6 +286,21 @@ def controller_of(denoiser: nn.Module) -> Controller | None:
     registry = vars(denoiser).get("_diffusers_hook")
     hook = registry.get_hook(HOOK) if registry is not None else None
     return hook.controller if isinstance(hook, Calls) else None
+
+
+def cached_features(
+    denoiser: nn.Module, config: Cache
+) -> tuple[tuple[str, ...], list[str], tuple[str, ...], dict[str, str]]:
+    """Names of what is forecast, of the fused blocks at its end, of what is bypassed, and where deviations begin.
+
+    Raises:
+        CacheError: see `cached_modules` and `cached_blocks`.
+    """
+    if config.feature == "blocks":
+        modules, bypassed, begins = cached_blocks(denoiser, config)
+        return modules, [], bypassed, begins
+    names, fused = cached_modules(denoiser, config.modules)
+    return (*names, *(f"{block}.proj_out" for block in fused)), fused, (), {}
 
 
 def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[list[str], list[str]]:

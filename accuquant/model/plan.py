@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -107,12 +107,7 @@ def count_macs(
     finally:
         for handle in handles:
             handle.remove()
-    return [
-        PlannedModule(
-            p.name, p.kind, p.shape, p.bias, p.spec, p.tune, rows.get(p.name, 0) * p.shape[0] * p.shape[1] // batch
-        )
-        for p in planned
-    ]
+    return [replace(p, macs=rows.get(p.name, 0) * p.shape[0] * p.shape[1] // batch) for p in planned]
 
 
 def _spec(rule: Rule) -> LayerSpec:
