@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 from accuquant import tune as tuning
 from accuquant.budget import LEAST_NFC, describe_tuning, error_tables, ordered, type_combinations
 from accuquant.calibrate import calibrate
+from accuquant.candidates import Tried
 from accuquant.cli import app
 from accuquant.console import Reporter
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.model.caching import controller_of
 from accuquant.recipe import Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe, load_recipe, parse_recipe
-from accuquant.tune import Tried, tune
+from accuquant.tune import tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 
 from accuquant.budget import Combination, step_times, type_combinations
 from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
+from accuquant.candidates import NAIVE, Place, Tried, as_cache, worse_error
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
@@ -44,7 +45,7 @@ from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.session import Session, open_model, prepare
-from accuquant.tune import NAIVE, Place, Tried, as_cache, rounds, worse_error
+from accuquant.tune import rounds
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)

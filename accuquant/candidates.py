@@ -1,0 +1,248 @@
+"""Candidates of the tuner, for one choice of types: caches made, corrected and confirmed by a rollout, and the best.
+
+Every candidate is judged on noise that neither calibration nor evaluation uses, by the worse of its latent and image
+error, each in that of naive stacking.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accuquant.budget import Combination, base_settings
+from accuquant.calibrate import searched
+from accuquant.console import Reporter
+from accuquant.core.metrics import relative_l2
+from accuquant.core.schedule import filled_interval_steps
+from accuquant.correct import fit_correction
+from accuquant.model.cache_state import CacheError
+from accuquant.model.caching import cached
+from accuquant.noise import measure_noise
+from accuquant.recipe import Cache, Tune
+from accuquant.session import Session
+
+ALONE, NAIVE = "alone", "naive stacking"
+CORRECTED = {
+    "none": "",
+    "cache": ", forecasts corrected",
+    "quantization": ", full steps corrected",
+    "both": ", all corrected",
+}
+PARTS = {"none": (False, False), "cache": (True, False), "quantization": (False, True), "both": (True, True)}
+TUNING_SAMPLES = 16  # that full steps are searched on; fewer do not carry over to other classes
+Row = dict[str, Any]
+Forecast = tuple[str, int, bool]  # estimation, order, noise_aware
+
+
+class Tried:
+    """Every candidate that was confirmed, a line of JSON each."""
+
+    def __init__(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.path, self.rows = path, [json.loads(line) for line in lines if line.endswith("}")]
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")  # the last was cut off
+
+    def find(self, key: str) -> Row | None:
+        return next((row for row in self.rows if row["key"] == key), None)
+
+    def add(self, row: Row) -> Row:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+
+@dataclass
+class Place:
+    """A combination of types being searched.
+
+    Attributes:
+        seconds: of a full and of a skipped step of eight samples.
+        calibrated, cached_iterations: how the session's model has been, by now.
+    """
+
+    combination: Combination
+    section: Tune
+    session: Session
+    seconds: tuple[float, float]
+    tried: Tried
+    reporter: Reporter
+    calibrated: str = ALONE
+    cached_iterations: int = 0
+    noises: dict[tuple[str, int], Any] = field(default_factory=dict)  # as calibrated, by gap
+
+    def try_forecasts(self, nfc: int) -> None:
+        """Every forecast under every schedule, with lists of full steps as they are found without refining."""
+        lists = dict[str, Cache]()  # one list serves all orders of an estimation
+        total = len(self.forecasts(nfc)) * len(self.section.schedules)
+        with self.reporter.bar(f"forecasts and schedules, NFC {nfc}", total) as advance:
+            for forecast in self.forecasts(nfc):
+                for schedule in self.section.schedules:
+
+                    def make(forecast: Forecast = forecast, schedule: str = schedule) -> Cache:
+                        if schedule != "best":
+                            return self.searched(self.cache(forecast, schedule, nfc))
+                        if forecast[0] not in lists:
+                            lists[forecast[0]] = self.searched(self.cache(forecast, schedule, nfc, trials=0))
+                        found = {"full_timesteps": lists[forecast[0]].full_timesteps}
+                        return self.searched(self.cache(forecast, schedule, nfc).model_copy(update=found))
+
+                    row = self.confirm(forecast, schedule, "none", nfc, make)
+                    advance(f"{row['cache']}: {row['E_qc']:.4f}" if row else "")
+
+    def refine(self, forecast: Forecast, nfc: int) -> None:
+        """Full steps that are searched for this very forecast."""
+        config = self.cache(forecast, "best", nfc, trials=self.section.trials)
+        self.confirm(forecast, "refined", "none", nfc, lambda: self.searched(config))
+
+    def correct(self, nfc: int) -> None:
+        """Every correction of the best candidate without one, of the model as it is."""
+        rows = [r for r in self.own_rows(nfc) if r["parts"] == "none" and r["calibrated"] == self.calibrated]
+        row = min(rows, key=self.score)
+        for parts in self.section.corrections:
+            self.confirm(as_forecast(row), row["schedule"], parts, nfc, lambda: as_cache(row))
+
+    def naive(self, nfc: int) -> Row:
+        """Naive stacking: TaylorSeer, as if alone, on the model calibrated alone. Candidates are judged against it."""
+        config = self.cache(("taylor", 2, False), "interval", nfc)
+        row = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: config, NAIVE)
+        assert row is not None
+        return row
+
+    def cachequant(self, nfc: int) -> None:
+        """The other rival, by module as ours, and with one feature as published."""
+        reuse = ("reuse", 0, False)
+        published = self.cache(reuse, "dps", nfc, measured_on="full_precision")
+        self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(published), "CacheQuant")
+        if published.modules is None and published.feature == "modules":
+            one = published.model_copy(update={"feature": "blocks"})
+            self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(one), "CacheQuant, one feature")
+
+    def confirm(
+        self, forecast: Forecast, schedule: str, parts: str, nfc: int, make: Callable[[], Cache], rival: str = ""
+    ) -> Row | None:
+        """Roll the candidate out, unless that was done; None where there is no such cache."""
+        words = f"{_words(forecast)}, {schedule} steps{CORRECTED[parts]}"
+        calibrated = ALONE if rival else self.calibrated  # rivals are measured first, and stay what they were
+        key = f"{self.combination.name} | {words} | NFC {nfc} | {calibrated} | {rival}"
+        if (known := self.tried.find(key)) is not None:
+            return known
+        started = time.monotonic()
+        try:
+            config, correction = make(), None
+        except CacheError as error:  # no tau meets the target, or groups cannot be cut so
+            self.reporter.detail(f"{words}: {error}")
+            return None
+        of_forecasts, of_full_steps = PARTS[parts]
+        if of_forecasts or of_full_steps:
+            if config.tau is not None:  # RCS skips other steps with every sample
+                return None
+            wanted = {"corrected": of_forecasts, "corrected_quantization": of_full_steps}
+            config, correction = fit_correction(self.session, config.model_copy(update=wanted), Reporter(quiet=True))
+        with cached(self.session.rollout.denoiser, config, correction) as controller:
+            finals, counts = [], []
+            size = 1 if config.tau else self.session.recipe.evaluation.batch_size
+            for batch in self.session.validation.conditions.batches(size):
+                finals.append(self.session.rollout.trajectory(batch)[0][-1])
+                counts.append(controller.stats().nfc)
+        mean, skipped_by = sum(counts) / len(counts), (*controller.modules, *controller.bypassed)
+        final, true = torch.cat(finals), self.session.validation.latents[-1]
+        decode = self.session.rollout.decode
+        full, skipped = self.seconds
+        return self.tried.add(
+            {
+                "key": key,
+                "types": self.combination.name,
+                "cache": words,
+                "forecast": list(forecast),
+                "schedule": schedule,
+                "parts": parts,
+                "asked_nfc": nfc,
+                "nfc": mean,
+                "bit_operations": self.combination.bit_operations(mean, skipped_by),
+                "seconds": mean * full + (self.session.rollout.num_steps - mean) * skipped,
+                "E_qc": float(relative_l2(final, true).mean()),
+                "image_error": float(relative_l2(decode(final), decode(true)).mean()),
+                "calibrated": calibrated,
+                "cached_iterations": self.cached_iterations,
+                "elapsed": round(time.monotonic() - started, 2),
+                "rival": rival or None,
+                "config": config.model_dump(mode="json", exclude_none=True),
+            }
+        )
+
+    def searched(self, config: Cache) -> Cache:
+        quiet = Reporter(quiet=True)
+        if config.noise_aware and config.noise is None:
+            full_steps = config.target_nfc or len(config.full_steps or config.full_timesteps or ())
+            gap = max(1, round(self.session.rollout.num_steps / full_steps))
+            if (self.calibrated, gap) not in self.noises:
+                self.noises[self.calibrated, gap] = measure_noise(self.session, gap, quiet, config.modules)
+            config = config.model_copy(update={"noise": self.noises[self.calibrated, gap]})
+        return searched(config, self.session, quiet, worse_of_both=True, samples=TUNING_SAMPLES)
+
+    def forecasts(self, nfc: int) -> list[Forecast]:
+        """Those that the section allows and ``nfc`` full steps are enough for."""
+        found: list[Forecast] = [("reuse", 0, False)] if "reuse" in self.section.estimations else []
+        for estimation in ("taylor", "rfe"):
+            for order in self.section.orders if estimation in self.section.estimations else ():
+                found += [(estimation, order, aware) for aware in self.section.noise_aware if order < nfc]
+        return found
+
+    def cache(self, forecast: Forecast, schedule: str, nfc: int, **more: Any) -> Cache:
+        """A candidate before anything of it was searched for."""
+        estimation, order, noise_aware = forecast
+        settings = base_settings(self.combination.recipe)
+        given: dict[str, Any] = {"estimation": estimation, "order": order, "noise_aware": noise_aware, **more}
+        if schedule == "interval":
+            warmup = settings.pop("warmup", 2)  # the list says it
+            given["schedule"] = filled_interval_steps(self.session.rollout.num_steps, nfc, warmup)
+        else:
+            given |= {"schedule": schedule, "target_nfc": nfc}
+        return Cache(**(settings | given))
+
+    def own_rows(self, nfc: int) -> list[Row]:
+        """Of this combination, this NFC, and no later calibration."""
+        return [
+            row
+            for row in self.tried.rows
+            if (row["types"], row["asked_nfc"], row["rival"]) == (self.combination.name, nfc, None)
+            and row["cached_iterations"] <= self.cached_iterations
+        ]
+
+    def score(self, row: Row) -> float:
+        """The worse of latent and image error, each in that of naive stacking: both have to be better."""
+        return worse_error(row, self.naive(row["asked_nfc"]))
+
+    def best(self, nfc: int) -> Row:
+        return min(self.own_rows(nfc), key=self.score)
+
+    def best_forecasts(self, nfc: int, count: int) -> list[Forecast]:
+        """The best different ones, before corrections."""
+        rows = [row for row in self.own_rows(nfc) if row["parts"] == "none" and row["calibrated"] == ALONE]
+        return list(dict.fromkeys(as_forecast(row) for row in sorted(rows, key=self.score)))[:count]
+
+
+def worse_error(row: Row, naive: Row) -> float:
+    """Of latents and images, each in that of naive stacking."""
+    return max(float(row[name] / max(naive[name], 1e-30)) for name in ("E_qc", "image_error"))
+
+
+def as_cache(row: Row) -> Cache:
+    return Cache.model_validate_json(json.dumps(row["config"]))
+
+
+def as_forecast(row: Row) -> Forecast:
+    estimation, order, noise_aware = row["forecast"]
+    return estimation, order, noise_aware
+
+
+def _words(forecast: Forecast) -> str:
+    estimation, order, noise_aware = forecast
+    return f"{estimation} {order}{' noise-aware' if noise_aware else ''}" if order else estimation
