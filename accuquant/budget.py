@@ -211,12 +211,16 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     tried = min(section.combinations, sum(n >= LEAST_NFC for _, n, _ in rows))
     forecasts = sum(1 if e == "reuse" else len(section.orders) * len(section.noise_aware) for e in section.estimations)
     proposals = forecasts * len(section.schedules) + 5 * len(section.estimations)
-    refined = (section.trials + 5) * (section.finalists + section.rounds * bool(objective.cached_iterations))
+    stages = len(section.learning) * bool(objective.cached_iterations)  # of calibration with the cache on
+    refined = (section.trials + 5) * section.finalists
     rollouts = tried * (proposals * len(section.levels) + refined)
-    fits = tried * len(section.corrections) * (len(section.levels) + section.rounds)
+    fits = tried * len(section.corrections) * len(section.estimations) * (len(section.levels) + stages)
     nfc = max((n for _, n, _ in rows), default=0)
     m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
-    updates = (tried + 1) * (objective.iterations * (2 * m - 1) + section.rounds * objective.cached_iterations * 2 * m)
+    whole = (
+        2 * nfc if {"forecast", "both"} & set(section.learning) else 2 * m
+    )  # forecasts learn from whole trajectories
+    updates = (tried + 1) * (objective.iterations * (2 * m - 1) + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
     calls = rollouts * (nfc + (steps - nfc) / 6) + fits * (steps + nfc) + 3.5 * updates + sampling
     return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates, "seconds": call * calls}

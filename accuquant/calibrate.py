@@ -79,9 +79,12 @@ def calibrate(
         uncorrected = cache.uncorrected  # a correction is fitted last, to the weights as they end up
         kept, stacked = partial / "naive.json", Cache(**tuning["naive"]) if tuning and tuning["naive"] else uncorrected
         naive = _held_out_metrics(session, held_out, reporter, kept, "naive stacking", stacked)
-        history = history + calibrate_cached(session, uncorrected, tuner, reporter, partial, resume)
+        further = calibrate_cached(session, recipe.objective, uncorrected, tuner, reporter, partial, resume)
+        if further is not None:
+            history, correction = history + counted_on(further.history, tuner), further.learned
+            cache = cache if correction is None else correction.named_in(cache)
         if cache.fits:
-            cache, correction = fit_correction(session, cache, reporter)
+            cache, correction = fit_correction(session, cache, reporter, correction)
 
     staging = partial / "export"
     shutil.rmtree(staging, ignore_errors=True)
@@ -146,25 +149,35 @@ def calibrate_alone(
 
 
 def calibrate_cached(
-    session: Session, cache: Cache, alone: Tuner, reporter: Reporter, partial: Path, resume: bool
-) -> list[dict[str, Any]]:
-    """Go on calibrating with the cache on; returns the updates' records, counted on from those without it."""
-    objective, state = session.recipe.objective, partial / "state-cached.safetensors"
+    session: Session, objective: Objective, cache: Cache, alone: Tuner, reporter: Reporter, partial: Path, resume: bool
+) -> Tuner | None:
+    """Go on calibrating with the cache on; returns what did, or None where nothing was to be done."""
+    state = partial / "state-cached.safetensors"
     if not objective.cached_iterations:
-        return []
-    objective = objective.model_copy(update={"iterations": objective.cached_iterations, "warmup_fraction": 0.0})
-    tuner = session.tuner(objective, alone.steps_per_group, cache)
+        return None
+    learn, steps = objective.cached_learn or objective.learn, alone.steps_per_group
+    changes: dict[str, Any] = {"iterations": objective.cached_iterations, "learn": learn, "warmup_fraction": 0.0}
+    if (
+        "forecast" in learn
+    ):  # by anything shorter than the trajectory forecasts get worse: their errors add up (measured)
+        steps, changes = session.rollout.num_steps, changes | {"gradient": "exact"}
+    tuner = session.tuner(objective.model_copy(update=changes), steps, cache)
     if resume and state.is_file():
         tuner.load(state)
-    with reporter.bar("calibrating with the cache on", objective.iterations, len(tuner.history)) as advance:
+    with reporter.bar("calibrating with the cache on", objective.cached_iterations, len(tuner.history)) as advance:
         tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
     tuner.save(state)
+    return tuner
+
+
+def counted_on(history: list[dict[str, Any]], alone: Tuner) -> list[dict[str, Any]]:
+    """Records of updates with the cache on, counted on from those without it."""
     before = {
         "iteration": len(alone.history),
         "network_evaluations": alone.network_evaluations,
         "seconds": alone.seconds,
     }
-    return [entry | {k: round(entry[k] + before[k], 3) for k in before} for entry in tuner.history]
+    return [entry | {k: round(entry[k] + before[k], 3) for k in before} for entry in history]
 
 
 def equal_cost(objective: Objective, steps_per_group: int) -> Objective:

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from accuquant.budget import Combination, base_settings
+from accuquant.budget import LEAST_NFC, Combination, base_settings
 from accuquant.calibrate import searched
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.correct import fit_correction
-from accuquant.model.cache_state import CacheError
-from accuquant.model.caching import cached
+from accuquant.model.cache_state import CacheError, Correction
+from accuquant.model.caching import cached, cached_features
 from accuquant.noise import measure_noise
 from accuquant.recipe import Cache, Tune
 from accuquant.session import Session
@@ -33,6 +33,11 @@ CORRECTED = {
     "cache": ", forecasts corrected",
     "quantization": ", full steps corrected",
     "both": ", all corrected",
+}
+LEARNED = {
+    "forecast": "forecasts, with the cache on",
+    "weights": "weights, with the cache on",
+    "both": "weights and forecasts, with the cache on",
 }
 PARTS = {"none": (False, False), "cache": (True, False), "quantization": (False, True), "both": (True, True)}
 TUNING_SAMPLES = 16  # that full steps are searched on; fewer do not carry over to other classes
@@ -64,7 +69,8 @@ class Place:
 
     Attributes:
         seconds: of a full and of a skipped step of eight samples.
-        calibrated, cached_iterations: how the session's model has been, by now.
+        calibrated: how the session's model has been, by now: alone, or what was learned with the cache on.
+        learned: weights of the forecasts, where these were.
     """
 
     combination: Combination
@@ -74,7 +80,7 @@ class Place:
     tried: Tried
     reporter: Reporter
     calibrated: str = ALONE
-    cached_iterations: int = 0
+    learned: Correction | None = None
     noises: dict[tuple[str, int], Any] = field(default_factory=dict)  # as calibrated, by gap
 
     def try_forecasts(self, nfc: int) -> None:
@@ -102,11 +108,14 @@ class Place:
         self.confirm(forecast, "refined", "none", nfc, lambda: self.searched(config))
 
     def correct(self, nfc: int) -> None:
-        """Every correction of the best candidate without one, of the model as it is."""
+        """Every correction of the best candidate without one, as the model is; both, of other estimations' best."""
         rows = [r for r in self.own_rows(nfc) if r["parts"] == "none" and r["calibrated"] == self.calibrated]
-        row = min(rows, key=self.score)
-        for parts in self.section.corrections:
-            self.confirm(as_forecast(row), row["schedule"], parts, nfc, lambda: as_cache(row))
+        best = dict[str, Row]()
+        for row in sorted(rows, key=self.score):
+            best.setdefault(as_forecast(row)[0], row)
+        for number, row in enumerate(best.values()):
+            for parts in self.section.corrections if number == 0 else {"both"} & {*self.section.corrections}:
+                self.confirm(as_forecast(row), row["schedule"], parts, nfc, lambda row=row: as_cache(row))  # type: ignore[misc]
 
     def naive(self, nfc: int) -> Row:
         """Naive stacking: TaylorSeer, as if alone, on the model calibrated alone. Candidates are judged against it."""
@@ -122,7 +131,16 @@ class Place:
         self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(published), "CacheQuant")
         if published.modules is None and published.feature == "modules":
             one = published.model_copy(update={"feature": "blocks"})
-            self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(one), "CacheQuant, one feature")
+            fewer = self.same_cost(one, nfc)  # the outer blocks are computed at every step
+            if fewer >= LEAST_NFC:
+                one = one.model_copy(update={"target_nfc": fewer})
+                self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(one), "CacheQuant, one feature")
+
+    def same_cost(self, other: Cache, nfc: int) -> int:
+        """The most full steps with which a cache of other modules takes no more bit-operations than ours with nfc."""
+        modules, _, bypassed, _ = cached_features(self.session.rollout.denoiser, other)
+        counts, budget = range(nfc, 0, -1), self.combination.bit_operations(nfc) * (1 + 1e-9)
+        return next((n for n in counts if self.combination.bit_operations(n, (*modules, *bypassed)) <= budget), 0)
 
     def confirm(
         self, forecast: Forecast, schedule: str, parts: str, nfc: int, make: Callable[[], Cache], rival: str = ""
@@ -135,7 +153,7 @@ class Place:
             return known
         started = time.monotonic()
         try:
-            config, correction = make(), None
+            config, correction = make(), self.learned
         except CacheError as error:  # no tau meets the target, or groups cannot be cut so
             self.reporter.detail(f"{words}: {error}")
             return None
@@ -144,7 +162,8 @@ class Place:
             if config.tau is not None:  # RCS skips other steps with every sample
                 return None
             wanted = {"corrected": of_forecasts, "corrected_quantization": of_full_steps}
-            config, correction = fit_correction(self.session, config.model_copy(update=wanted), Reporter(quiet=True))
+            config = config.model_copy(update=wanted)
+            config, correction = fit_correction(self.session, config, Reporter(quiet=True), self.learned)
         with cached(self.session.rollout.denoiser, config, correction) as controller:
             finals, counts = [], []
             size = 1 if config.tau else self.session.recipe.evaluation.batch_size
@@ -170,7 +189,6 @@ class Place:
                 "E_qc": float(relative_l2(final, true).mean()),
                 "image_error": float(relative_l2(decode(final), decode(true)).mean()),
                 "calibrated": calibrated,
-                "cached_iterations": self.cached_iterations,
                 "elapsed": round(time.monotonic() - started, 2),
                 "rival": rival or None,
                 "config": config.model_dump(mode="json", exclude_none=True),
@@ -208,20 +226,23 @@ class Place:
         return Cache(**(settings | given))
 
     def own_rows(self, nfc: int) -> list[Row]:
-        """Of this combination, this NFC, and no later calibration."""
-        return [
-            row
-            for row in self.tried.rows
-            if (row["types"], row["asked_nfc"], row["rival"]) == (self.combination.name, nfc, None)
-            and row["cached_iterations"] <= self.cached_iterations
-        ]
+        """Of this combination, this NFC, and no later calibration; what a rival does may be chosen too."""
+        stages = [ALONE, *(LEARNED[what] for what in self.section.learning)]
+        known = stages[: stages.index(self.calibrated) + 1]
+        mine = [r for r in self.tried.rows if (r["types"], r["asked_nfc"]) == (self.combination.name, nfc)]
+        return [row for row in mine if row["calibrated"] in known]
 
     def score(self, row: Row) -> float:
         """The worse of latent and image error, each in that of naive stacking: both have to be better."""
         return worse_error(row, self.naive(row["asked_nfc"]))
 
     def best(self, nfc: int) -> Row:
-        return min(self.own_rows(nfc), key=self.score)
+        return min(self.own_rows(nfc), key=lambda row: (self.score(row), row["rival"] is not None))
+
+    def best_uncorrected(self, nfc: int) -> Row:
+        """The best whose skipped steps are the same for all samples, on the model calibrated alone."""
+        rows = [row for row in self.own_rows(nfc) if row["parts"] == "none" and row["calibrated"] == ALONE]
+        return min((row for row in rows if as_cache(row).tau is None), key=self.score)
 
     def best_forecasts(self, nfc: int, count: int) -> list[Forecast]:
         """The best different ones, before corrections."""

@@ -28,10 +28,15 @@ Fitted = dict[str, dict[float, Tensor]]  # module -> timestep -> (2, C)
 
 
 @torch.no_grad()
-def fit_correction(session: Session, config: Cache, reporter: Reporter) -> tuple[Cache, Correction]:
+def fit_correction(
+    session: Session, config: Cache, reporter: Reporter, learned: Correction | None = None
+) -> tuple[Cache, Correction]:
     """Slope and intercept of every channel of every cached module: at skipped steps, at full ones, or at both.
 
     The target is what the module gives in full precision at the reference trajectory's latent.
+
+    Args:
+        learned: weights of the forecasts, where the config has learned some; they are kept.
 
     Returns:
         the config, with the corrected timesteps and channels written into it, and the tensors.
@@ -39,7 +44,7 @@ def fit_correction(session: Session, config: Cache, reporter: Reporter) -> tuple
     forecasts, computed = Fitted(), Fitted()  # by kind of step
     with (
         reporter.bar("correction of the cached modules", session.rollout.num_steps) as advance,
-        cached(session.rollout.denoiser, config.uncorrected) as controller,
+        cached(session.rollout.denoiser, config.uncorrected, learned) as controller,
     ):
         fit = _fit_as_published if config.measured_on == "full_precision" else _fit_on_own_trajectory
         fit(session, session.reference.first(CORRECTION_SAMPLES), config, controller, forecasts, computed, advance)
@@ -47,7 +52,7 @@ def fit_correction(session: Session, config: Cache, reporter: Reporter) -> tuple
         sorted(next(iter(fitted.values())), reverse=True) if fitted else [] for fitted in (forecasts, computed)
     )
     channels = {name: next(iter(found.values())).shape[1] for name, found in (computed | forecasts).items()}
-    correction = Correction(skipped, channels, full)
+    correction = Correction(skipped, channels, full).with_learned(learned)
     for name in channels:
         rows = [forecasts[name][t] for t in skipped] + [computed[name][t] for t in full]
         correction.of(name).copy_(torch.stack(rows))
@@ -114,8 +119,10 @@ def _fit_as_published(
             if controller.full:
                 memories[module] = forecast.update(memories.get(module), i, output, input)
             elif config.corrected:
-                found = fit_affine(forecast.predict(memories[module], i, input), output)
-                forecasts.setdefault(module, {})[timestep] = found
+                plain = forecast.predict(memories[module], i, input)
+                if controller.weigh is not None:
+                    plain = controller.weigh(module, plain, memories[module].factors[0])
+                forecasts.setdefault(module, {})[timestep] = fit_affine(plain, output)
         advance("")
 
 

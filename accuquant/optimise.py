@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from accuquant.core import rounding
 from accuquant.core.cached_objective import cached_group_gradient, cached_groups
 from accuquant.core.objective import group_gradient, groups
+from accuquant.model.cache_state import Correction
 from accuquant.model.cached_steps import CachedSteps
 from accuquant.model.caching import cached
 from accuquant.model.clock import StepClock
@@ -68,6 +69,7 @@ class Tuner:
 
     Attributes:
         cache: on during the updates; groups then begin at its full steps, and only those count as evaluations.
+        learned: weights of the cache's forecasts, where `objective.learn` has them; ``cache`` then names them.
         history: one entry an update: iteration, loss, steps_per_group, network_evaluations so far, seconds.
     """
 
@@ -84,10 +86,16 @@ class Tuner:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.learned: Correction | None = None
+        if self.cache is not None:
+            self._begin_cached(self.cache)
         self.parameters = self._choose_parameters()
         rates = self.objective.learning_rates.model_dump()
         layerwise = [
-            {"params": [parameter], "lr": rates[kind] * self.layers[name].step_unit(kind)}
+            {
+                "params": [parameter],
+                "lr": rates[kind] * (1.0 if kind == "forecast" else self.layers[name].step_unit(kind)),
+            }
             for kind, parameters in self.parameters.items()
             for name, parameter in parameters.items()
         ]
@@ -102,12 +110,20 @@ class Tuner:
         if self.cache is None:
             self._run(state, progress)
             return
-        batch = self.reference.conditions.take(self._batch(0))
-        with cached(self.rollout.denoiser, self.cache) as controller:
-            self.rollout.trajectory(batch)
-            self.full_steps = controller.stats().full_steps
-        with cached(self.rollout.denoiser, self.cache) as self.controller:
+        with cached(self.rollout.denoiser, self.cache, self.learned) as self.controller:
             self._run(state, progress)
+
+    def _begin_cached(self, cache: Cache) -> None:
+        """Where the full steps are; and weights for the forecasts at the others."""
+        with cached(self.rollout.denoiser, cache) as controller:
+            self.rollout.trajectory(self.reference.conditions.take(self._batch(0)))
+            self.full_steps = controller.stats().full_steps
+        if "forecast" in self.objective.learn:
+            skipped = [i for i in range(self.rollout.num_steps) if i not in self.full_steps]
+            timesteps = [float(self.rollout.timesteps[i]) for i in skipped]
+            learned = Correction(learned_timesteps=timesteps, learned_modules=controller.modules)
+            self.learned = learned.to(self.reference.latents.device)
+            self.cache = self.learned.named_in(cache)
 
     def _run(self, state: Path | None, progress: Callable[[dict[str, Any]], None] | None) -> None:
         saved = time.monotonic()
@@ -213,7 +229,11 @@ class Tuner:
             parameter.requires_grad_(False)
         chosen: dict[str, dict[str, nn.Parameter]] = {}
         for kind in self.objective.learn:
-            found = {n: p for n, layer in self.layers.items() if (p := layer.learnable(kind)) is not None}
+            if kind == "forecast":
+                assert self.learned is not None  # the recipe asks for it with a cache only
+                found = dict(self.learned.learned.named_parameters())
+            else:
+                found = {n: p for n, layer in self.layers.items() if (p := layer.learnable(kind)) is not None}
             if not found and self.objective.iterations:
                 raise RecipeError(f"objective.learn: {kind!r} names no parameter of any tuned module; take it out")
             chosen[kind] = found

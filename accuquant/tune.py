@@ -5,7 +5,7 @@ For each combination of types, the most promising by tables first (`budget.py`):
     calibrate without a cache                                              quantization, as if alone
     every forecast under every schedule, with the full steps that the budget pays for
     the best few again with their full steps refined, and the best of all with each correction
-    rounds: calibrate with the best cache on, search and correct again
+    calibrate with the best cache on (its forecasts; weights and forecasts), and correct again
     fewer full steps, for the Pareto front
 
 Tables choose nothing: every candidate is confirmed by a rollout of the quantized, cached model, on noise that neither
@@ -30,14 +30,17 @@ from accuquant.budget import (
     type_combinations,
 )
 from accuquant.calibrate import calibrate, calibrate_alone, calibrate_cached
-from accuquant.candidates import NAIVE, Place, Row, Tried, as_cache, as_forecast
+from accuquant.candidates import LEARNED, NAIVE, Place, Row, Tried, as_cache, as_forecast
 from accuquant.console import Reporter
 from accuquant.export import check_output
 from accuquant.optimise import Tuner
 from accuquant.recipe import Recipe, RecipeError, Tune
 from accuquant.recipe.file import dump_recipe
 
-WRITTEN = ("noise", "correction_timesteps", "correction_full_timesteps", "correction_channels", "measured_nfc")
+WRITTEN = (
+    *("noise", "measured_nfc", "correction_timesteps", "correction_full_timesteps", "correction_channels"),
+    *("learned_timesteps", "learned_modules"),
+)
 
 
 def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Path:
@@ -90,54 +93,60 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
     for forecast in place.best_forecasts(most, section.finalists):
         place.refine(forecast, most)
     place.correct(most)
-    rounds(place, alone, most, folder)
+    learn(place, alone, most, folder)
     return [place.best(most)]
 
 
-def rounds(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
-    """Calibrate with the best cache on, then confirm it again and search for full steps that suit the new weights."""
-    iterations = place.session.recipe.objective.cached_iterations
-    for number in range(1, place.section.rounds + 1 if iterations else 1):
-        row = place.best(nfc)
-        state = folder / f"round-{number}"
+def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
+    """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
+    session, recipe = place.session, place.combination.recipe
+    if not recipe.objective.cached_iterations:
+        return
+    start, row = session.snapshot(), place.best_uncorrected(nfc)
+    for what in place.section.learning:
+        state = folder / f"{nfc}-{what}"
         state.mkdir(exist_ok=True)
-        config = as_cache(row).uncorrected
-        calibrate_cached(place.session, config, alone, place.reporter, state, resume=True)
-        place.calibrated, place.cached_iterations = f"with the cache, round {number}", number * iterations
-        place.confirm(as_forecast(row), row["schedule"], "none", nfc, lambda config=config: config)  # type: ignore[misc]
-        place.refine(as_forecast(row), nfc)
+        session.restore(start)
+        objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
+        tuner = calibrate_cached(session, objective, as_cache(row), alone, place.reporter, state, resume=True)
+        assert tuner is not None
+        place.calibrated, place.learned = LEARNED[what], tuner.learned
+        place.confirm(as_forecast(row), row["schedule"], "none", nfc, lambda tuner=tuner: tuner.cache)  # type: ignore[misc]
         place.correct(nfc)
+
+
+def learnable(recipe: Recipe, what: str) -> tuple[str, ...]:
+    """`objective.cached_learn` for what `tune.learning` calls so."""
+    weights = () if what == "forecast" else recipe.objective.learn
+    return weights if what == "weights" else (*weights, "forecast")
 
 
 def chosen_recipe(recipe: Recipe, row: Row) -> Recipe:
     """The recipe that makes the chosen candidate from nothing; what calibration writes into a cache is left to it."""
     cache = as_cache(row).model_copy(update=dict.fromkeys(WRITTEN))
-    objective = recipe.objective.model_copy(update={"cached_iterations": row["cached_iterations"]})
+    what = next((what for what, words in LEARNED.items() if words == row["calibrated"]), None)
+    changes = {"cached_learn": learnable(recipe, what)} if what else {"cached_iterations": 0, "cached_learn": None}
+    objective = recipe.objective.model_copy(update=changes)
     return recipe.model_copy(update={"cache": cache, "objective": objective})
 
 
 def record(section: Tune, rows: list[Row], best: Row) -> Row:
     """What the export and its report keep of the search."""
-    own = [row for row in rows if not row["rival"]]
-
-    def on_front(row: Row) -> bool:
-        cheaper = [r for r in own if r["bit_operations"] <= row["bit_operations"] and r is not row]
-        return not row["rival"] and all(_error(row) < _error(r) for r in cheaper)
+    front, least = list[Row](), math.inf
+    for row in sorted(rows, key=lambda row: (row["bit_operations"], row["E_qc"], row["rival"] is not None)):
+        if row["E_qc"] < least:
+            front, least = [*front, row], row["E_qc"]
 
     same = [row for row in rows if all(row[key] == best[key] for key in ("types", "asked_nfc"))]
     naive = next((row for row in same if row["rival"] == NAIVE), None)
     shown = [{k: v for k, v in row.items() if k not in ("config", "key", "forecast")} for row in rows]
-    marks = [{"front": on_front(row), "chosen": row is best} for row in rows]
+    marks = [{"front": any(row is r for r in front), "chosen": row is best} for row in rows]
     return {
         "budget": {key: getattr(section, key) for key in ("nfc", "bit_operations", "seconds")},
         "tried": [row | mark for row, mark in zip(shown, marks, strict=True)],
         "seconds": round(sum(row["elapsed"] for row in rows), 1),
         "naive": naive["config"] if naive else None,
     }
-
-
-def _error(row: Row) -> float:
-    return float(row["E_qc"])
 
 
 def _begin(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> None:

@@ -45,7 +45,7 @@ from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.session import Session, open_model, prepare
-from accuquant.tune import rounds
+from accuquant.tune import learn
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
@@ -53,7 +53,7 @@ TYPES = ("W8A8", "W4A8", "W4A4")
 NFC = (25, 14, 10, 7)
 SEEDS = (0, 1, 2)
 HELD_OUT = 30
-TUNED = {"finalists": 2, "trials": 8, "noise_aware": [False], "levels": [1.0]}
+TUNED = {"finalists": 1, "trials": 8, "noise_aware": [False], "levels": [1.0]}
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 DEFAULT_OUT = Path("tools/results/joint")
 MORE_TYPES: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def bench_recipe(types: str, seed: int, nfc: int = 14, iterations: int = 150) ->
     rule = (CONFIGS | MORE_TYPES)[types] | {"modules": ATTENTION_AND_MLP}
     tree["quantization"]["rules"] = [rule, ADALN]
     learn = ["weight", "weight_scale"] + ["activation_scale"] * (rule["activation"] != "float")
-    tree["objective"] = {"iterations": iterations, "cached_iterations": 25, "batch_size": 4, "learn": learn}
+    tree["objective"] = {"iterations": iterations, "cached_iterations": 40, "batch_size": 4, "learn": learn}
     tree["evaluation"] |= {"num_samples": HELD_OUT, "batch_size": HELD_OUT}
     tree["tune"] = {"nfc": nfc, **TUNED}
     return parse_recipe(tree, "benchmark")
@@ -163,7 +163,7 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
             yield "(b') CacheQuant, corrected on its own trajectory", bench.judge(own)
 
     started = time.monotonic()
-    calibrate_cached(session, naive, bench.alone, QUIET, folder, resume=True)
+    calibrate_cached(session, session.recipe.objective, naive, bench.alone, QUIET, folder, resume=True)
     spent = time.monotonic() - started
     yield "(c) calibrated with the cache of (a)", bench.judge(naive) | {"seconds": spent}
 
@@ -176,10 +176,8 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     alone = place.best(nfc)
     about = {"cache": alone["cache"], "validation": alone["E_qc"]}
     yield "(d') tuner without calibration", bench.judge(as_cache(alone)) | about
-    rounds(place, bench.alone, nfc, folder)
+    learn(place, bench.alone, nfc, folder)
     best = place.best(nfc)
-    if not best["cached_iterations"]:
-        session.restore(bench.start)
     about = {"cache": best["cache"], "validation": best["E_qc"], "calibrated": best["calibrated"]}
     yield "(d) tuner", bench.judge(as_cache(best)) | about | {"seconds": time.monotonic() - started}
     session.restore(bench.start)

@@ -14,8 +14,9 @@ and the full step is differentiated against (c_i, w_i). With `identity` this is 
 of step i serve several steps: its cotangent is the sum of solver coefficient times forecast coefficient over them.
 `exact` also carries the latents' cotangents and equals full back-propagation through rollout and cache.
 
-Memory holds the graphs of one full and one skipped step and two states, whatever M is: a state is not kept along the
-group but made again from the latents of the full steps it comes from (no other step enters it).
+Memory holds the graphs of one full and one skipped step, two states, and at most KEPT_BYTES of further states, whatever
+M is: where the group's do not fit, they are made again from the latents of the full steps they come from (no other step
+enters them).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from accuquant.core.objective import (
 from accuquant.core.solver import LinearSolver
 
 State = dict[tuple[str, ...], Tensor]
+KEPT_BYTES = 1 << 30
 
 
 class CachedDenoiser(Protocol):
@@ -82,7 +84,7 @@ def cached_group_gradient(
     inside = [i for i in full_steps if start <= i < stop]
     with torch.no_grad():
         at_start = _state_before(denoiser, full_steps, start, latents, x)
-        _roll(denoiser, solver, x, eps, at_start, start, stop, full_steps)
+        kept = _roll(denoiser, solver, x, eps, at_start, start, stop, full_steps)
     value, error = group_errors(x, latents, start, stop, loss)
 
     follows = gradient == "exact"
@@ -90,7 +92,7 @@ def cached_group_gradient(
     carried: State = {}  # w of the segment's state, from the full step after it
     for full, after in reversed(list(itertools.pairwise((*inside, stop)))):
         with torch.no_grad():
-            before = at_start if full == start else _state_before(denoiser, full_steps, full, latents, x)
+            before = kept.pop(full) if full in kept else _state_before(denoiser, full_steps, full, latents, x)
         before = {key: t.detach().requires_grad_(full > start) for key, t in before.items()}
         latent = x[full].detach().requires_grad_(follows and full > start)
         prediction, state = denoiser.full(full, latent, before)
@@ -99,15 +101,15 @@ def cached_group_gradient(
         for j in reversed(range(full + 1, after)):
             skipped_latent = x[j].detach().requires_grad_(follows)
             forecast = denoiser.skipped(j, skipped_latent, leaves)
-            torch.autograd.backward([forecast], [prediction_cotangent(solver, v, j, stop)])
+            _backward([forecast], [prediction_cotangent(solver, v, j, stop)])
             v[j] = latent_cotangent(gradient, solver, v, error, skipped_latent, j, stop, variances)
 
         cotangents = {key: leaf.grad for key, leaf in leaves.items()}
         for key, more in carried.items():
             own = cotangents.get(key)
             cotangents[key] = more if own is None else own + more
-        reached = {k: c for k, c in cotangents.items() if c is not None and state[k].requires_grad}
-        torch.autograd.backward(
+        reached = {k: c for k, c in cotangents.items() if c is not None}
+        _backward(
             [prediction, *(state[key] for key in reached)],
             [prediction_cotangent(solver, v, full, stop), *reached.values()],
         )
@@ -137,6 +139,13 @@ def full_cached_gradient(
     return float(value.detach())
 
 
+def _backward(outputs: list[Tensor], cotangents: list[Tensor]) -> None:
+    """Into what is learned; where only forecasts learn, nothing before a full step does."""
+    pairs = [(output, c) for output, c in zip(outputs, cotangents, strict=True) if output.requires_grad]
+    if pairs:
+        torch.autograd.backward([output for output, _ in pairs], [c for _, c in pairs])
+
+
 def _roll(
     denoiser: CachedDenoiser,
     solver: LinearSolver,
@@ -146,14 +155,18 @@ def _roll(
     start: int,
     stop: int,
     full_steps: tuple[int, ...],
-) -> None:
-    """Write the group's latents into ``x`` and its predictions into ``eps``."""
+) -> dict[int, State]:
+    """Write the group's latents into ``x`` and its predictions into ``eps``; return the states that full steps find."""
+    found, count = dict[int, State](), sum(start <= i < stop for i in full_steps)
     for i in range(start, stop):
         if i in full_steps:
+            if i == start or count * sum(t.nbytes for t in state.values()) <= KEPT_BYTES:
+                found[i] = state
             eps[i], state = denoiser.full(i, x[i], state)
         else:
             eps[i] = denoiser.skipped(i, x[i], state)
         x[i + 1] = solver.step(i, x, eps)
+    return found
 
 
 def _state_before(

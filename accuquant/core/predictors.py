@@ -167,6 +167,16 @@ class NoiseAware:
 Forecast = Reuse | Taylor | RFE | NoiseAware
 
 
+def weighted(forecast: Tensor, last: Tensor, weights: Tensor) -> Tensor:
+    """a O(i) + b (forecast - O(i)): learned shares of the last output and of the change that a forecast adds to it.
+
+    Args:
+        weights: (2,), a and b; both 1 is the forecast itself.
+    """
+    a, b = weights.to(forecast.dtype).unbind()
+    return a * last + b * (forecast - last)
+
+
 def norm_of(x: Tensor, scope: Norm) -> Tensor:
     """L2 norm in float32 (float64 stays), in a shape that multiplies x (B, ..., C).
 

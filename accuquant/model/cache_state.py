@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from accuquant.core.correction import apply_affine
-from accuquant.core.predictors import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor
+from accuquant.core.predictors import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor, weighted
 from accuquant.core.schedule import RCS, interval_is_full
 from accuquant.recipe import Cache, RecipeError
 
@@ -61,21 +61,33 @@ class Trace:
 
 
 class Correction(nn.Module):
-    """Slope and intercept of every channel of the cached modules' outputs, at the timesteps they were fitted at.
+    """What calibration finds for a cache: a slope and an intercept of every channel of the cached modules' outputs, and
+    how much a forecast takes of the last output and of its change. A step between the timesteps takes the nearest.
 
     Args:
-        timesteps: S values, of skipped steps, whose forecasts are corrected; a step between them takes the nearest.
+        timesteps: S values, of skipped steps, whose forecasts are corrected.
         channels: of each cached module's output.
         full_timesteps: F values, of full steps, whose computed outputs are corrected.
+        learned_timesteps: L values, of skipped steps, whose forecasts are weighted, before they are corrected.
+        learned_modules: M names of those that are.
     """
 
     def __init__(
-        self, timesteps: Sequence[float], channels: dict[str, int], full_timesteps: Sequence[float] = ()
+        self,
+        timesteps: Sequence[float] = (),
+        channels: dict[str, int] | None = None,
+        full_timesteps: Sequence[float] = (),
+        learned_timesteps: Sequence[float] = (),
+        learned_modules: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.timesteps, self.full_timesteps = list(timesteps), list(full_timesteps)
+        self.learned_timesteps, self.learned_modules = list(learned_timesteps), list(learned_modules)
+        ones = torch.ones(len(learned_modules), 2)
+        # one tensor a step: an update of calibration reaches some steps, and leaves the others as they are
+        self.learned = nn.ParameterList(nn.Parameter(ones.clone(), requires_grad=False) for _ in learned_timesteps)
         rows = len(timesteps) + len(full_timesteps)
-        for name, count in channels.items():
+        for name, count in (channels or {}).items():
             identity = torch.stack([torch.ones(rows, count), torch.zeros(rows, count)], 1)
             self.register_parameter(name.replace(".", "/"), nn.Parameter(identity, requires_grad=False))
 
@@ -88,8 +100,24 @@ class Correction(nn.Module):
         first, known = (len(self.timesteps), self.full_timesteps) if computed else (0, self.timesteps)
         if not known:
             return output
-        nearest = min(range(len(known)), key=lambda i: abs(known[i] - timestep))
-        return apply_affine(self.of(module)[first + nearest], output)
+        return apply_affine(self.of(module)[first + _nearest(known, timestep)], output)
+
+    def weigh(self, module: str, forecast: Tensor, last: Tensor, timestep: float) -> Tensor:
+        """A forecast with the learned weights of ``last``, the output it begins from, and of its change."""
+        weights = self.learned[_nearest(self.learned_timesteps, timestep)]
+        return weighted(forecast, last, weights[self.learned_modules.index(module)])
+
+    def named_in(self, config: Cache) -> Cache:
+        """The config of a cache that has these learned weights."""
+        names = {"learned_timesteps": tuple(self.learned_timesteps), "learned_modules": tuple(self.learned_modules)}
+        return config.model_copy(update=names)
+
+    def with_learned(self, other: Correction | None) -> Correction:
+        """This one with the learned weights of another."""
+        if other is not None:
+            self.learned_timesteps, self.learned_modules = other.learned_timesteps, other.learned_modules
+            self.learned = other.learned
+        return self
 
 
 class Controller:
@@ -113,6 +141,7 @@ class Controller:
         self.last = Trace()
         self.driven = self.paused = False
         self.correct: Callable[[str, Tensor, bool], Tensor] | None = None  # module, output, whether it was computed
+        self.weigh: Callable[[str, Tensor, Tensor], Tensor] | None = None  # module, forecast, last output
         order = max(1, config.forecast_order)
         self.rcs = RCS(config.tau, order, config.warmup, config.max_gap) if config.tau is not None else None
         self._forget()
@@ -158,10 +187,15 @@ class Controller:
         self.latent = latent.clone()  # a loop may write the next latent into the same tensor
 
     def drive(
-        self, context: str, step: int, full: bool, memories: dict[tuple[str, str], tuple[Memory | None, ...]]
+        self,
+        context: str,
+        step: int,
+        timestep: float,
+        full: bool,
+        memories: dict[tuple[str, str], tuple[Memory | None, ...]],
     ) -> None:
         """Have the next calls be this step, full or not, from these memories; new ones keep their graph."""
-        self.driven, self.context, self.step, self.full = True, context, step, full
+        self.driven, self.context, self.step, self.timestep, self.full = True, context, step, timestep, full
         self.memories = dict(memories)
         self.trace.full = [full]
 
@@ -253,6 +287,8 @@ class Controller:
                 continue
             input = inputs[min(i, len(inputs) - 1)]
             output = self.forecasts[module].predict(memory, self.step, self._stored(input))
+            if self.weigh is not None:
+                output = self.weigh(module, output, memory.factors[0])
             output = output.to(input.device, input.dtype)
             outputs.append(output if self.correct is None or i > 0 else self.correct(module, output, False))
         if self.config.num_inference_steps == self.step + 1:
@@ -282,6 +318,10 @@ def forecast_of(config: Cache, module: str) -> Forecast:
     if config.estimation == "taylor":
         return Taylor(config.forecast_order, config.differences)
     return RFE(config.forecast_order, config.differences, config.norm)
+
+
+def _nearest(known: list[float], timestep: float) -> int:
+    return min(range(len(known)), key=lambda i: abs(known[i] - timestep))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -29,13 +29,13 @@ class CachedSteps:
     def full(self, i: int, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Guided prediction (B, C, H, W) of step i, and the cache's state after it."""
         self.full_evaluations += 1
-        self.controller.drive(ALONE, i, True, self._memories(i, state))
+        self.controller.drive(ALONE, i, float(self.rollout.timesteps[i]), True, self._memories(i, state))
         prediction = self.rollout.predict(i, x, self.conditions)
         return prediction, _state(self.controller)
 
     def skipped(self, i: int, x: Tensor, state: State) -> Tensor:
         """Guided prediction (B, C, H, W) of step i, its cached modules forecast."""
-        self.controller.drive(ALONE, i, False, self._memories(i, state))
+        self.controller.drive(ALONE, i, float(self.rollout.timesteps[i]), False, self._memories(i, state))
         return self.rollout.predict(i, x, self.conditions)
 
     def _memories(self, step: int, state: State) -> dict[tuple[str, str], tuple[Memory | None, ...]]:

@@ -194,16 +194,20 @@ def attach_cache(denoiser: nn.Module, config: Cache, correction: Correction | No
     if config.noise_aware and (unknown := [name for name in modules if name not in (config.noise or {})]):
         raise CacheError(f"noise_aware: no noise was measured for {', '.join(unknown[:3])}; `accuquant calibrate` does")
     controller = Controller(config, modules, bypassed, begins)
+    found = correction or getattr(denoiser, CORRECTION, None)
     if config.fits:
-        correction = correction or getattr(denoiser, CORRECTION, None)
-        if correction is None:
+        if found is None:
             raise CacheError("corrected: nothing was fitted for this model; `accuquant calibrate` does")
-        found, asked = correction, {True: config.corrected_quantization, False: config.corrected}
+        asked = {True: config.corrected_quantization, False: config.corrected}
 
         def correct(module: str, output: Tensor, computed: bool) -> Tensor:
             return found.correct(module, output, controller.timestep, computed) if asked[computed] else output
 
         controller.correct = correct
+    if config.learned_timesteps:
+        if found is None:
+            raise CacheError("learned_timesteps: nothing was learned for this model; `accuquant calibrate` does")
+        controller.weigh = lambda module, output, last: found.weigh(module, output, last, controller.timestep)
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     calls = Calls(controller)
     _hook(denoiser, calls)

@@ -120,10 +120,16 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             model.set_submodule(name, layer)
         self.clock = clock
         cache = config.cache
-        if cache is not None and cache.fits:
+        if cache is not None and cache.keeps:
+            fitted = (
+                cache.correction_timesteps or (),
+                cache.correction_channels,
+                cache.correction_full_timesteps or (),
+            )
             with torch.device("meta"):
-                timesteps, full_timesteps = cache.correction_timesteps or (), cache.correction_full_timesteps or ()
-                setattr(model, CORRECTION, Correction(timesteps, cache.correction_channels or {}, full_timesteps))
+                setattr(
+                    model, CORRECTION, Correction(*fitted, cache.learned_timesteps or (), cache.learned_modules or ())
+                )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, layer in quantized_layers(model).items():

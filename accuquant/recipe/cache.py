@@ -23,6 +23,7 @@ def _schedule(value: Any) -> Any:
 
 Schedule = Annotated[Literal["interval", "rcs", "dps", "best"] | tuple[int, ...] | None, BeforeValidator(_schedule)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Pair = Annotated[tuple[int, int], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
@@ -70,6 +71,8 @@ class Cache(Section):
     correction_timesteps: Numbers | None = Field(None, description="written by calibration: of skipped steps")
     correction_full_timesteps: Numbers | None = Field(None, description="written by calibration: of full steps")
     correction_channels: dict[str, int] | None = Field(None, description="written by calibration")
+    learned_timesteps: Numbers | None = Field(None, description="written by calibration: of weighted forecasts")
+    learned_modules: Names | None = Field(None, description="written by calibration: whose forecasts are weighted")
     measured_nfc: Numbers | None = Field(None, description="written by a search: NFC, mean and std over samples")
 
     @property
@@ -84,6 +87,11 @@ class Cache(Section):
     def fits(self) -> bool:
         """Whether calibration fits a correction."""
         return self.corrected or self.corrected_quantization
+
+    @property
+    def keeps(self) -> bool:
+        """Whether an export keeps tensors of it."""
+        return self.fits or self.learned_timesteps is not None
 
     @property
     def uncorrected(self) -> Cache:

@@ -67,9 +67,10 @@ class LearningRates(Section):
     activation_scale: Number = Field(1.5e-3, ge=0, description="likewise, of the scale or clip ratio")
     bias: Number = Field(1e-4, ge=0)
     rounding: Number = Field(1e-2, ge=0, description="of AdaRound's logits")
+    forecast: Number = Field(5e-2, ge=0, description="of the shares that forecasts take, which begin at 1")
 
 
-Learned = Literal["weight", "weight_scale", "activation_scale", "bias", "rounding"]
+Learned = Literal["weight", "weight_scale", "activation_scale", "bias", "rounding", "forecast"]
 
 
 class Objective(Section):
@@ -85,6 +86,12 @@ class Objective(Section):
     )
     iterations: int = Field(400, ge=0, description="updates of the parameters")
     cached_iterations: int = Field(0, ge=0, description="further updates, made with the recipe's cache on")
+    cached_learn: tuple[Learned, ...] | None = Field(
+        None,
+        min_length=1,
+        description="what these learn, if not what `learn` says; forecast: how much of the last output and of its "
+        "change a forecast takes, by module and step",
+    )
     warmup_fraction: Number = Field(0.0, ge=0, le=1, description="first share of the updates, made with M = 1")
     batch_size: int = Field(8, ge=1)
     learn: tuple[Learned, ...] = Field(("weight", "weight_scale", "activation_scale"), min_length=1)
@@ -94,6 +101,10 @@ class Objective(Section):
     def _consistent(self) -> Objective:
         if "rounding" in self.learn and {"weight", "weight_scale"} & set(self.learn):
             raise ValueError("learn: 'rounding' (AdaRound) needs fixed weights; drop 'weight' and 'weight_scale'")
+        if "forecast" in self.learn:
+            raise ValueError("learn: 'forecast' is learned with the cache on; write cached_learn: [forecast]")
+        if self.cached_learn is not None and not self.cached_iterations:
+            raise ValueError("cached_learn: needs cached_iterations, for example cached_iterations: 60")
         if self.inputs == "quantized" and self.steps_per_group != 1:
             raise ValueError("inputs: quantized is the per-step rival and needs steps_per_group: 1")
         return self
@@ -127,6 +138,12 @@ class Recipe(Section):
             known = self.cache.num_inference_steps
             if known is not None and known != steps:
                 raise ValueError(f"cache.num_inference_steps is {known}, sampling.num_inference_steps {steps}")
+            rcs = self.cache.schedule == "rcs" or self.cache.tau is not None
+            if rcs and "forecast" in (self.objective.cached_learn or ()):
+                raise ValueError(
+                    "objective.cached_learn: 'forecast' is learned of each skipped step, and those that RCS skips "
+                    "differ from sample to sample; use cache.interval or cache.target_nfc"
+                )
             try:
                 self.cache.check_steps(steps)
             except ValueError as error:

@@ -12,6 +12,7 @@ from accuquant.recipe.rule import Rule
 Estimation = Literal["reuse", "taylor", "rfe"]
 Schedule = Literal["interval", "dps", "rcs", "best"]
 Correction = Literal["none", "cache", "quantization", "both"]
+Learning = Literal["forecast", "weights", "both"]
 
 
 class ModuleClass(Section):
@@ -52,7 +53,11 @@ class Tune(Section):
     )
     finalists: int = Field(3, ge=1, description="forecasts whose full steps are refined")
     trials: int = Field(24, ge=0, description="sampled trajectories that refine a list of full steps")
-    rounds: int = Field(1, ge=0, description="calibrations with the cache on, each followed by a new search")
+    learning: tuple[Learning, ...] = Field(
+        ("forecast", "both"),
+        description="what objective.cached_iterations updates with the best cache on learn, each from the model "
+        "calibrated alone; weights: what objective.learn says",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Tune:
