@@ -76,6 +76,35 @@ def test_odd_shapes(
         assert each(x[:0]).shape == (0, outputs)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 64, 65])
+@pytest.mark.parametrize("shape", [(64, 96), (1152, 544), (37, 19), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_few_rows_of_floats_meet_weights_that_stay_integers(
+    rows: int, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """adaLN: against float64, and with no more weights written out as floats than a block."""
+    columns, outputs = shape
+    torch.manual_seed(0)
+    module = nn.Linear(columns, outputs)
+    layer = TrainableLayer(module, LayerSpec("int8", "float"), StepClock([]), "x", search=False).harden()
+    x = torch.randn(rows, columns).to(dtype)
+    expected = oracle(layer, module, x.double())
+    whole = layer.dequantized_weight
+    if rows <= kernels.FEW_ROWS:
+        monkeypatch.setattr(layer, "dequantized_weight", lambda *_: pytest.fail("all weights are floats at once"))
+    y = layer(x)
+    assert y.dtype == dtype and y.shape == (rows, outputs)
+    if rows:
+        assert relative(y, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+        torch.compiler.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        assert torch.equal(compiled, y)
+    monkeypatch.setattr(layer, "dequantized_weight", whole)
+    layer.arithmetic = "reference"
+    assert torch.allclose(layer(x).float(), y.float(), rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
 @needs_onednn
 @pytest.mark.parametrize("zero", [-128, -3, 127])
 def test_onednn_at_the_ends_of_the_range(zero: int) -> None:

@@ -8,6 +8,7 @@ The inner sum is expanded into one integer product and two integer corrections, 
 
 `integer_linear` serves every case with plain torch. `packed_linear` is oneDNN's product on weights laid out for it:
 symmetric int8 weights with one scale a row, on CPUs where it gives the exact integers (`packed_works`).
+`weight_only_linear` multiplies few rows of floats with such weights, which are never all floats at once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch import Tensor
 BLOCK_ROWS = 512
 TOKEN_BLOCK = 128  # rows of which the float result stays in the cache until it is scaled
 SMALL_ROWS = 16  # cuBLAS' integer product wants more
+FEW_ROWS = 64  # of floats: more make up for weights that are written out as floats
+FEW_ROWS_HALF = 8
+WEIGHT_BLOCK = 512  # rows of weights that stay in the cache as floats
 CACHE_BYTES = 1 << 24  # results larger than this are computed and scaled by blocks of rows
 
 _LIBRARY = torch.library.Library("accuquant", "DEF")
@@ -27,6 +31,7 @@ _LIBRARY.define(
     "packed_linear(Tensor u, Tensor scale, Tensor zero, Tensor packed, Tensor w_scale, Tensor? bias, ScalarType dtype)"
     " -> Tensor"
 )
+_LIBRARY.define("weight_only_linear(Tensor x, Tensor qw, Tensor w_scale, Tensor? bias) -> Tensor")
 
 
 def row_blocks(a: Tensor, outputs: int) -> int:
@@ -183,6 +188,38 @@ def _packed_linear_shape(
     return w_scale.new_empty(u.shape[0], w_scale.shape[0], dtype=dtype)
 
 
+def weight_only_linear(x: Tensor, qw: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """(M, K) float times (O, K) int8 -> (M, O) in x's type, summed in float32: w_scale * (x @ qw.T) + bias, on a CPU.
+
+    Args:
+        x: float32 or bfloat16, few rows; w_scale: (O,) float32.
+    """
+    y: Tensor = torch.ops.accuquant.weight_only_linear(x, qw, w_scale, bias)
+    return y
+
+
+def _weight_only_linear(x: Tensor, qw: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    # torch's own product is for bfloat16 and reads past the end of odd shapes
+    aligned = qw.shape[0] % 32 == qw.shape[1] % 32 == 0
+    if x.dtype == torch.bfloat16 and aligned and 0 < x.shape[0] <= FEW_ROWS_HALF:
+        y = torch._weight_int8pack_mm(x.contiguous(), qw, w_scale.new_ones(w_scale.shape, dtype=x.dtype)).float()
+    else:
+        columns = x.float().t().contiguous()
+        y = w_scale.new_empty(qw.shape[0], x.shape[0])
+        for start in range(0, qw.shape[0], WEIGHT_BLOCK):
+            block = slice(start, start + WEIGHT_BLOCK)
+            torch.mm(qw[block].float(), columns, out=y[block])
+        y = y.t()
+    y = y * w_scale
+    return (y if bias is None else y + bias).to(x.dtype).contiguous()
+
+
+def _weight_only_linear_shape(x: Tensor, qw: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], qw.shape[0])
+
+
+_LIBRARY.impl("weight_only_linear", _weight_only_linear, "CPU")
+torch.library.register_fake("accuquant::weight_only_linear", _weight_only_linear_shape, lib=_LIBRARY)
 _LIBRARY.impl("packed_linear", _packed_linear, "CPU")
 _LIBRARY.impl("packed_linear", _packed_linear, "MkldnnCPU")
 torch.library.register_fake("accuquant::packed_linear", _packed_linear_shape, lib=_LIBRARY)

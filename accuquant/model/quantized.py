@@ -70,7 +70,11 @@ class QuantizedLayer(Layer):
         """Integers are made from a half type without a copy in float32: the scales make the quotient one."""
         tokens = self.conv.unfold(x) if self.conv else x
         path = "float" if self.arithmetic == "reference" else self._path_of(tokens)
-        if path == "float":
+        if path == "float" and self.arithmetic == "integer" and self._weight_only(tokens):
+            rows = tokens.reshape(-1, self.in_features)
+            y = kernels.weight_only_linear(rows, self.weight, self.weight_scale.view(-1), self.bias)
+            y = y.view(*tokens.shape[:-1], self.out_features)
+        elif path == "float":
             host = self.arithmetic == "integer" and tokens.is_cuda
             y = self._float(at_least_float32(tokens), x.dtype if host else None)
         else:
@@ -86,6 +90,13 @@ class QuantizedLayer(Layer):
             return "float" if tokens.dtype.itemsize >= wide.itemsize else self.path
         few = self.path == "int_mm" and tokens.is_cuda and tokens.numel() <= kernels.SMALL_ROWS * self.in_features
         return "float" if few else self.path
+
+    def _weight_only(self, tokens: Tensor) -> bool:
+        """Whether a few rows of floats meet int8 weights with a scale a row: adaLN, which sees one row a sample."""
+        plain = self.activation_scale is None and self.spec.symmetric and self.groups == 1
+        few = tokens.numel() <= kernels.FEW_ROWS * self.in_features
+        half_or_single = tokens.dtype in (torch.float32, torch.bfloat16)
+        return plain and few and half_or_single and self.weight.dtype == torch.int8 and self.weight.device.type == "cpu"
 
     def _float(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """In ``dtype``, or the one of the tokens."""
