@@ -177,7 +177,7 @@ def counted_on(history: list[dict[str, Any]], alone: Tuner) -> list[dict[str, An
         "network_evaluations": alone.network_evaluations,
         "seconds": alone.seconds,
     }
-    return [entry | {k: round(entry[k] + before[k], 3) for k in before} for entry in history]
+    return [entry | {k: round(entry[k] + before[k], 3) for k in before} | {"cached": True} for entry in history]
 
 
 def equal_cost(objective: Objective, steps_per_group: int) -> Objective:
@@ -224,6 +224,12 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     tuning = objective.iterations * (2 * steps - 1)
     if objective.steps_per_group == "auto":
         tuning = round(tuning * (1 + AUTO_SHARE * len(AUTO_CANDIDATES)))
+    if recipe.cache is not None and objective.cached_iterations:
+        whole = "forecast" in (objective.cached_learn or ())
+        listed = len(recipe.cache.full_steps or ())
+        nfc = recipe.cache.target_nfc or listed or rollout.num_steps / (recipe.cache.interval or 4)
+        inside = nfc if whole else max(1.0, nfc * steps / rollout.num_steps)  # full steps in a group: rolled, and again
+        tuning += round(objective.cached_iterations * 2 * inside)
     per_batch = rollout.num_steps / batch
     sampling = round((data.num_samples + data.validation_samples + 3 * recipe.evaluation.num_samples) * per_batch)
     sampling += search_calls(recipe.cache, rollout.num_steps, batch) if recipe.cache else 0

@@ -54,6 +54,11 @@ def schedule(cache: dict[str, Any]) -> Chart | None:
     return _themed(lambda axes, theme: _schedule(axes, theme, cache), height)
 
 
+def shares(cache: dict[str, Any]) -> Chart | None:
+    """What forecasts take of the last output and of its change at skipped steps; None where nothing was learned."""
+    return _themed(lambda axes, theme: _shares(axes, theme, cache), 2.8) if cache.get("shares") else None
+
+
 def pareto(tuning: dict[str, Any], cost: str) -> Chart | None:
     """E_qc over ``bit_operations``, ``nfc`` or ``seconds`` of what was tried; None if a candidate's cost is unknown."""
     tried = tuning["tried"]
@@ -135,7 +140,10 @@ def _loss(axes: Axes, theme: dict[str, str], history: list[dict[str, Any]]) -> N
     axes.plot(x, raw, color=theme["soft"], linewidth=0.8, label="every update")
     axes.plot(x, smooth, color=theme["main"], linewidth=2.2, label=f"running median of {2 * half + 1} updates")
     sizes = [h.get("steps_per_group", 1) for h in history]
-    warm = next((i for i, s in enumerate(sizes) if s != 1), 0)
+    joined = next((i for i, h in enumerate(history) if h.get("cached")), 0)
+    warm = next((i for i, s in enumerate(sizes[:joined] if joined else sizes) if s != 1), 0)
+    if joined:
+        axes.axvline(x[joined], color=theme["ink"], dashes=(1, 2), linewidth=1.5, label="from here with the cache on")
     if warm > 1:  # a single shorter group at the start is no warm-up
         axes.axvline(x[warm], color=theme["other"], dashes=(5, 3), linewidth=1.2, label="warm-up with M = 1 ends")
     axes.set_yscale("log")
@@ -169,6 +177,20 @@ def _schedule(axes: Axes, theme: dict[str, str], cache: dict[str, Any]) -> None:
         axes.axhline(cache["tau"], color=theme["other"], dashes=(5, 3), linewidth=1.5, label=f"τ = {cache['tau']:.3g}")
     axes.set(ylabel="relative L1 error, added up")
     axes.set_ylim(bottom=0)
+
+
+def _shares(axes: Axes, theme: dict[str, str], cache: dict[str, Any]) -> None:
+    steps = [i for i in range(cache["num_steps"]) if i not in cache["full_steps"]]
+    for rows, color, dashes, name in zip(
+        cache["shares"], ("other", "main"), ((5, 3), ()), ("last output", "change"), strict=True
+    ):
+        if len(rows) != len(steps):  # another number of steps than it was learned at
+            steps = list(range(len(rows)))
+        low, mean, high = zip(*rows, strict=True)
+        axes.plot(steps, mean, color=theme[color], dashes=dashes, marker=".", label=f"of the {name}, mean over modules")
+        axes.fill_between(steps, low, high, color=theme[color], alpha=0.2, linewidth=0)
+    axes.axhline(1, color=theme["ink"], linewidth=0.8)
+    axes.set(xlabel="denoising step", ylabel="share that is taken")
 
 
 def _pareto(axes: Axes, theme: dict[str, str], rows: list[dict[str, Any]], cost: str, budget: float | None) -> None:

@@ -30,7 +30,7 @@ from accuquant.measure import (
     step_seconds,
 )
 from accuquant.model.cache_state import CacheStats
-from accuquant.model.caching import attach_cache, controller_of, detach_cache, uncached
+from accuquant.model.caching import CORRECTION, attach_cache, controller_of, detach_cache, uncached
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.families import denoiser_of, family_of, load_pipeline, pick_device, resolve
 from accuquant.model.layers import quantized_layers
@@ -95,7 +95,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     }
     if controller:
         errors_of_input = input_errors(full, held_out, controller, traces[0].full_steps)
-        metrics |= cache_metrics(controller, traces, planned, step_seconds(quantized, first), errors_of_input)
+        learned = getattr(quantized.denoiser, CORRECTION, None) if controller.config.learned_timesteps else None
+        metrics |= cache_metrics(controller, traces, planned, step_seconds(quantized, first), errors_of_input, learned)
     full_images, quantized_images = None, None
     if recipe.evaluation.reconstruct:
         full_images, quantized_images = (

@@ -18,7 +18,7 @@ from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
 from accuquant.core.schedule import RCS
 from accuquant.data import held_out_samples, load_split
-from accuquant.model.cache_state import CacheStats, Controller
+from accuquant.model.cache_state import CacheStats, Controller, Correction
 from accuquant.model.caching import CORRECTION, cached, controller_of, in_cache, uncached
 from accuquant.model.clock import StepClock
 from accuquant.model.digit_classifier import DigitClassifier
@@ -246,8 +246,13 @@ def cache_metrics(
     planned: list[PlannedModule],
     seconds: list[float],
     input_errors: list[float],
+    correction: Correction | None = None,
 ) -> dict[str, Any]:
-    """Full computations, memory and step times of the cache, and bit-operations of a trajectory with it."""
+    """Full computations, memory and step times of the cache, its learned shares, bit-operations of a trajectory."""
+    shares = None  # least, mean and largest of all modules, at each skipped step: of the last output and of its change
+    if correction is not None and correction.learned_timesteps:
+        sides = torch.stack(list(correction.learned)).double().cpu().unbind(-1)
+        shares = [torch.stack([s.amin(1), s.mean(1), s.amax(1)], 1).tolist() for s in sides]
     full_steps = set(controller.stats().full_steps)
     times: dict[bool, list[float]] = {True: [], False: []}
     for i, each in enumerate(seconds):
@@ -268,6 +273,7 @@ def cache_metrics(
             "tau": controller.config.tau,
             "nbytes": max(trace.nbytes for trace in traces),
             "modules": len(controller.modules),
+            "shares": shares,
             "seconds": {
                 "full_step": statistics.median(times[True]),
                 "cached_step": statistics.median(times[False]) if times[False] else None,

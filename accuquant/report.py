@@ -65,6 +65,7 @@ def write_report(
         accumulation=charts.accumulation(metrics),
         decomposition=charts.decomposition(metrics),
         schedule=charts.schedule(metrics.get("cache") or {}),
+        shares=charts.shares(metrics.get("cache") or {}),
         tuning=_tuning(metrics.get("tuning") or {}),
         calibration=calibration,
         loss=charts.loss(calibration.get("history") or []),

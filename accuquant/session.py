@@ -139,7 +139,10 @@ def prepare(
     """
     samples = calibration_samples(split, recipe.data)
     seed = recipe.data.seed * 100_000 + VALIDATION_SEED_OFFSET
-    checked = draw(split.calibration, recipe.data.validation_samples, seed)
+    unseen = (
+        split.calibration[recipe.data.num_samples :] or split.calibration
+    )  # classes or prompts, where there are more
+    checked = draw(unseen, recipe.data.validation_samples, seed)
     reference = _reference(rollout, samples, checked, recipe, reporter, kept)
     index = torch.arange(len(samples) + len(checked), device=reference.latents.device)
 

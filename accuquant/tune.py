@@ -34,7 +34,7 @@ from accuquant.candidates import LEARNED, NAIVE, Place, Row, Tried, as_cache, as
 from accuquant.console import Reporter
 from accuquant.export import check_output
 from accuquant.optimise import Tuner
-from accuquant.recipe import Recipe, RecipeError, Tune
+from accuquant.recipe import Cache, Recipe, RecipeError, Tune
 from accuquant.recipe.file import dump_recipe
 
 WRITTEN = (
@@ -99,20 +99,26 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
 
 def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
     """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
-    session, recipe = place.session, place.combination.recipe
-    if not recipe.objective.cached_iterations:
+    if not place.combination.recipe.objective.cached_iterations:
         return
-    start, row = session.snapshot(), place.best_uncorrected(nfc)
+    start, row = place.session.snapshot(), place.best_uncorrected(nfc)
     for what in place.section.learning:
-        state = folder / f"{nfc}-{what}"
-        state.mkdir(exist_ok=True)
-        session.restore(start)
-        objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
-        tuner = calibrate_cached(session, objective, as_cache(row), alone, place.reporter, state, resume=True)
-        assert tuner is not None
-        place.calibrated, place.learned = LEARNED[what], tuner.learned
-        place.confirm(as_forecast(row), row["schedule"], "none", nfc, lambda tuner=tuner: tuner.cache)  # type: ignore[misc]
+        place.session.restore(start)
+        config = calibrate_with(place, what, alone, nfc, folder)
+        place.confirm(as_forecast(row), row["schedule"], "none", nfc, lambda config=config: config)  # type: ignore[misc]
         place.correct(nfc)
+
+
+def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: Path) -> Cache:
+    """Have the model, as calibrated alone, learn with the best cache on; updates that are kept are not made again."""
+    recipe, state = place.combination.recipe, folder / f"{nfc}-{what}"
+    state.mkdir(exist_ok=True)
+    objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
+    config = as_cache(place.best_uncorrected(nfc))
+    tuner = calibrate_cached(place.session, objective, config, alone, place.reporter, state, resume=True)
+    assert tuner is not None and tuner.cache is not None
+    place.calibrated, place.learned = LEARNED[what], tuner.learned
+    return tuner.cache
 
 
 def learnable(recipe: Recipe, what: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from accuquant.budget import Combination, step_times, type_combinations
 from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
-from accuquant.candidates import NAIVE, Place, Tried, as_cache, worse_error
+from accuquant.candidates import LEARNED, NAIVE, Place, Tried, as_cache, worse_error
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
@@ -45,7 +45,7 @@ from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.session import Session, open_model, prepare
-from accuquant.tune import learn
+from accuquant.tune import calibrate_with, learn
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
@@ -91,11 +91,11 @@ class Bench:
         with torch.no_grad():
             self.images = rollout.decode(self.held_out.latents[-1])
 
-    def judge(self, config: Cache | None, fit: bool = True) -> dict[str, Any]:
+    def judge(self, config: Cache | None, learned: Correction | None = None) -> dict[str, Any]:
         """Held-out figures of the model as it is under this cache; corrections are fitted first."""
-        correction: Correction | None = None
-        if config is not None and config.fits and fit:
-            config, correction = fit_correction(self.session, config, QUIET)
+        correction = learned
+        if config is not None and config.fits:
+            config, correction = fit_correction(self.session, config, QUIET, learned)
         rollout, reference = self.session.rollout, self.held_out.latents[-1]
         with nullcontext() if config is None else cached(rollout.denoiser, config, correction) as controller:
             final = rollout.trajectory(self.held_out.conditions)[0][-1]
@@ -179,7 +179,12 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     learn(place, bench.alone, nfc, folder)
     best = place.best(nfc)
     about = {"cache": best["cache"], "validation": best["E_qc"], "calibrated": best["calibrated"]}
-    yield "(d) tuner", bench.judge(as_cache(best)) | about | {"seconds": time.monotonic() - started}
+    session.restore(bench.start)
+    learned = None
+    if (what := next((what for what, words in LEARNED.items() if words == best["calibrated"]), None)) is not None:
+        calibrate_with(place, what, bench.alone, nfc, folder)
+        learned = place.learned
+    yield "(d) tuner", bench.judge(as_cache(best), learned) | about | {"seconds": time.monotonic() - started}
     session.restore(bench.start)
 
 

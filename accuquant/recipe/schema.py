@@ -48,7 +48,9 @@ class Data(Section):
 
     path: str = Field(min_length=1, description="JSON-lines file: beside the recipe, absolute, or a shipped one")
     num_samples: int = Field(32, ge=1, description="samples calibrated on, each with its own noise")
-    validation_samples: int = Field(8, ge=1, description="further ones, that choices are made by: M auto, tune")
+    validation_samples: int = Field(
+        8, ge=1, description="further ones, that choices are made by: M auto, tune; of unseen inputs if there are more"
+    )
     held_out_fraction: Number = Field(0.3, gt=0, lt=1, description="share of classes or prompts never calibrated on")
     seed: int = Field(0, ge=0, lt=2**31, description="decides the split and every sample's noise")
 
