@@ -7,12 +7,14 @@ Each run is one line of results.jsonl and is not repeated; several shards can wo
 
     python tools/bench_joint.py run --shard 0/2 & python tools/bench_joint.py run --shard 1/2
     python tools/bench_joint.py orders           # forecast order against bit width
+    python tools/bench_joint.py shares           # how far forecasts have to look to learn
     python tools/bench_joint.py latency          # on a machine that does nothing else
     python tools/bench_joint.py table            # Markdown; and plot
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -25,7 +27,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS
-from matplotlib.figure import Figure
+from joint_report import draw_runs, print_tables, rows_of
 
 from accuquant.budget import Combination, step_times, type_combinations
 from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
@@ -229,6 +231,32 @@ def orders(
 
 
 @app.command()
+def shares(
+    out: Out = DEFAULT_OUT,
+    types: Annotated[str, typer.Option(help="Comma-separated.")] = "W8A8,W4A8",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    updates: Annotated[int, typer.Option(help="Updates of the shares; no weight is learned.")] = 40,
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
+) -> None:
+    """Shares of (a)'s forecasts, learned over groups of M steps: one gap, several, the whole trajectory."""
+    torch.set_num_threads(threads)
+    index, count = map(int, shard.split("/"))
+    for name, seed in [(t, int(s)) for s in seeds.split(",") for t in types.split(",")][index::count]:
+        bench: Bench | None = None
+        for nfc, m in itertools.product((14, 7), (0, 1, 10, 25, 50)):
+            key = _key("shares", name, seed, nfc, f"M = {m}" if m else "plain")
+            if key in _done(out):
+                continue
+            bench = bench or Bench(name, seed, Path("build/bench_joint"))
+            naive = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, nfc, 2))
+            how = {"iterations": updates if m else 0, "learn": ("forecast",), "gradient": "exact"}
+            tuner = bench.session.tuner(bench.session.recipe.objective.model_copy(update=how), max(1, m), naive)
+            tuner.run()
+            _write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
+
+
+@app.command()
 def latency(
     out: Out = DEFAULT_OUT,
     types: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TYPES),
@@ -281,42 +309,8 @@ def _seconds(rollout: Rollout, conditions: Conditions) -> float:
     return time.perf_counter() - started
 
 
-@app.command()
-def plot(out: Out = DEFAULT_OUT) -> None:
-    """Error over full computations for each pair of types, mean and range over seeds; and orders against bit width."""
-    rows = rows_of(out)
-    runs = [row for row in rows if row["part"] == "run" and row["nfc"]]
-    panels = list(dict.fromkeys(row["types"] for row in runs))
-    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
-    for axes, types in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for method, style in DRAWN.items():
-            known = dict[int, list[float]]()
-            for row in runs:
-                if (row["types"], row["method"]) == (types, method):
-                    known.setdefault(row["nfc"], []).append(100 * row["relative_l2"])
-            if known:
-                nfcs = sorted(known)
-                axes.plot(nfcs, [statistics.mean(known[n]) for n in nfcs], style, label=method, markersize=4)
-                axes.fill_between(nfcs, [min(known[n]) for n in nfcs], [max(known[n]) for n in nfcs], alpha=0.12)
-        alone = [100 * r["relative_l2"] for r in rows if (r["types"], r["method"]) == (types, "E_q")]
-        if alone:
-            axes.axhline(statistics.mean(alone), color="0.5", linewidth=1, label="without a cache (E_q)")
-        axes.set(title=types, xlabel="full computations in 50 steps (NFC)", yscale="log")
-        axes.set_ylabel("E_qc: relative L2 of the final latent, %")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set_xticks(list(NFC), [str(n) for n in NFC])
-    figure.axes[0].legend(fontsize=7, frameon=False)
-    figure.savefig(out / "joint.png", dpi=110)
-
-
 def _done(out: Path) -> set[tuple[Any, ...]]:
     return {tuple(row[k] for k in ("part", "types", "seed", "nfc", "method")) for row in rows_of(out)}
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    files = sorted(out.glob("results-*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _key(part: str, types: str, seed: int, nfc: int, method: str) -> tuple[Any, ...]:
@@ -334,43 +328,15 @@ def _write(out: Path, shard: str, key: tuple[Any, ...], found: dict[str, Any]) -
 
 
 @app.command()
+def plot(out: Out = DEFAULT_OUT) -> None:
+    """Error over full computations for each pair of types: joint.png."""
+    draw_runs(rows_of(out), out / "joint.png")
+
+
+@app.command()
 def table(out: Out = DEFAULT_OUT) -> None:
     """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds."""
-    rows = rows_of(out)
-    for part in ("run", "orders"):
-        here = [row for row in rows if row["part"] == part]
-        for types in dict.fromkeys(row["types"] for row in here):
-            mine = [row for row in here if row["types"] == types]
-            columns = sorted({row["nfc"] for row in mine} - {0}, reverse=True)
-            alone = {r["seed"]: r["relative_l2"] if r["method"] == "E_q" else r["E_q"] for r in mine if _knows_e_q(r)}
-            e_q = _spread([100 * e for e in alone.values()], 2)
-            print(f"\n### {types}: E_qc in % / image PSNR in dB / Fréchet distance x 1000; E_q {e_q} %\n")
-            print(f"| method | {' | '.join(f'NFC {c}' for c in columns)} |\n|---|{'---|' * len(columns)}")
-            for method in dict.fromkeys(row["method"] for row in mine if row["nfc"]):
-                cells = []
-                for nfc in columns:
-                    found = [row for row in mine if row["method"] == method and row["nfc"] == nfc]
-                    cells.append(" / ".join(_spread([k * row[name] for row in found], d) for name, k, d in FIGURES))
-                print(f"| {method} | {' | '.join(cells)} |")
-
-
-DRAWN = {
-    "(a) naive: TaylorSeer": "o--",
-    "(b) CacheQuant": "s:",
-    "(b) CacheQuant, one feature": "d:",
-    "(c) calibrated with the cache of (a)": "^--",
-    "(d) tuner": "*-",
-}
-FIGURES = (("relative_l2", 100, 2), ("psnr", 1, 1), ("frechet_distance", 1000, 1))
-
-
-def _knows_e_q(row: dict[str, Any]) -> bool:
-    return row["method"] == "E_q" or "E_q" in row
-
-
-def _spread(values: list[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
+    print_tables(rows_of(out))
 
 
 if __name__ == "__main__":

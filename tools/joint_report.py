@@ -1,0 +1,84 @@
+"""What bench_joint has measured, as a plot and as Markdown tables."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+DRAWN = {
+    "(a) naive: TaylorSeer": "o--",
+    "(b) CacheQuant": "s:",
+    "(b) CacheQuant, one feature": "d:",
+    "(c) calibrated with the cache of (a)": "^--",
+    "(d) tuner": "*-",
+}
+FIGURES = (("relative_l2", 100, 2), ("psnr", 1, 1), ("frechet_distance", 1000, 1))
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    files = sorted(out.glob("results-*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def draw_runs(rows: list[dict[str, Any]], path: Path) -> None:
+    """Error over full computations for each pair of types, mean and range over seeds; and orders against bit width."""
+    runs = [row for row in rows if row["part"] == "run" and row["nfc"]]
+    ticks = sorted({row["nfc"] for row in runs})
+    panels = list(dict.fromkeys(row["types"] for row in runs))
+    figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
+    for axes, types in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for method, style in DRAWN.items():
+            known = dict[int, list[float]]()
+            for row in runs:
+                if (row["types"], row["method"]) == (types, method):
+                    known.setdefault(row["nfc"], []).append(100 * row["relative_l2"])
+            if known:
+                nfcs = sorted(known)
+                axes.plot(nfcs, [statistics.mean(known[n]) for n in nfcs], style, label=method, markersize=4)
+                axes.fill_between(nfcs, [min(known[n]) for n in nfcs], [max(known[n]) for n in nfcs], alpha=0.12)
+        alone = [100 * r["relative_l2"] for r in rows if (r["types"], r["method"]) == (types, "E_q")]
+        if alone:
+            axes.axhline(statistics.mean(alone), color="0.5", linewidth=1, label="without a cache (E_q)")
+        axes.set(title=types, xlabel="full computations in 50 steps (NFC)", yscale="log")
+        axes.set_ylabel("E_qc: relative L2 of the final latent, %")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds."""
+    for part in ("run", "orders", "shares"):
+        here = [row for row in rows if row["part"] == part]
+        for types in dict.fromkeys(row["types"] for row in here):
+            mine = [row for row in here if row["types"] == types]
+            columns = sorted({row["nfc"] for row in mine} - {0}, reverse=True)
+            alone = {r["seed"]: r["relative_l2"] if r["method"] == "E_q" else r["E_q"] for r in mine if _knows_e_q(r)}
+            e_q = _spread([100 * e for e in alone.values()], 2)
+            print(f"\n### {types}: E_qc in % / image PSNR in dB / Fréchet distance x 1000; E_q {e_q} %\n")
+            print(f"| method | {' | '.join(f'NFC {c}' for c in columns)} |\n|---|{'---|' * len(columns)}")
+            for method in dict.fromkeys(row["method"] for row in mine if row["nfc"]):
+                cells = []
+                for nfc in columns:
+                    found = [row for row in mine if row["method"] == method and row["nfc"] == nfc]
+                    cells.append(
+                        " / ".join(_spread([k * row[name] for row in found], d) for name, k, d in FIGURES)
+                        if found
+                        else ""
+                    )
+                print(f"| {method} | {' | '.join(cells)} |")
+
+
+def _knows_e_q(row: dict[str, Any]) -> bool:
+    return row["method"] == "E_q" or "E_q" in row
+
+
+def _spread(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
