@@ -167,6 +167,8 @@ def calibrate_cached(
     with reporter.bar("calibrating with the cache on", objective.cached_iterations, len(tuner.history)) as advance:
         tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
     tuner.save(state)
+    if tuner.learned is not None:
+        tuner.learned.settled()
     return tuner
 
 

@@ -34,6 +34,7 @@ from accuquant.recipe import Cache, Objective, RecipeError
 SAVE_EVERY_SECONDS = 20.0
 ROUNDING_WEIGHT = 0.01  # of AdaRound's regulariser against the normalised group loss
 REFRESHES = 3  # how often inputs from the quantized trajectory are sampled anew
+LEAST_UNIT = 0.02  # of a forecast that is the last output itself, and of those near it
 ADAM_BETAS = (0.9, 0.99)
 
 
@@ -115,13 +116,27 @@ class Tuner:
 
     def _begin_cached(self, cache: Cache) -> None:
         """Where the full steps are; and weights for the forecasts at the others."""
+        lengths: dict[float, dict[str, float]] = {}
+
+        def note(module: str, forecast: Tensor, last: Tensor) -> Tensor:
+            relative = float((forecast - last).norm() / last.norm().clamp_min(1e-20))
+            lengths.setdefault(controller.timestep, {})[module] = min(max(relative, LEAST_UNIT), 1.0)
+            return forecast
+
         with cached(self.rollout.denoiser, cache) as controller:
+            controller.weigh = note
             self.rollout.trajectory(self.reference.conditions.take(self._batch(0)))
             self.full_steps = controller.stats().full_steps
         if "forecast" in self.objective.learn:
             skipped = [i for i in range(self.rollout.num_steps) if i not in self.full_steps]
             timesteps = [float(self.rollout.timesteps[i]) for i in skipped]
             learned = Correction(learned_timesteps=timesteps, learned_modules=controller.modules)
+            for k in range(1, len(skipped)):  # those of a gap learn as one: fewer numbers, and less noise in each
+                if skipped[k] == skipped[k - 1] + 1:
+                    learned.learned[k] = learned.learned[k - 1]
+            # a share of the last output weighs as many times more than one of its change as the output is longer
+            units = torch.tensor([[lengths[t][module] for module in controller.modules] for t in timesteps])
+            learned.units = list(units.to(self.reference.latents.device))
             self.learned = learned.to(self.reference.latents.device)
             self.cache = self.learned.named_in(cache)
 

@@ -112,6 +112,14 @@ class Bench:
             "frechet_distance": found["frechet_distance"],
         }
 
+    def learned_shares(self, config: Cache, steps_per_group: int, updates: int = 40) -> Tuner:
+        """Forecasts' shares alone, by groups of this length; the weights stay as they are."""
+        how = {"iterations": updates, "learn": ("forecast",), "gradient": "exact"}
+        objective = self.session.recipe.objective.model_copy(update=how)
+        tuner = self.session.tuner(objective, steps_per_group, config)
+        tuner.run()
+        return tuner
+
     def full_precision(self, config: Cache) -> dict[str, Any]:
         with self.session.full_precision():
             return self.judge(config)
@@ -202,7 +210,7 @@ def orders(
     torch.set_num_threads(threads)
     index, count = map(int, shard.split("/"))
     for name, seed in [(t, int(s)) for s in seeds.split(",") for t in types.split(",")][index::count]:
-        if _key("orders", name, seed, 7, "auto") in _done(out):
+        if _key("orders", name, seed, 7, "auto, learned") in _done(out):
             continue
         bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)
         e_q = bench.judge(None)["relative_l2"]
@@ -228,6 +236,9 @@ def orders(
                 }
                 found = bench.judge(config) | {"E_q": e_q} | about
                 _write(out, shard, _key("orders", name, seed, nfc, method), found)
+            tuner = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps)
+            found = bench.judge(tuner.cache, tuner.learned) | {"E_q": e_q}
+            _write(out, shard, _key("orders", name, seed, nfc, "auto, learned"), found)
 
 
 @app.command()
@@ -250,9 +261,7 @@ def shares(
                 continue
             bench = bench or Bench(name, seed, Path("build/bench_joint"))
             naive = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, nfc, 2))
-            how = {"iterations": updates if m else 0, "learn": ("forecast",), "gradient": "exact"}
-            tuner = bench.session.tuner(bench.session.recipe.objective.model_copy(update=how), max(1, m), naive)
-            tuner.run()
+            tuner = bench.learned_shares(naive, max(1, m), updates if m else 0)
             _write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
 
 

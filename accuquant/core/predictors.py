@@ -167,14 +167,13 @@ class NoiseAware:
 Forecast = Reuse | Taylor | RFE | NoiseAware
 
 
-def weighted(forecast: Tensor, last: Tensor, weights: Tensor) -> Tensor:
+def weighted(forecast: Tensor, last: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a O(i) + b (forecast - O(i)): learned shares of the last output and of the change that a forecast adds to it.
 
     Args:
-        weights: (2,), a and b; both 1 is the forecast itself.
+        a, b: scalars; both 1 is the forecast itself.
     """
-    a, b = weights.to(forecast.dtype).unbind()
-    return a * last + b * (forecast - last)
+    return a.to(forecast.dtype) * last + b.to(forecast.dtype) * (forecast - last)
 
 
 def norm_of(x: Tensor, scope: Norm) -> Tensor:

@@ -84,6 +84,9 @@ class Correction(nn.Module):
         self.timesteps, self.full_timesteps = list(timesteps), list(full_timesteps)
         self.learned_timesteps, self.learned_modules = list(learned_timesteps), list(learned_modules)
         ones = torch.ones(len(learned_modules), 2)
+        self.units: list[Tensor] | None = (
+            None  # of the last output's weights, while they are learned: (M,) at each step
+        )
         # one tensor a step: an update of calibration reaches some steps, and leaves the others as they are
         self.learned = nn.ParameterList(nn.Parameter(ones.clone(), requires_grad=False) for _ in learned_timesteps)
         rows = len(timesteps) + len(full_timesteps)
@@ -104,8 +107,22 @@ class Correction(nn.Module):
 
     def weigh(self, module: str, forecast: Tensor, last: Tensor, timestep: float) -> Tensor:
         """A forecast with the learned weights of ``last``, the output it begins from, and of its change."""
-        weights = self.learned[_nearest(self.learned_timesteps, timestep)]
-        return weighted(forecast, last, weights[self.learned_modules.index(module)])
+        step, index = _nearest(self.learned_timesteps, timestep), self.learned_modules.index(module)
+        a, b = self.learned[step][index].unbind()
+        if self.units is not None:
+            a = 1 + self.units[step][index] * (a - 1)
+        return weighted(forecast, last, a, b)
+
+    @torch.no_grad()
+    def settled(self) -> Correction:
+        """Weights as they are stored: in no units, and those of each step for itself."""
+        if self.units is not None:
+            found = [weights.detach().clone() for weights in self.learned]
+            for weights, unit in zip(found, self.units, strict=True):
+                weights[:, 0] = 1 + unit * (weights[:, 0] - 1)
+            self.learned = nn.ParameterList(nn.Parameter(weights, requires_grad=False) for weights in found)
+            self.units = None
+        return self
 
     def named_in(self, config: Cache) -> Cache:
         """The config of a cache that has these learned weights."""
