@@ -214,7 +214,8 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     stages = len(section.learning) * bool(objective.cached_iterations)  # of calibration with the cache on
     refined = (section.trials + 5) * section.finalists
     rollouts = tried * (proposals * len(section.levels) + refined)
-    fits = tried * len(section.corrections) * len(section.estimations) * (len(section.levels) + stages)
+    fitted = len(set(section.corrections) - {"none"})
+    fits = tried * ((fitted + len(section.estimations) - 1) * len(section.levels) + fitted * stages)
     nfc = max((n for _, n, _ in rows), default=0)
     m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
     whole = (

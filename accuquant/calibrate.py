@@ -103,6 +103,7 @@ def calibrate(
             "steps_per_group": tuner.steps_per_group,
             "gradient": recipe.objective.gradient,
             "loss": recipe.objective.loss,
+            "cached_learn": recipe.objective.cached_learn,
             "auto": tried,
         },
     }

@@ -110,6 +110,7 @@ class Place:
     def correct(self, nfc: int) -> None:
         """Every correction of the best candidate without one, as the model is; both, of other estimations' best."""
         rows = [r for r in self.own_rows(nfc) if r["parts"] == "none" and r["calibrated"] == self.calibrated]
+        rows = [r for r in rows if as_cache(r).tau is None]  # RCS skips other steps with every sample
         best = dict[str, Row]()
         for row in sorted(rows, key=self.score):
             best.setdefault(as_forecast(row)[0], row)
@@ -159,8 +160,6 @@ class Place:
             return None
         of_forecasts, of_full_steps = PARTS[parts]
         if of_forecasts or of_full_steps:
-            if config.tau is not None:  # RCS skips other steps with every sample
-                return None
             wanted = {"corrected": of_forecasts, "corrected_quantization": of_full_steps}
             config = config.model_copy(update=wanted)
             config, correction = fit_correction(self.session, config, Reporter(quiet=True), self.learned)
@@ -226,10 +225,14 @@ class Place:
         return Cache(**(settings | given))
 
     def own_rows(self, nfc: int) -> list[Row]:
-        """Of this combination, this NFC, and no later calibration; what a rival does may be chosen too."""
+        """Of this combination, this NFC, and no later calibration; what a rival does may be chosen too.
+
+        Not under a budget of seconds: a skipped step of one feature takes others than those that were measured.
+        """
         stages = [ALONE, *(LEARNED[what] for what in self.section.learning)]
         known = stages[: stages.index(self.calibrated) + 1]
         mine = [r for r in self.tried.rows if (r["types"], r["asked_nfc"]) == (self.combination.name, nfc)]
+        mine = [row for row in mine if row["rival"] in (None, NAIVE) or not self.section.seconds]
         return [row for row in mine if row["calibrated"] in known]
 
     def score(self, row: Row) -> float:

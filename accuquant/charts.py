@@ -180,17 +180,17 @@ def _schedule(axes: Axes, theme: dict[str, str], cache: dict[str, Any]) -> None:
 
 
 def _shares(axes: Axes, theme: dict[str, str], cache: dict[str, Any]) -> None:
-    steps = [i for i in range(cache["num_steps"]) if i not in cache["full_steps"]]
+    steps, where = [i for i in range(cache["num_steps"]) if i not in cache["full_steps"]], "denoising step"
     for rows, color, dashes, name in zip(
         cache["shares"], ("other", "main"), ((5, 3), ()), ("last output", "change"), strict=True
     ):
         if len(rows) != len(steps):  # another number of steps than it was learned at
-            steps = list(range(len(rows)))
+            steps, where = list(range(len(rows))), "skipped step of those it was learned at"
         low, mean, high = zip(*rows, strict=True)
         axes.plot(steps, mean, color=theme[color], dashes=dashes, marker=".", label=f"of the {name}, mean over modules")
         axes.fill_between(steps, low, high, color=theme[color], alpha=0.2, linewidth=0)
     axes.axhline(1, color=theme["ink"], linewidth=0.8)
-    axes.set(xlabel="denoising step", ylabel="share that is taken")
+    axes.set(xlabel=where, ylabel="share that is taken")
 
 
 def _pareto(axes: Axes, theme: dict[str, str], rows: list[dict[str, Any]], cost: str, budget: float | None) -> None:

@@ -85,6 +85,7 @@ class Tuner:
     history: list[dict[str, Any]] = field(default_factory=list)
     network_evaluations: int = 0
     seconds: float = 0.0
+    stepping: bool = False
 
     def __post_init__(self) -> None:
         self.learned: Correction | None = None
@@ -129,6 +130,8 @@ class Tuner:
             self.full_steps = controller.stats().full_steps
         if "forecast" in self.objective.learn:
             skipped = [i for i in range(self.rollout.num_steps) if i not in self.full_steps]
+            if not skipped:
+                raise RecipeError("objective.cached_learn: 'forecast' is learned at skipped steps, and all are full")
             timesteps = [float(self.rollout.timesteps[i]) for i in skipped]
             learned = Correction(learned_timesteps=timesteps, learned_modules=controller.modules)
             for k in range(1, len(skipped)):  # those of a gap learn as one: fewer numbers, and less noise in each
@@ -146,13 +149,14 @@ class Tuner:
             while len(self.history) < self.objective.iterations:
                 entry = self._update(len(self.history))
                 self.history.append(entry)
+                self.stepping = False
                 if progress is not None:
                     progress(entry)
                 if state is not None and time.monotonic() - saved > SAVE_EVERY_SECONDS:
                     self.save(state)
                     saved = time.monotonic()
         except KeyboardInterrupt:
-            if state is not None:
+            if state is not None and not self.stepping:  # in the middle of a step nothing whole is there to be saved
                 self.save(state)
             raise
 
@@ -161,7 +165,7 @@ class Tuner:
         start, stop = self._group(iteration)
         batch = self._batch(iteration)
         reference = self.reference.take(batch)
-        if self.objective.inputs == "quantized":
+        if self.objective.inputs == "quantized" and self.cache is None:
             self._refresh(iteration)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -175,6 +179,7 @@ class Tuner:
         decay = 0.5 * (1 + math.cos(math.pi * iteration / self.objective.iterations))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * decay
+        self.stepping = True
         self.optimizer.step()
         self.seconds += time.monotonic() - started
         return {
@@ -250,7 +255,8 @@ class Tuner:
             else:
                 found = {n: p for n, layer in self.layers.items() if (p := layer.learnable(kind)) is not None}
             if not found and self.objective.iterations:
-                raise RecipeError(f"objective.learn: {kind!r} names no parameter of any tuned module; take it out")
+                key = "learn" if self.cache is None else "cached_learn"
+                raise RecipeError(f"objective.{key}: {kind!r} names no parameter of any tuned module; take it out")
             chosen[kind] = found
         for parameters in chosen.values():
             for parameter in parameters.values():
@@ -269,7 +275,8 @@ class Tuner:
             tensors["drifted"] = self.drifted
         about = {
             "history": self.history,
-            "network_evaluations": self.network_evaluations,
+            # of whole updates
+            "network_evaluations": self.history[-1]["network_evaluations"] if self.history else 0,
             "seconds": self.seconds,
             "steps_per_group": self.steps_per_group,
         }

@@ -139,10 +139,8 @@ def prepare(
     """
     samples = calibration_samples(split, recipe.data)
     seed = recipe.data.seed * 100_000 + VALIDATION_SEED_OFFSET
-    unseen = (
-        split.calibration[recipe.data.num_samples :] or split.calibration
-    )  # classes or prompts, where there are more
-    checked = draw(unseen, recipe.data.validation_samples, seed)
+    seen = split.calibration[: recipe.data.num_samples]  # classes or prompts; others come first, where there are more
+    checked = draw(split.calibration[len(seen) :] + seen, recipe.data.validation_samples, seed)
     reference = _reference(rollout, samples, checked, recipe, reporter, kept)
     index = torch.arange(len(samples) + len(checked), device=reference.latents.device)
 

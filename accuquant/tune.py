@@ -64,7 +64,8 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
     if not bests:
         raise RecipeError(f"tune.seconds: {section.seconds} s pay for fewer than {LEAST_NFC} full steps of any types")
     best = min(bests, key=lambda row: float(row["E_qc"] * row["image_error"]))
-    reporter.say(f"chosen: {best['types']}; {best['cache']}; NFC {best['nfc']:g}, E_qc {best['E_qc']:.4f}")
+    name = f" ({best['rival']})" if best["rival"] else ""
+    reporter.say(f"chosen: {best['types']}; {best['cache']}{name}; NFC {best['nfc']:g}, E_qc {best['E_qc']:.4f}")
     final = chosen_recipe(next(c.recipe for c in combinations if c.name == best["types"]), best)
     folder = calibrate(final, reporter, resume and partial.is_dir(), overwrite, record(section, tried.rows, best))
     shutil.rmtree(work)
@@ -129,7 +130,8 @@ def learnable(recipe: Recipe, what: str) -> tuple[str, ...]:
 
 def chosen_recipe(recipe: Recipe, row: Row) -> Recipe:
     """The recipe that makes the chosen candidate from nothing; what calibration writes into a cache is left to it."""
-    cache = as_cache(row).model_copy(update=dict.fromkeys(WRITTEN))
+    cache = as_cache(row)
+    cache = cache.model_copy(update=dict.fromkeys(WRITTEN) | ({"noise": cache.noise} if cache.tau else {}))
     what = next((what for what, words in LEARNED.items() if words == row["calibrated"]), None)
     changes = {"cached_learn": learnable(recipe, what)} if what else {"cached_iterations": 0, "cached_learn": None}
     objective = recipe.objective.model_copy(update=changes)

@@ -227,6 +227,19 @@ def test_saving_again_keeps_them(export: Path, tmp_path: Path) -> None:
     assert (found[0] == found[1]).all()
 
 
+def test_half_precision_keeps_them_as_they_are(export: Path, tmp_path: Path) -> None:
+    pipeline = DiTPipeline.from_pretrained(export, dtype=torch.bfloat16)
+    stored = load_file(export / "transformer" / "diffusion_pytorch_model.safetensors")
+    shares = pipeline.transformer.cache_correction.learned
+    for k, share in enumerate(shares):
+        assert torch.equal(share, stored[f"cache_correction.learned.{k}"])
+    pipeline.transformer.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "diffusion_pytorch_model.safetensors")
+    assert again["cache_correction.learned.0"].dtype == torch.float32
+    with torch.no_grad():
+        pipeline([1], num_inference_steps=6, output_type="latent")
+
+
 def test_a_missing_share_is_an_error(export: Path, tmp_path: Path) -> None:
     DiTPipeline.from_pretrained(export).save_pretrained(tmp_path / "broken")
     path = tmp_path / "broken" / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -254,6 +267,8 @@ def test_shares_of_another_model_are_asked_for(export: Path) -> None:
     [
         ({"learn": ["forecast"]}, CACHE, r"objective.*'forecast' is learned with the cache on; write cached_learn"),
         ({"cached_learn": ["forecast"]}, CACHE, "cached_learn: needs cached_iterations"),
+        (OBJECTIVE | {"cached_learn": ["weight", "rounding"]}, CACHE, "cached_learn: 'rounding'.*needs fixed weights"),
+        (OBJECTIVE | {"learn": ["rounding"], "cached_learn": ["weight"]}, CACHE, "cached_learn: 'rounding'"),
         (OBJECTIVE, {"tau": 0.5}, r"objective\.cached_learn: 'forecast'.*use cache\.interval or cache\.target_nfc"),
         (OBJECTIVE | {"cached_learn": ["forcast"]}, CACHE, "did you mean 'forecast'"),
     ],
@@ -261,3 +276,32 @@ def test_shares_of_another_model_are_asked_for(export: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, objective: Any, cache: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         make_recipe(tmp_path, tmp_path / "out", objective=objective, cache=cache)
+
+
+def test_where_no_step_is_skipped_there_is_nothing_to_learn(model_folder: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(model_folder, tmp_path / "out", cache={"interval": 1})
+    with pytest.raises(RecipeError, match=r"objective\.cached_learn: 'forecast' is learned at skipped steps, and all"):
+        calibrate(recipe, QUIET)
+
+
+def test_an_interrupt_in_the_middle_of_a_step_saves_nothing_half(
+    model_folder: Path, tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = torch.optim.Adam.step, [0]
+
+    def interrupted(self: torch.optim.Adam, *args: Any) -> Any:
+        calls[0] += 1
+        found = step(self, *args)
+        if calls[0] == 7:  # of two and eight
+            raise KeyboardInterrupt
+        return found
+
+    recipe = make_recipe(model_folder, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(recipe, QUIET)
+    folder = calibrate(recipe, QUIET, resume=True)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    expected, found = load_file(export / name), load_file(folder / name)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)

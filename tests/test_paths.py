@@ -105,6 +105,35 @@ def test_few_rows_of_floats_meet_weights_that_stay_integers(
     assert torch.allclose(layer(x).float(), y.float(), rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.parametrize("offset", [1, 8, 16, 64])
+@pytest.mark.parametrize("rows", range(1, 9))
+@torch.no_grad()
+def test_weights_at_any_address(offset: int, rows: int) -> None:
+    """As files are mapped: torch's product ends the process where they are not at the start of a cache line."""
+    torch.manual_seed(0)
+    layer = TrainableLayer(nn.Linear(64, 96), LayerSpec("int8", "float"), StepClock([]), "x", search=False).harden()
+    x = torch.randn(rows, 64).bfloat16()
+    expected, buffer = layer(x), torch.zeros(64 * 96 + 128, dtype=torch.int8)
+    start = -buffer.data_ptr() % 64 + offset
+    moved = buffer[start : start + 64 * 96].view(96, 64).copy_(layer.weight)
+    assert moved.data_ptr() % 64 == offset % 64
+    layer.weight = nn.Parameter(moved, requires_grad=False)
+    torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=1e-2)
+    layer.prepare()
+    assert layer.weight.data_ptr() % 64 == 0
+    assert torch.equal(layer(x), expected)
+
+
+def test_few_rows_pass_a_gradient_to_their_input() -> None:
+    torch.manual_seed(0)
+    layer = TrainableLayer(nn.Linear(64, 96), LayerSpec("int8", "float"), StepClock([]), "x", search=False).harden()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 64, dtype=dtype, requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad.float()[0], layer.dequantized_weight().sum(0), rtol=2e-2, atol=2e-2)
+
+
 @needs_onednn
 @pytest.mark.parametrize("zero", [-128, -3, 127])
 def test_onednn_at_the_ends_of_the_range(zero: int) -> None:

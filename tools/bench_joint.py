@@ -280,7 +280,10 @@ def latency(
         rollout, samples = bench.session.rollout, bench.session.validation.conditions.batches(8)[0]
         configs = dict(_chosen(bench.folder))
         times: dict[str, list[float]] = {key: [] for key in ("float32", "quantized", *configs)}
-        fitted = {key: fit_correction(bench.session, c, QUIET) if c.fits else (c, None) for key, c in configs.items()}
+        fitted = {}
+        for key, config in configs.items():  # shares of one take as long as those that were learned
+            shares = Correction((), {}, (), config.learned_timesteps or (), config.learned_modules or ())
+            fitted[key] = fit_correction(bench.session, config, QUIET, shares) if config.fits else (config, shares)
         for _ in range(repeats + 1):  # the first is a warm-up
             with bench.session.full_precision():
                 times["float32"].append(_seconds(rollout, samples))
@@ -306,9 +309,8 @@ def _chosen(folder: Path) -> Iterator[tuple[str, Cache]]:
             if row["rival"] in (NAIVE, "CacheQuant"):
                 yield f"{row['rival']}, NFC {nfc}", as_cache(row)
         naive = next((row for row in rows if row["rival"] == NAIVE), None)
-        own = [row for row in rows if not row["rival"]]
-        if naive and own:
-            best = min(own, key=partial(worse_error, naive=naive))
+        if naive and any(not row["rival"] for row in rows):
+            best = min(rows, key=partial(worse_error, naive=naive))
             yield f"tuner, NFC {nfc}", as_cache(best)
 
 

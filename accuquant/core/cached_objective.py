@@ -160,7 +160,7 @@ def _roll(
     found, count = dict[int, State](), sum(start <= i < stop for i in full_steps)
     for i in range(start, stop):
         if i in full_steps:
-            if i == start or count * sum(t.nbytes for t in state.values()) <= KEPT_BYTES:
+            if i == start or (denoiser.history and count * sum(t.nbytes for t in state.values()) <= KEPT_BYTES):
                 found[i] = state
             eps[i], state = denoiser.full(i, x[i], state)
         else:

@@ -189,20 +189,21 @@ def _packed_linear_shape(
 
 
 def weight_only_linear(x: Tensor, qw: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """(M, K) float times (O, K) int8 -> (M, O) in x's type, summed in float32: w_scale * (x @ qw.T) + bias, on a CPU.
+    """(M, K) float times (O, K) int8 -> (M, O) in x's type: w_scale * (x @ qw.T) + bias, on a CPU, without a gradient.
 
     Args:
-        x: float32 or bfloat16, few rows; w_scale: (O,) float32.
+        x: few rows of float32, or of bfloat16, whose product is rounded before it is scaled; w_scale: (O,) float32.
     """
     y: Tensor = torch.ops.accuquant.weight_only_linear(x, qw, w_scale, bias)
     return y
 
 
 def _weight_only_linear(x: Tensor, qw: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
-    # torch's own product is for bfloat16 and reads past the end of odd shapes
-    aligned = qw.shape[0] % 32 == qw.shape[1] % 32 == 0
+    x = x.contiguous()
+    # torch's own product is for bfloat16; with odd shapes or addresses it reads where nothing is
+    aligned = qw.shape[0] % 32 == qw.shape[1] % 32 == qw.data_ptr() % 64 == x.data_ptr() % 64 == 0
     if x.dtype == torch.bfloat16 and aligned and 0 < x.shape[0] <= FEW_ROWS_HALF:
-        y = torch._weight_int8pack_mm(x.contiguous(), qw, w_scale.new_ones(w_scale.shape, dtype=x.dtype)).float()
+        y = torch._weight_int8pack_mm(x, qw, w_scale.new_ones(w_scale.shape, dtype=x.dtype)).float()
     else:
         columns = x.float().t().contiguous()
         y = w_scale.new_empty(qw.shape[0], x.shape[0])

@@ -173,7 +173,7 @@ def weighted(forecast: Tensor, last: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Args:
         a, b: scalars; both 1 is the forecast itself.
     """
-    return a.to(forecast.dtype) * last + b.to(forecast.dtype) * (forecast - last)
+    return forecast + (a - 1).to(forecast) * last + (b - 1).to(forecast) * (forecast - last)  # half types round less so
 
 
 def norm_of(x: Tensor, scope: Norm) -> Tensor:

@@ -87,7 +87,7 @@ class Correction(nn.Module):
         self.units: list[Tensor] | None = (
             None  # of the last output's weights, while they are learned: (M,) at each step
         )
-        # one tensor a step: an update of calibration reaches some steps, and leaves the others as they are
+        # one tensor a step, so that those of a gap can be one while they are learned
         self.learned = nn.ParameterList(nn.Parameter(ones.clone(), requires_grad=False) for _ in learned_timesteps)
         rows = len(timesteps) + len(full_timesteps)
         for name, count in (channels or {}).items():

@@ -205,7 +205,7 @@ def attach_cache(denoiser: nn.Module, config: Cache, correction: Correction | No
 
         controller.correct = correct
     if config.learned_timesteps:
-        if found is None:
+        if found is None or not set(modules) <= set(found.learned_modules):
             raise CacheError("learned_timesteps: nothing was learned for this model; `accuquant calibrate` does")
         controller.weigh = lambda module, output, last: found.weigh(module, output, last, controller.timestep)
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)

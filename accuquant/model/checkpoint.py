@@ -167,7 +167,8 @@ class AccuQuantQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), QuantizedLayer)
+        owner = param_name.rpartition(".")[0]
+        return owner.partition(".")[0] == CORRECTION or isinstance(model.get_submodule(owner), QuantizedLayer)
 
     def create_quantized_param(
         self,

@@ -5,8 +5,8 @@ dequantized weights. `QuantizedLayer.prepare` takes the fastest on this machine.
 integers or floats with weights that stay packed, and `cublas`, that library's integer product between Triton's
 quantization and rescaling; what no kernel takes is computed by `float` there, never on the CPU.
 
-All give the same up to float32 rounding, except `float` on a CUDA device: it computes in the input's type, as the layer
-did that was replaced.
+All give the same up to float32 rounding, except `float` with inputs in half precision, on a CUDA device or of few rows:
+it computes in the input's type, as the layer did that was replaced.
 """
 
 from __future__ import annotations
@@ -93,10 +93,14 @@ class QuantizedLayer(Layer):
 
     def _weight_only(self, tokens: Tensor) -> bool:
         """Whether a few rows of floats meet int8 weights with a scale a row: adaLN, which sees one row a sample."""
+        few = tokens.numel() <= kernels.FEW_ROWS * self.in_features and tokens.dtype in (torch.float32, torch.bfloat16)
+        return few and self.rows_weigh and not (torch.is_grad_enabled() and tokens.requires_grad)
+
+    @property
+    def rows_weigh(self) -> bool:
+        """Whether weights alone are integers, of a CPU, with a scale a row."""
         plain = self.activation_scale is None and self.spec.symmetric and self.groups == 1
-        few = tokens.numel() <= kernels.FEW_ROWS * self.in_features
-        half_or_single = tokens.dtype in (torch.float32, torch.bfloat16)
-        return plain and few and half_or_single and self.weight.dtype == torch.int8 and self.weight.device.type == "cpu"
+        return plain and self.weight.dtype == torch.int8 and self.weight.device.type == "cpu"
 
     def _float(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """In ``dtype``, or the one of the tokens."""
@@ -199,7 +203,7 @@ class QuantizedLayer(Layer):
     @property
     def repacks(self) -> bool:
         """Whether preparing may copy the weight into another layout."""
-        return self.weight.device.type == "cpu" and "onednn" in self.paths()
+        return self.weight.device.type == "cpu" and ("onednn" in self.paths() or self.rows_weigh)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -208,6 +212,8 @@ class QuantizedLayer(Layer):
         device = self.weight.device
         if device.type not in ("cpu", "cuda"):
             return
+        if self.rows_weigh and self.weight.data_ptr() % 64:  # as files are mapped; its product wants whole cache lines
+            self.weight = nn.Parameter(self.weight.clone(), requires_grad=False)
         speed = torch.get_num_threads() if device.type == "cpu" else device
         key = (self.spec, self.out_features, self.in_features, speed)
         if key not in _fastest:

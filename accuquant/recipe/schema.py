@@ -92,7 +92,7 @@ class Objective(Section):
         None,
         min_length=1,
         description="what these learn, if not what `learn` says; forecast: how much of the last output and of its "
-        "change a forecast takes, by module and step",
+        "change a forecast takes, by module and gap; M is the whole trajectory then, and the gradient exact",
     )
     warmup_fraction: Number = Field(0.0, ge=0, le=1, description="first share of the updates, made with M = 1")
     batch_size: int = Field(8, ge=1)
@@ -101,8 +101,9 @@ class Objective(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Objective:
-        if "rounding" in self.learn and {"weight", "weight_scale"} & set(self.learn):
-            raise ValueError("learn: 'rounding' (AdaRound) needs fixed weights; drop 'weight' and 'weight_scale'")
+        for key, kinds in (("learn", self.learn), ("cached_learn", self.cached_learn or ())):
+            if "rounding" in (*self.learn, *kinds) and {"weight", "weight_scale"} & set(kinds):
+                raise ValueError(f"{key}: 'rounding' (AdaRound) needs fixed weights; drop 'weight' and 'weight_scale'")
         if "forecast" in self.learn:
             raise ValueError("learn: 'forecast' is learned with the cache on; write cached_learn: [forecast]")
         if self.cached_learn is not None and not self.cached_iterations:
@@ -158,12 +159,16 @@ class Recipe(Section):
         tuned = [rule for rule in quantized if rule.tune]
         if self.objective.iterations and not tuned:
             raise ValueError("objective.iterations: no rule leaves anything to tune (tune: false); set it to 0")
-        idle = "activation_scale" in self.objective.learn and all(rule.activation == "float" for rule in tuned)
-        if self.objective.iterations and idle:
+        none = all(rule.activation == "float" for rule in tuned)
+        if self.objective.iterations and none and "activation_scale" in self.objective.learn:
             raise ValueError(
                 "objective.learn: 'activation_scale' (there by default) needs a tuned rule with an integer activation; "
                 "write learn: [weight, weight_scale], or give a rule activation: int8"
             )
+        if none and "activation_scale" in (self.objective.cached_learn or ()):
+            raise ValueError("objective.cached_learn: 'activation_scale' needs a tuned rule with an integer activation")
+        if self.tune is not None and self.objective.cached_learn is not None:
+            raise ValueError("objective.cached_learn: under a tune section tune.learning says it; leave this out")
         if self.export.format == "torchao":
             if self.tune is not None or self.cache is not None:
                 raise ValueError(

@@ -32,7 +32,10 @@ class ModuleClass(Section):
 
 
 class Tune(Section):
-    """A search for the least error of quantization and cache together, under at least one budget."""
+    """A search for the least error of quantization and cache together, under at least one budget.
+
+    Naive stacking and CacheQuant are tried beside what is asked for here, and may be chosen.
+    """
 
     nfc: int | None = Field(None, ge=2, description="budget: full computations of a trajectory")
     bit_operations: Number | None = Field(
