@@ -265,7 +265,7 @@ def test_shares_of_another_model_are_asked_for(export: Path) -> None:
 @pytest.mark.parametrize(
     ("objective", "cache", "message"),
     [
-        ({"learn": ["forecast"]}, CACHE, r"objective.*'forecast' is learned with the cache on; write cached_learn"),
+        ({"learn": ["forecast"]}, CACHE, r"objective\.learn\.0: must be 'weight'.* \(found 'forecast'\)"),
         ({"cached_learn": ["forecast"]}, CACHE, "cached_learn: needs cached_iterations"),
         (OBJECTIVE | {"cached_learn": ["weight", "rounding"]}, CACHE, "cached_learn: 'rounding'.*needs fixed weights"),
         (OBJECTIVE | {"learn": ["rounding"], "cached_learn": ["weight"]}, CACHE, "cached_learn: 'rounding'"),

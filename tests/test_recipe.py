@@ -55,7 +55,7 @@ def refusal(path: Path | str, *overrides: str) -> str:
         (
             "objective.learning_rates.wieght=1e-4",
             "unknown key objective.learning_rates.wieght (did you mean 'weight'?); "
-            "valid keys there: weight, weight_scale, activation_scale, bias, rounding",
+            "valid keys there: weight, weight_scale, activation_scale, bias, rounding, forecast",
         ),
         (
             "objective.scheduler=DDIMScheduler",

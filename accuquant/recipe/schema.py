@@ -72,7 +72,8 @@ class LearningRates(Section):
     forecast: Number = Field(5e-2, ge=0, description="of the shares that forecasts take, which begin at 1")
 
 
-Learned = Literal["weight", "weight_scale", "activation_scale", "bias", "rounding", "forecast"]
+Learned = Literal["weight", "weight_scale", "activation_scale", "bias", "rounding"]
+CachedLearned = Literal["weight", "weight_scale", "activation_scale", "bias", "rounding", "forecast"]
 
 
 class Objective(Section):
@@ -88,7 +89,7 @@ class Objective(Section):
     )
     iterations: int = Field(400, ge=0, description="updates of the parameters")
     cached_iterations: int = Field(0, ge=0, description="further updates, made with the recipe's cache on")
-    cached_learn: tuple[Learned, ...] | None = Field(
+    cached_learn: tuple[CachedLearned, ...] | None = Field(
         None,
         min_length=1,
         description="what these learn, if not what `learn` says; forecast: how much of the last output and of its "
@@ -104,8 +105,6 @@ class Objective(Section):
         for key, kinds in (("learn", self.learn), ("cached_learn", self.cached_learn or ())):
             if "rounding" in (*self.learn, *kinds) and {"weight", "weight_scale"} & set(kinds):
                 raise ValueError(f"{key}: 'rounding' (AdaRound) needs fixed weights; drop 'weight' and 'weight_scale'")
-        if "forecast" in self.learn:
-            raise ValueError("learn: 'forecast' is learned with the cache on; write cached_learn: [forecast]")
         if self.cached_learn is not None and not self.cached_iterations:
             raise ValueError("cached_learn: needs cached_iterations, for example cached_iterations: 60")
         if self.inputs == "quantized" and self.steps_per_group != 1:
