@@ -248,7 +248,8 @@ class Tuner:
         for parameter in self.rollout.denoiser.parameters():
             parameter.requires_grad_(False)
         chosen: dict[str, dict[str, nn.Parameter]] = {}
-        for kind in self.objective.learn:
+        kinds: tuple[str, ...] = self.objective.learn  # of updates with the cache on: with forecast
+        for kind in kinds:
             if kind == "forecast":
                 assert self.learned is not None  # the recipe asks for it with a cache only
                 found = dict(self.learned.learned.named_parameters())
