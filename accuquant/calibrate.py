@@ -158,9 +158,7 @@ def calibrate_cached(
         return None
     learn, steps = objective.cached_learn or objective.learn, alone.steps_per_group
     changes: dict[str, Any] = {"iterations": objective.cached_iterations, "learn": learn, "warmup_fraction": 0.0}
-    if (
-        "forecast" in learn
-    ):  # by anything shorter than the trajectory forecasts get worse: their errors add up (measured)
+    if "forecast" in learn:  # learned by less than the whole trajectory, forecasts get worse: errors add up (measured)
         steps, changes = session.rollout.num_steps, changes | {"gradient": "exact"}
     tuner = session.tuner(objective.model_copy(update=changes), steps, cache)
     if resume and state.is_file():

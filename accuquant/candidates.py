@@ -262,6 +262,11 @@ def as_cache(row: Row) -> Cache:
     return Cache.model_validate_json(json.dumps(row["config"]))
 
 
+def learned_of(row: Row) -> str | None:
+    """What the candidate's model has learned with the cache on, in the words of `tune.learning`."""
+    return next((what for what, words in LEARNED.items() if words == row["calibrated"]), None)
+
+
 def as_forecast(row: Row) -> Forecast:
     estimation, order, noise_aware = row["forecast"]
     return estimation, order, noise_aware

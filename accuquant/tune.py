@@ -30,7 +30,7 @@ from accuquant.budget import (
     type_combinations,
 )
 from accuquant.calibrate import calibrate, calibrate_alone, calibrate_cached
-from accuquant.candidates import LEARNED, NAIVE, Place, Row, Tried, as_cache, as_forecast
+from accuquant.candidates import LEARNED, NAIVE, Place, Row, Tried, as_cache, as_forecast, learned_of
 from accuquant.console import Reporter
 from accuquant.export import check_output
 from accuquant.optimise import Tuner
@@ -132,7 +132,7 @@ def chosen_recipe(recipe: Recipe, row: Row) -> Recipe:
     """The recipe that makes the chosen candidate from nothing; what calibration writes into a cache is left to it."""
     cache = as_cache(row)
     cache = cache.model_copy(update=dict.fromkeys(WRITTEN) | ({"noise": cache.noise} if cache.tau else {}))
-    what = next((what for what, words in LEARNED.items() if words == row["calibrated"]), None)
+    what = learned_of(row)
     changes = {"cached_learn": learnable(recipe, what)} if what else {"cached_iterations": 0, "cached_learn": None}
     objective = recipe.objective.model_copy(update=changes)
     return recipe.model_copy(update={"cache": cache, "objective": objective})

@@ -17,6 +17,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from accuquant.optimise import Tuner
+
 
 def make_pipeline(
     seed: int = 0, learned_variance: bool = False, layers: int = 2, dtype: torch.dtype = torch.float32
@@ -250,3 +252,15 @@ def images(pipeline: DiTPipeline, **changes: Any) -> Any:
     """Of ten steps of a class-conditional pipeline's own; keyword arguments change the call."""
     arguments = dict(class_labels=[1, 2], num_inference_steps=10, guidance_scale=1.5, output_type="np") | changes
     return pipeline(generator=[torch.Generator().manual_seed(s) for s in (5, 6)], **arguments).images
+
+
+def interrupt_cached_update(patch: pytest.MonkeyPatch, iteration: int) -> None:
+    """Ctrl-C at the start of this update with the cache on."""
+    update = Tuner._update
+
+    def interrupted(self: Tuner, number: int) -> dict[str, Any]:
+        if self.cache is not None and number == iteration:
+            raise KeyboardInterrupt
+        return update(self, number)
+
+    patch.setattr(Tuner, "_update", interrupted)

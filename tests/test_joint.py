@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import recipe_tree
+from conftest import interrupt_cached_update, recipe_tree
 from safetensors.torch import load_file
 
 from accuquant.calibrate import calibrate
@@ -21,7 +21,6 @@ from accuquant.measure import held_out_reference
 from accuquant.model.caching import attach_cache, cached
 from accuquant.model.families import denoiser_of, load_pipeline
 from accuquant.model.rollout import Rollout
-from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe, parse_recipe
 from accuquant.report import percent
@@ -140,16 +139,9 @@ def test_rcs_is_calibrated_with_the_full_steps_it_takes(model_folder: Path, tmp_
 def test_an_interruption_while_the_cache_is_on_resumes_to_the_same_result(
     model_folder: Path, tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = Tuner._update
-
-    def interrupted(self: Tuner, iteration: int) -> dict[str, Any]:
-        if self.cache is not None and iteration == 3:
-            raise KeyboardInterrupt
-        return update(self, iteration)
-
     recipe = make_recipe(model_folder, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(Tuner, "_update", interrupted)
+        interrupt_cached_update(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             calibrate(recipe, QUIET)
     folder = calibrate(recipe, QUIET, resume=True)

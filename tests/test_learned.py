@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import recipe_tree
+from conftest import interrupt_cached_update, recipe_tree
 from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
 from test_cached_objective import STEPS, setting, taken
@@ -25,7 +25,6 @@ from accuquant.model.cached_steps import CachedSteps
 from accuquant.model.caching import attach_cache, cached, controller_of
 from accuquant.model.families import denoiser_of
 from accuquant.model.rollout import Rollout
-from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import parse_recipe
 from accuquant.session import open_model, prepare, validation_error
@@ -152,16 +151,9 @@ def test_learning_lowers_the_error_on_noise_it_has_not_seen(
 def test_an_interrupted_run_learns_the_same(
     model_folder: Path, tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = Tuner._update
-
-    def interrupted(self: Tuner, iteration: int) -> dict[str, Any]:
-        if self.cache is not None and iteration == 5:
-            raise KeyboardInterrupt
-        return update(self, iteration)
-
     recipe = make_recipe(model_folder, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(Tuner, "_update", interrupted)
+        interrupt_cached_update(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             calibrate(recipe, QUIET)
     folder = calibrate(recipe, QUIET, resume=True)

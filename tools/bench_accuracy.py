@@ -87,6 +87,12 @@ def updates(method: dict[str, Any], evaluations: int, refresh_cost: int) -> int:
     return max(1, round(evaluations / (warm + (1 - warm) * (2 * m - 1))))
 
 
+def pairs_of(configs: str, seeds: str, shard: str) -> list[tuple[str, int]]:
+    """(config, seed) pairs of comma-separated lists that shard i/n has to run: every n-th from the i-th."""
+    index, count = map(int, shard.split("/"))
+    return [(c, int(s)) for s in seeds.split(",") for c in configs.split(",")][index::count]
+
+
 @torch.no_grad()
 def hardened_error(session: Session, held_out: HeldOut) -> dict[str, Any]:
     """Held-out figures of the hardened model; the trainable layers are put back afterwards."""
@@ -114,9 +120,7 @@ def run(
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     base, chosen = load_recipe(recipe), methods.split(",") if methods else list(METHODS)
-    index, count = map(int, shard.split("/"))
-    pairs = [(c, int(s)) for s in seeds.split(",") for c in configs.split(",")][index::count]
-    for config, seed in pairs:
+    for config, seed in pairs_of(configs, seeds, shard):
         done = {(r["config"], r["seed"], r["method"], r["evaluations"]) for r in results(out)}
         missing = [m for m in chosen if (config, seed, m, evaluations if METHODS[m] else 0) not in done]
         for initialization in ("round_to_nearest", "mse"):

@@ -26,12 +26,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS
+from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS, pairs_of
 from joint_report import draw_runs, print_tables, rows_of
 
 from accuquant.budget import Combination, step_times, type_combinations
 from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
-from accuquant.candidates import LEARNED, NAIVE, Place, Tried, as_cache, worse_error
+from accuquant.candidates import NAIVE, Place, Tried, as_cache, learned_of, worse_error
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
@@ -136,9 +136,7 @@ def run(
 ) -> None:
     """Make the runs that are missing."""
     torch.set_num_threads(threads)
-    index, count = map(int, shard.split("/"))
-    pairs = [(t, int(s)) for s in seeds.split(",") for t in types.split(",")][index::count]
-    for name, seed in pairs:
+    for name, seed in pairs_of(types, seeds, shard):
         wanted = [n for n in map(int, nfcs.split(",")) if _key("run", name, seed, n, "(d) tuner") not in _done(out)]
         if not wanted:
             continue
@@ -191,7 +189,7 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     about = {"cache": best["cache"], "validation": best["E_qc"], "calibrated": best["calibrated"]}
     session.restore(bench.start)
     learned = None
-    if (what := next((what for what, words in LEARNED.items() if words == best["calibrated"]), None)) is not None:
+    if (what := learned_of(best)) is not None:
         calibrate_with(place, what, bench.alone, nfc, folder)
         learned = place.learned
     yield "(d) tuner", bench.judge(as_cache(best), learned) | about | {"seconds": time.monotonic() - started}
@@ -208,8 +206,7 @@ def orders(
 ) -> None:
     """Forecasts at fixed intervals, quantized by MSE search, with E_q and E_c; and what `auto` takes."""
     torch.set_num_threads(threads)
-    index, count = map(int, shard.split("/"))
-    for name, seed in [(t, int(s)) for s in seeds.split(",") for t in types.split(",")][index::count]:
+    for name, seed in pairs_of(types, seeds, shard):
         if _key("orders", name, seed, 7, "auto, learned") in _done(out):
             continue
         bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)
@@ -252,8 +249,7 @@ def shares(
 ) -> None:
     """Shares of (a)'s forecasts, learned over groups of M steps: one gap, several, the whole trajectory."""
     torch.set_num_threads(threads)
-    index, count = map(int, shard.split("/"))
-    for name, seed in [(t, int(s)) for s in seeds.split(",") for t in types.split(",")][index::count]:
+    for name, seed in pairs_of(types, seeds, shard):
         bench: Bench | None = None
         for nfc, m in itertools.product((14, 7), (0, 1, 10, 25, 50)):
             key = _key("shares", name, seed, nfc, f"M = {m}" if m else "plain")
