@@ -254,7 +254,11 @@ class Tuner:
                 assert self.learned is not None  # the recipe asks for it with a cache only
                 found = dict(self.learned.learned.named_parameters())
             else:
-                found = {n: p for n, layer in self.layers.items() if (p := layer.learnable(kind)) is not None}
+                found = dict[str, nn.Parameter]()
+                for name, layer in self.layers.items():
+                    learned = layer.learnable(kind)
+                    if learned is not None and all(learned is not other for other in found.values()):
+                        found[name] = learned  # shared scales are one
             if not found and self.objective.iterations:
                 key = "learn" if self.cache is None else "cached_learn"
                 raise RecipeError(f"objective.{key}: {kind!r} names no parameter of any tuned module; take it out")

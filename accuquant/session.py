@@ -21,6 +21,7 @@ from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.layers import TrainableLayer, quantize_model
 from accuquant.model.plan import PlannedModule, plan_modules
 from accuquant.model.rollout import Rollout
+from accuquant.model.spec import share_grids
 from accuquant.model.torchao import adopt_dynamic_scales
 from accuquant.optimise import Reference, Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
@@ -161,6 +162,8 @@ def prepare(
         reference.take(index[len(samples) :]),
     )
     _activation_scales(session, search, reporter)
+    if recipe.quantization.share_activation_scales:
+        _share_activation_scales(session, reporter)
     return session
 
 
@@ -212,3 +215,12 @@ def _activation_scales(session: Session, search: bool, reporter: Reporter) -> No
     for name, layer in observed.items():
         layer.observer = None
         layer.set_activation_scale([torch.cat(v) for v in values[name]], search)
+
+
+def _share_activation_scales(session: Session, reporter: Reporter) -> None:
+    """Before anything is learned, modules have the same scales in all timestep groups if they read the same tensor."""
+    static = [layer for layer in session.layers.values() if layer.spec.static]
+    shared = share_grids(static, "log_activation_scale", "activation_zero_point")
+    if not shared:
+        raise RecipeError("quantization.share_activation_scales: no two quantized modules read the same tensor")
+    reporter.detail(f"{shared} of {len(static)} modules have the activation scales of another that reads their input")

@@ -22,7 +22,8 @@ from accuquant.model.cache_state import CacheError, Correction
 from accuquant.model.caching import CORRECTION, attach_cache
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import Conv, LayerSpec, QuantizedLayer, keep_float32, quantized_layers, trainable_layers
-from accuquant.model.quantized import prepare_layers
+from accuquant.model.quantized import GRID, prepare_layers
+from accuquant.model.spec import share_grids
 from accuquant.recipe import Cache
 
 FORMAT_VERSION = 1
@@ -139,6 +140,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 with safe_open(self.files[key], framework="pt") as file:
                     layer.weight = nn.Parameter(file.get_tensor(key), requires_grad=False)
             layer.prepare()
+        share_grids(quantized_layers(model).values(), *GRID)
         self.clock.attach(model)
         keep_float32(model, [*self.quantization_config.layers, CORRECTION])
         if self.quantization_config.cache is not None:

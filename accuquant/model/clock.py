@@ -1,13 +1,43 @@
-"""StepClock: which timestep group the denoiser is in. The one state that all quantized layers of a model share."""
+"""What all quantized layers of a model share: which timestep group the denoiser is in, and the input quantized last."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class LastInput:
+    """The tensor that was quantized last and what it became: Q, K and V read one tensor, which is quantized once."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, ...] | None = None
+
+    def find(self, x: Tensor, how: tuple[Any, ...]) -> Any:
+        """What ``x`` became in this way, or None; ``how`` is compared by identity."""
+        kept = self._kept  # one read: another thread may write
+        if kept is None or kept[0]() is not x or kept[1] != _version(x, how):
+            return None
+        return kept[3] if all(a is b for a, b in zip(kept[2], how, strict=True)) else None
+
+    def keep(self, x: Tensor, how: tuple[Any, ...], found: Any) -> None:
+        self._kept = (weakref.ref(x), _version(x, how), how, found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LastInput:
+        return LastInput()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": None}
+
+
+def _version(*tensors: Any) -> tuple[int, ...]:
+    """Of each tensor among them, how often it was written to."""
+    flat = [t for x in tensors for t in (x if isinstance(x, tuple) else (x,))]
+    return tuple(0 if t.is_inference() else t._version for t in flat if isinstance(t, Tensor))
 
 
 class StepClock:
@@ -28,6 +58,7 @@ class StepClock:
         # the current group: a tensor, so that one graph serves all groups
         self.index = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._group: int | None = 0  # the same number, where it is known without asking the device
+        self.last_input = LastInput()
 
     @classmethod
     def from_timesteps(cls, timesteps: Tensor, num_groups: int) -> StepClock:

@@ -22,11 +22,12 @@ from accuquant.core import cuda, kernels
 from accuquant.core.numerics import dequantize, dynamic_scale, quantize
 from accuquant.core.packing import packed_columns, unpack
 from accuquant.model.clock import StepClock
-from accuquant.model.spec import Conv, Layer, LayerSpec, at_least_float32
+from accuquant.model.spec import Conv, Layer, LayerSpec, at_least_float32, share_grids
 
 Arithmetic = Literal["integer", "reference"]
 Path = Literal["onednn", "int_mm", "triton", "cublas", "float"]
 
+GRID = ("activation_scale", "activation_zero_point")
 PROBE_ROWS = 128
 PROBE_OUTPUTS = 512
 PROBE_RUNS = 3
@@ -79,7 +80,7 @@ class QuantizedLayer(Layer):
             y = self._float(at_least_float32(tokens), x.dtype if host else None)
         else:
             compute = self._triton if path in cuda.TRITON else self._integer
-            y = compute(tokens.reshape(-1, self.in_features)).view(*tokens.shape[:-1], self.out_features)
+            y = compute(tokens).view(*tokens.shape[:-1], self.out_features)
         y = y.to(x.dtype)
         return self.conv.fold(y, x) if self.conv else y
 
@@ -112,14 +113,12 @@ class QuantizedLayer(Layer):
         return F.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def _triton(self, tokens: Tensor) -> Tensor:
-        """(M, I) -> (M, O). Few rows are one tile; weights are then read once and never written out as floats."""
-        operators, qtype, dtype = torch.ops.accuquant, self.spec.activation_type, tokens.dtype
-        scale, zero = None, None
-        if qtype is not None and self.spec.static:
-            scale, zero = self._input_grid(tokens)
-            tokens = operators.quantize_static(tokens, scale, zero, qtype.qmin, qtype.qmax)
-        elif qtype is not None:
-            tokens, scale = operators.quantize_dynamic(tokens, self.activation_scale, qtype.qmin, qtype.qmax)
+        """(..., I) -> (M, O). Few rows are one tile; weights are then read once and never written out as floats."""
+        operators, dtype, scale, zero = torch.ops.accuquant, tokens.dtype, None, None
+        if self.activation_scale is None:
+            tokens = tokens.reshape(-1, self.in_features)
+        else:
+            tokens, scale, zero = self._operand(tokens)
         if self.path == "cublas" and tokens.shape[0] > kernels.SMALL_ROWS:
             y: Tensor = kernels.integer_product(tokens, self.weight)
             y = operators.rescale(y, self.weight_scale, self.weight_sums, scale, zero, self.bias, dtype)
@@ -129,27 +128,44 @@ class QuantizedLayer(Layer):
         return y
 
     def _integer(self, tokens: Tensor) -> Tensor:
-        """(M, I) -> (M, O)."""
-        assert self.spec.activation_type is not None
+        """(..., I) -> (M, O)."""
         if self.path == "onednn" and tokens.device.type != "cpu":  # somebody carried the input elsewhere
             self._lay_out("int_mm")
             self.weight = nn.Parameter(self.weight.to(tokens.device), requires_grad=False)
-        scale, zero = self._input_grid(tokens)
-        q = quantize(tokens, scale, 0 if zero is None else zero, self.spec.activation_type)
+        q, scale, zero = self._operand(tokens)
         if self.path == "onednn":
-            return self._onednn(q, scale, zero, tokens.dtype)
+            out = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
+            return kernels.packed_linear(q, scale, zero, self.weight, self.weight_scale.view(-1), self.bias, out)
         weight = self.integer_weight()
-        y = kernels.integer_linear(
-            q.to(torch.int8), scale, zero, weight, self.weight_scale, self.weight_zero_point, self.weight_sums
-        )
+        y = kernels.integer_linear(q, scale, zero, weight, self.weight_scale, self.weight_zero_point, self.weight_sums)
         return y if self.bias is None else y + self.bias
 
-    def _onednn(self, q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _operand(self, tokens: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """(M, I) integers as the path takes them, their scale and zero point; made once for layers that share them."""
+        if torch.compiler.is_compiling() or tokens.is_inference() or (tokens.requires_grad and torch.is_grad_enabled()):
+            return self._integers(tokens)  # a compiler finds by itself what is the same
+        how = (self.path, self.activation_scale, self.activation_zero_point, self.clock.index)
+        found: tuple[Tensor, Tensor, Any] | None = self.clock.last_input.find(tokens, how)
+        if found is None:
+            found = self._integers(tokens)
+            self.clock.last_input.keep(tokens, how, found)
+        return found
+
+    def _integers(self, tokens: Tensor) -> tuple[Tensor, Tensor, Any]:
+        qtype, tokens = self.spec.activation_type, tokens.reshape(-1, self.in_features)
+        assert qtype is not None
+        if self.path in cuda.TRITON and not self.spec.static:
+            q, scale = torch.ops.accuquant.quantize_dynamic(tokens, self.activation_scale, qtype.qmin, qtype.qmax)
+            return q, scale, None
+        scale, zero = self._input_grid(tokens)
+        if self.path in cuda.TRITON:
+            q = torch.ops.accuquant.quantize_static(tokens, scale, zero, qtype.qmin, qtype.qmax)
+            return q, scale, zero
+        q = quantize(tokens, scale, 0 if zero is None else zero, qtype)
+        if self.path != "onednn":
+            return q.to(torch.int8), scale, zero
         shift = torch.full((1,), 128, dtype=torch.int32)
-        zero = shift if zero is None else shift + zero
-        out = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        u, scale = kernels.unsigned(q), scale.float()
-        return kernels.packed_linear(u, scale, zero, self.weight, self.weight_scale.view(-1), self.bias, out)
+        return kernels.unsigned(q), scale.float(), shift if zero is None else shift + zero
 
     def _input_grid(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale, (1,) or one a token, and zero point, (1,) or None for zero."""
@@ -269,11 +285,17 @@ class QuantizedLayer(Layer):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in GRID:  # files do not hold one tensor twice
+            if f"{prefix}{name}" in destination:
+                destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].clone()
         if self.weight.is_mkldnn:
             destination[f"{prefix}weight"] = self._stored().detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         path, self.weight = self.path, self._stored()
+        for name in GRID:  # may be another layer's too, whose file says something else
+            if (found := getattr(self, name)) is not None:
+                setattr(self, name, nn.Parameter(found.detach().clone(), requires_grad=False))
         super()._load_from_state_dict(*args, **kwargs)
         self._lay_out(path)
 
@@ -302,9 +324,11 @@ def _fixed(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 
 def prepare_layers(model: nn.Module) -> None:
-    """Take the fastest path of every quantized layer."""
-    for layer in quantized_layers(model).values():
+    """Take the fastest path of every quantized layer; those that quantize alike do so with the same tensors."""
+    layers = quantized_layers(model).values()
+    for layer in layers:
         layer.prepare()
+    share_grids(layers, *GRID)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

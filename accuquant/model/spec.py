@@ -5,6 +5,7 @@ A Conv2d is a Linear over its unfolded patches: weights are kept as (O, I) with 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,6 +111,31 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight={self.spec.weight}, activation={self.spec.activation}"
+
+
+def share_grids(layers: Iterable[Layer], scale: str, zero_point: str) -> int:
+    """Layers whose inputs' scales and zero points are the same to the last bit get the same tensors.
+
+    Those that read one tensor find the same scales; what is known to be the same is then computed once.
+
+    Args:
+        scale, zero_point: names of the attributes.
+
+    Returns:
+        How many layers have another's.
+    """
+    first, shared = dict[Any, Layer](), 0
+    for layer in layers:
+        tensors = [getattr(layer, name) for name in (scale, zero_point)]
+        if tensors[0] is None:
+            continue
+        spec = (layer.spec.activation, layer.spec.activation_scale, layer.spec.activation_symmetric)
+        values = [None if t is None else (t.device, tuple(t.tolist())) for t in tensors]
+        other = first.setdefault((*spec, *values), layer)
+        shared += other is not layer
+        for name in (scale, zero_point):
+            setattr(layer, name, getattr(other, name))
+    return shared
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -59,6 +59,10 @@ class Quantization(Section):
     rules: tuple[Rule, ...] = Field(min_length=1)
     timestep_groups: int = Field(10, ge=1, description="static activation scales are kept per group of steps")
     initialization: Literal["mse", "round_to_nearest"] = Field("mse", description="how the first scales are found")
+    share_activation_scales: bool = Field(
+        False,
+        description="modules that read one tensor, as Q, K, V do, have one static scale: it is quantized once",
+    )
 
 
 class LearningRates(Section):
@@ -152,6 +156,9 @@ class Recipe(Section):
                 raise ValueError(f"cache.{error}") from error
         if groups > steps:
             raise ValueError(f"quantization.timestep_groups is {groups} but sampling has only {steps} steps")
+        static = any(r.activation != "float" and r.activation_scale == "static" for r in self.quantization.rules)
+        if self.quantization.share_activation_scales and not static:
+            raise ValueError("quantization.share_activation_scales: no rule has static scales of an integer activation")
         quantized = [rule for rule in self.quantization.rules if rule.weight != "float"]
         if not quantized:
             raise ValueError("quantization.rules: every weight stays float; there is nothing to do")
