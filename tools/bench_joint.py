@@ -265,6 +265,9 @@ def shares(
 def latency(
     out: Out = DEFAULT_OUT,
     types: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TYPES),
+    seed: Annotated[
+        int, typer.Option(help="Of the runs whose choices are timed, in the folder they were made in.")
+    ] = 0,
     repeats: Annotated[int, typer.Option(help="Trajectories timed of each, alternating.")] = 5,
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
 ) -> None:
@@ -272,9 +275,9 @@ def latency(
     torch.set_num_threads(threads)
     found: dict[str, dict[str, list[float]]] = {}
     for name in types.split(","):
-        bench = Bench(name, 0, Path("build/bench_joint"))
+        configs = dict(_chosen(Path(f"build/bench_joint/{name}-{seed}")))
+        bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)  # which takes as long as calibrated
         rollout, samples = bench.session.rollout, bench.session.validation.conditions.batches(8)[0]
-        configs = dict(_chosen(bench.folder))
         times: dict[str, list[float]] = {key: [] for key in ("float32", "quantized", *configs)}
         fitted = {}
         for key, config in configs.items():  # shares of one take as long as those that were learned

@@ -163,6 +163,8 @@ def prepare(subject: Subject, folder: Path, hosts: list[str], steps: int, device
         rows, columns = model.get_submodule(name).weight.shape
         shape = (tokens[name], columns, rows)
         counts[shape] = counts.get(shape, 0) + 1
+        if name.endswith("to_q"):  # no model has it: Q, K and V as one product
+            counts.setdefault((tokens[name], columns, 3 * rows), 0)
     if subject.sampled and steps:
         final = subject.trajectory(model, model, steps, device, torch.float32)
         reference["trajectory"] = final.cpu().contiguous()

@@ -177,10 +177,11 @@ def gemm_table(results: dict[str, Any]) -> str:
             text += f"| {shape} | {row['count']} | {row['name']} | failed: {row.get('failed', '')} | | | |\n"
             continue
         m, k, n = row["shape"]
+        times = row["count"] or "Q, K, V as one"
         beyond, path = overhead(results, row), row.get("path", "")
         extra = "" if beyond is None else f"{100 * beyond:+.0f} %"
         rate = 2 * m * k * n / seconds / 1e12
-        text += f"| {shape} | {row['count']} | {row['name']} | {1e3 * seconds:.3f} | {rate:.2f} | {path} | {extra} |\n"
+        text += f"| {shape} | {times} | {row['name']} | {1e3 * seconds:.3f} | {rate:.2f} | {path} | {extra} |\n"
     limit, found = bound(results), medians(results)
     if limit is not None:
         text += f"\nAll int8 products of a step at the rate of the best bare one: {1e3 * limit:.1f} ms"
