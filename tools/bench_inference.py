@@ -112,14 +112,14 @@ class Bench:
             room -= size(host)
         return waves or [base]
 
-    def measure_steps(self, waves: list[list[str]], steps: int) -> None:
+    def measure_steps(self, waves: list[list[str]], steps: int, turns: int) -> None:
         for number, hosts in enumerate(waves):
             workers = {host: Process(host, self.setup, self.out) for host in hosts}
             try:
                 ready = self._ready(workers, number)
                 self._rounds(ready, workers, f"steps, wave {number + 1} of {len(waves)}")
                 if number == 0 and steps:
-                    self._trajectories({row["name"] for row in ready}, workers, steps)
+                    self._trajectories({row["name"] for row in ready}, workers, steps, turns)
             finally:
                 for worker in workers.values():
                     worker.close()
@@ -157,14 +157,14 @@ class Bench:
         else:
             row["seconds"].append(answer["seconds"])
 
-    def _trajectories(self, ready: set[str], workers: dict[str, Process], steps: int) -> None:
+    def _trajectories(self, ready: set[str], workers: dict[str, Process], steps: int, turns: int) -> None:
         rows = list[dict[str, Any]]()
         for host in (host for host in CACHED if host in workers):
             mode = next((mode for mode in ("compiled", "eager") if f"{host} {mode}" in ready), None)
             for interval in (None, *INTERVALS.values()) if mode else ():
                 rows.append({"host": host, "mode": mode, "interval": interval, "steps": steps, "seconds": []})
-        with self.reporter.bar("trajectories", (self.repeats + 1) * len(rows)) as advance:
-            for turn in range(self.repeats + 1):  # the first is not counted: it compiles
+        with self.reporter.bar("trajectories", (turns + 1) * len(rows)) as advance:
+            for turn in range(turns + 1):  # the first is not counted: it compiles
                 for row in rows:
                     asked = {key: row[key] for key in ("mode", "interval", "steps")}
                     answer = row if "failed" in row else workers[str(row["host"])].ask("trajectory", **asked)
@@ -212,6 +212,7 @@ def main(
     layers: Annotated[int | None, typer.Option(min=1, help="Blocks of a random model, to try the tool.")] = None,
     only: Annotated[str, typer.Option(help="Comma-separated hosts or variants, such as 'ours static compiled'.")] = "",
     steps: Annotated[int, typer.Option(min=0, help="Of a trajectory; 0 measures none.")] = 50,
+    turns: Annotated[int | None, typer.Option(min=1, help="Rounds of trajectories, if not as many.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     memory: Annotated[float, typer.Option(help="GB that all models may take together.")] = 16.0,
     float_modulation: Annotated[bool, typer.Option(help="Our adaLN float, not int8 weights as in the recipe.")] = False,
@@ -232,13 +233,13 @@ def main(
     setup = {"model": model, "layers": layers, "float_modulation": float_modulation}
     setup |= {"device": str(picked), "threads": threads, "folder": str(work)}
     bench = Bench(setup, out, chosen(only, compiles), repeats)
-    bench.results |= machine(picked, threads) | setup | {"repeats": repeats}
+    bench.results |= machine(picked, threads) | setup | {"repeats": repeats, "turns": turns or repeats}
     try:
         steps = 0 if model == FLUX else steps
         bench.prepare(steps)
         waves = bench.waves(memory * 1e9)
         bench.results["waves"] = waves
-        bench.measure_steps(waves, steps)
+        bench.measure_steps(waves, steps, turns or repeats)
         bench.measure_gemms(compiles)
     finally:
         bench.helper.close()

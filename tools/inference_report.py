@@ -151,7 +151,7 @@ def trajectories_table(results: dict[str, Any]) -> str:
     if not rows:
         return "## Trajectory\n\nnot measured\n\n"
     base = next((median(r) for r in rows if r["host"] == "bfloat16" and r["interval"] is None), None)
-    text = f"## Trajectory of {rows[0]['steps']} steps with RFC\n\n"
+    text = f"## Trajectory of {rows[0]['steps']} steps with RFC, medians of {results['turns']}\n\n"
     text += "| variant | NFC | seconds | vs bf16, no cache | error |\n"
     text += "|---|---|---|---|---|\n"
     for row in rows:
