@@ -21,7 +21,7 @@ RULE_KEYS = (
     "modules, weight, activation, granularity, group_size, symmetric, activation_scale, activation_symmetric, tune"
 )
 SECTIONS = "model, sampling, data, quantization, objective, cache, tune, evaluation, export"
-TYPES = "'int8', 'int6', 'int4', 'int3' or 'float'"
+TYPES = "'int8', 'int6', 'int4', 'int3', 'fp8' or 'float'"
 WRITE_IT_AS = "write it as section.key=value, for example objective.steps_per_group=5"
 
 
@@ -139,7 +139,7 @@ def refusal(path: Path | str, *overrides: str) -> str:
         ),
         (
             "quantization.rules.1={modules: a, weight: float, activation: int8}",
-            "quantization.rules.1.activation cannot be an integer where the weight stays float",
+            "quantization.rules.1.activation cannot be int8 where the weight stays float",
         ),
         (
             "quantization.rules.1.activation_scale=dynamic",

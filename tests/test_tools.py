@@ -108,9 +108,11 @@ def test_inference_benchmark_splits_what_does_not_fit(tools: Callable[[str], Any
     first, *others = bench.waves(16e9)
     assert others and set(first) >= {"bfloat16", "float32", "ours static", "ours dynamic", "torchao", "quanto", "sdnq"}
     assert all(wave[0] == "bfloat16" for wave in (first, *others))
-    assert sorted({host for wave in (first, *others) for host in wave}) == sorted(tool.HOSTS)
+    assert sorted({host for wave in (first, *others) for host in wave}) == sorted(tool.chosen("", True))
     assert len(bench.waves(100e9)) == 1
-    assert sorted({host for wave in bench.waves(1e9) for host in wave}) == sorted(tool.HOSTS)
+    assert sorted({host for wave in bench.waves(1e9) for host in wave}) == sorted(tool.chosen("", True))
+    assert tool.HOSTS.keys() - tool.chosen("", True) == {"ours fp8"} and "ours fp8" in tool.chosen("ours fp8", True)
+    assert tool.chosen("", True, "cuda").keys() == tool.HOSTS.keys()
 
 
 def test_inference_summary_compares_within_a_wave(tools: Callable[[str], Any]) -> None:

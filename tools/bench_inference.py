@@ -192,9 +192,10 @@ class Bench:
                 self.results["gemm"] += rows
 
 
-def chosen(only: str, compiles: bool) -> dict[str, tuple[str, ...]]:
-    """Hosts and their modes; ``only`` names hosts or variants."""
-    modes = {host: tuple(m for m in found if compiles or m == "eager") for host, found in HOSTS.items()}
+def chosen(only: str, compiles: bool, device: str = "cpu") -> dict[str, tuple[str, ...]]:
+    """Hosts and their modes; ``only`` names hosts or variants. fp8 is for GPUs, on a CPU it has to be named."""
+    hosts = {host: found for host, found in HOSTS.items() if only or device != "cpu" or host != "ours fp8"}
+    modes = {host: tuple(m for m in found if compiles or m == "eager") for host, found in hosts.items()}
     if only:
         wanted = [name.strip() for name in only.split(",")]
         known = {*HOSTS, *(f"{host} {mode}" for host, found in HOSTS.items() for mode in found)}
@@ -232,7 +233,7 @@ def main(
     work = out.absolute() / "work"
     setup = {"model": model, "layers": layers, "float_modulation": float_modulation}
     setup |= {"device": str(picked), "threads": threads, "folder": str(work)}
-    bench = Bench(setup, out, chosen(only, compiles), repeats)
+    bench = Bench(setup, out, chosen(only, compiles, picked.type), repeats)
     bench.results |= machine(picked, threads) | setup | {"repeats": repeats, "turns": turns or repeats}
     try:
         steps = 0 if model == FLUX else steps

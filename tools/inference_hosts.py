@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ HOSTS: dict[str, tuple[str, ...]] = {
     "bfloat16": ("eager", "compiled"),
     "ours static": ("eager", "compiled"),
     "ours dynamic": ("eager", "compiled"),
+    "ours fp8": ("eager", "compiled"),  # dynamic, where the device multiplies fp8
     "torchao": ("eager", "compiled"),
     "quanto": ("eager", "compiled"),
     "sdnq": ("eager", "compiled"),
@@ -184,7 +185,12 @@ def _export(subject: Subject, folder: Path, host: str, device: torch.device) -> 
         scheduler = DDIMScheduler(num_train_timesteps=1000)
         scheduler.set_timesteps(5 * GROUPS)
         clock = StepClock.from_timesteps(scheduler.timesteps, GROUPS)
-    layers = quantize_model(model, subject.specs(model, static), clock, search=False)
+    specs = subject.specs(model, static)
+    if host == "ours fp8":
+        for name, spec in specs.items():
+            if spec.activation != "float":
+                specs[name] = replace(spec, weight="fp8", activation="fp8")
+    layers = quantize_model(model, specs, clock, search=False)
     if static:
         _observe(subject, model, list(layers.values()), clock, device)
     harden_model(model, clock)

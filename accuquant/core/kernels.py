@@ -121,6 +121,41 @@ def weight_sums(qw: Tensor, groups: int) -> Tensor:
     return torch.stack([part.sum(1, dtype=torch.int32) for part in qw.split(-(-qw.shape[1] // groups), 1)], 1)
 
 
+def scaled_product(q: Tensor, scale: Tensor, qw: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """(M, K) fp8 times (O, K) fp8 -> (M, O): scale * w_scale * (q @ qw.T) + bias.
+
+    In bfloat16 on a CUDA device, whose product by rows has nothing else, in float32 elsewhere.
+
+    Args:
+        scale: (1,) or (M, 1) float32; w_scale: (O, 1) float32. K and O are multiples of 16.
+    """
+    if not q.shape[0]:
+        return w_scale.new_empty(0, qw.shape[0])
+    out = torch.bfloat16 if q.is_cuda else torch.float32
+    rows = scale.float().reshape(-1, 1).expand(q.shape[0], 1).contiguous()
+    y: Tensor = torch._scaled_mm(
+        q.contiguous(), qw.t(), rows, w_scale.view(1, -1), None if bias is None else bias.to(out), out_dtype=out
+    )
+    return y
+
+
+@functools.cache
+def scaled_works(device: torch.device) -> bool:
+    """Whether the device multiplies fp8 with a scale for each row, and right."""
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        q, qw = (torch.randn(n, 64, generator=generator).to(torch.float8_e4m3fn).to(device) for n in (20, 48))
+        scale, w_scale, bias = (
+            torch.rand(*shape, generator=generator).to(device) for shape in ((20, 1), (48, 1), (48,))
+        )
+    expected = scale.double() * w_scale.view(-1).double() * (q.double() @ qw.double().t()) + bias.double()
+    try:
+        found = scaled_product(q, scale, qw, w_scale, bias).double()
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+    return bool((found - expected).norm() < 1e-2 * expected.norm())
+
+
 def unsigned(q: Tensor) -> Tensor:
     """Integers in [-128, 127], of any type -> uint8, 128 higher: the only activations oneDNN is fast with."""
     if torch.compiler.is_compiling():

@@ -9,6 +9,7 @@ Shape legend: O output channels, I input channels, G groups of ``group_size`` in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,27 +21,60 @@ SMALLEST_SCALE = 1e-8  # a constant-zero channel still needs a scale that divide
 
 @dataclass(frozen=True)
 class QType:
-    """One integer type: its name, its width in bits, and the least and greatest stored integer (two's complement)."""
+    """One number type: its name, its width in bits, and the least and greatest number that is stored.
+
+    Integers are two's complement. ``floating`` is the torch type of small floats; they have no zero point.
+    """
 
     name: str
     bits: int
+    floating: torch.dtype | None = None
 
     @property
     def qmin(self) -> int:
-        return -(1 << (self.bits - 1))
+        return -self.qmax if self.floating else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        return (1 << (self.bits - 1)) - 1
+        return int(torch.finfo(self.floating).max) if self.floating else (1 << (self.bits - 1)) - 1
+
+    @property
+    def step(self) -> float:
+        """From one number to the next; of floats, at half the greatest."""
+        if self.floating is None:
+            return 1.0
+        return 2.0 ** math.floor(math.log2(self.qmax / 2)) * torch.finfo(self.floating).eps
+
+    @property
+    def storage(self) -> torch.dtype:
+        """Of a packed tensor."""
+        return self.floating or (torch.int8 if self.bits == 8 else torch.uint8)
 
 
-# A new type is a row here; packing and kernels read `bits` and nothing else.
-QTYPES: dict[str, QType] = {t.name: t for t in (QType("int8", 8), QType("int6", 6), QType("int4", 4), QType("int3", 3))}
+# A new type is a row here. fp8 is e4m3 without infinities (arXiv 2209.05433).
+QTYPES: dict[str, QType] = {
+    t.name: t
+    for t in (
+        QType("int8", 8),
+        QType("int6", 6),
+        QType("int4", 4),
+        QType("int3", 3),
+        QType("fp8", 8, torch.float8_e4m3fn),
+    )
+}
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, qtype: QType) -> Tensor:
-    """Integers of ``x`` as a float tensor: ``clamp(round(x / scale) + zero_point, qmin, qmax)``."""
+    """Integers of ``x`` as a float tensor: ``clamp(round(x / scale) + zero_point, qmin, qmax)``; or small floats."""
+    if qtype.floating is not None:
+        return _nearest_float(x / scale, qtype)
     return (x / scale).round_().add_(zero_point).clamp_(qtype.qmin, qtype.qmax)
+
+
+def _nearest_float(v: Tensor, qtype: QType) -> Tensor:
+    """Of the type, in v's own; beyond its range the type has no number but NaN."""
+    assert qtype.floating is not None
+    return v.clamp_(qtype.qmin, qtype.qmax).to(qtype.floating).to(v.dtype)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
@@ -56,30 +90,34 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.range = (qmin, qmax)
+        ctx.qtype, qmin, qmax = qtype, qtype.qmin, qtype.qmax
+        if qtype.floating is not None:
+            return _nearest_float(x / scale, qtype).mul_(scale)
         # clamp(round + zero_point) - zero_point, with the integers' own exact arithmetic moved into the bounds
         return torch.round(x / scale).clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
         x, scale, zero_point = ctx.saved_tensors
-        qmin, qmax = ctx.range
+        qtype, qmin, qmax = ctx.qtype, ctx.qtype.qmin, ctx.qtype.qmax
         v = x / scale
         q = torch.round(v)
         inside = (q >= qmin - zero_point) & (q <= qmax - zero_point)
         grad_x = grad * inside
         grad_scale = None
         if ctx.needs_input_grad[1]:
+            if qtype.floating is not None:
+                q = _nearest_float(v.clone(), qtype)
             q.clamp_(qmin - zero_point, qmax - zero_point)
             # grad * q - grad_x * v: v counts only where it was not clipped, so this is both cases of LSQ's eq. 3
             if scale.numel() == 1:
                 grad_scale = torch.dot(grad.flatten(), q.sub_(v.mul_(inside)).flatten()).view(scale.shape)
             else:
                 grad_scale = q.mul_(grad).sub_(v.mul_(grad_x)).sum_to_size(scale.shape)
-        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None, None
+        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
@@ -88,10 +126,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) ->
     Args:
         x: any shape.
         scale: positive, broadcastable to ``x``; receives the LSQ gradient.
-        zero_point: integer-valued float tensor broadcastable to ``x``; never trained.
-        qtype: the integer type.
+        zero_point: integer-valued float tensor broadcastable to ``x``; never trained; zero for a float type.
+        qtype: the number type.
     """
-    out: Tensor = _FakeQuantize.apply(x, scale, zero_point, qtype.qmin, qtype.qmax)
+    out: Tensor = _FakeQuantize.apply(x, scale, zero_point, qtype)
     return out
 
 

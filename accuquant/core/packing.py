@@ -21,7 +21,7 @@ def packed_columns(columns: int, qtype: QType) -> int:
 
 
 def pack(q: Tensor, qtype: QType) -> Tensor:
-    """(R, K) integers in [qmin, qmax] -> (R, packed_columns) uint8; eight-bit types stay (R, K) int8.
+    """(R, K) numbers in [qmin, qmax] -> (R, packed_columns) uint8; eight-bit types are (R, K) of their own type.
 
     Raises:
         ValueError: a value lies outside the type's range.
@@ -30,7 +30,7 @@ def pack(q: Tensor, qtype: QType) -> Tensor:
         found = f"{float(q.min()):g}..{float(q.max()):g}"
         raise ValueError(f"values {found} do not fit {qtype.name} ({qtype.qmin}..{qtype.qmax})")
     if qtype.bits == 8:
-        return q.to(torch.int8)
+        return q.to(qtype.storage)
     rows, columns = q.shape
     u = torch.zeros(rows, -(-columns // 8) * 8, dtype=torch.int64, device=q.device)
     u[:, :columns] = q.to(torch.int64) - qtype.qmin
@@ -42,7 +42,7 @@ def pack(q: Tensor, qtype: QType) -> Tensor:
 
 
 def unpack(packed: Tensor, columns: int, qtype: QType) -> Tensor:
-    """Inverse of `pack`: (R, packed_columns) -> (R, columns) int8.
+    """Inverse of `pack`: (R, packed_columns) -> (R, columns) int8, or small floats.
 
     Raises:
         ValueError: the number of bytes per row does not belong to ``columns``.

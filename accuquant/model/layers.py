@@ -94,11 +94,11 @@ class TrainableLayer(Layer):
         its mean step size, the logarithm of a scale in the steps that the end of its range moves by.
         """
         if kind == "weight":
-            return float(self.log_weight_scale.detach().exp().mean())
+            return float(self.log_weight_scale.detach().exp().mean()) * self.spec.weight_type.step
         if kind == "weight_scale":
-            return 1 / self.spec.weight_type.qmax
+            return self.spec.weight_type.step / self.spec.weight_type.qmax
         if kind == "activation_scale" and self.spec.activation_type:
-            return 1 / self.spec.activation_type.qmax
+            return self.spec.activation_type.step / self.spec.activation_type.qmax
         return 1.0
 
     def forward(self, x: Tensor) -> Tensor:

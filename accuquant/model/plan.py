@@ -117,7 +117,9 @@ def _spec(rule: Rule) -> LayerSpec:
         group_size=rule.group_size,
         symmetric=rule.symmetric,
         activation_scale=rule.activation_scale,
-        activation_symmetric=rule.activation_symmetric or rule.activation_scale == "dynamic",
+        activation_symmetric=rule.activation_symmetric
+        or rule.activation_scale == "dynamic"
+        or rule.activation == "fp8",
     )
 
 

@@ -1,9 +1,10 @@
 """The quantized layer that is exported and loaded: packed integers and scales, and the ways it can compute.
 
-`onednn` is the integer product on weights laid out for it, `int_mm` the one of plain torch, `float` a float product on
-dequantized weights. `QuantizedLayer.prepare` takes the fastest on this machine. A CUDA device has `triton`, products of
-integers or floats with weights that stay packed, and `cublas`, that library's integer product between Triton's
-quantization and rescaling; what no kernel takes is computed by `float` there, never on the CPU.
+`onednn` is the integer product on weights laid out for it, `int_mm` the one of plain torch, `scaled_mm` torch's product
+of fp8, `float` a float product on dequantized weights. `QuantizedLayer.prepare` takes the fastest on this machine.
+A CUDA device has `triton`, products of integers or floats with weights that stay packed, and `cublas`, that library's
+integer product between Triton's quantization and rescaling; what no kernel takes is computed by `float` there, never on
+the CPU.
 
 All give the same up to float32 rounding, except `float` with inputs in half precision, on a CUDA device or of few rows:
 it computes in the input's type, as the layer did that was replaced.
@@ -25,7 +26,7 @@ from accuquant.model.clock import StepClock
 from accuquant.model.spec import Conv, Layer, LayerSpec, at_least_float32, share_grids
 
 Arithmetic = Literal["integer", "reference"]
-Path = Literal["onednn", "int_mm", "triton", "cublas", "float"]
+Path = Literal["onednn", "int_mm", "scaled_mm", "triton", "cublas", "float"]
 
 GRID = ("activation_scale", "activation_zero_point")
 PROBE_ROWS = 128
@@ -51,7 +52,7 @@ class QuantizedLayer(Layer):
         self, spec: LayerSpec, columns: int, rows: int, conv: Conv | None, clock: StepClock, name: str, bias: bool
     ) -> None:
         super().__init__(spec, columns, rows, conv, clock, name)
-        storage = torch.int8 if spec.weight_type.bits == 8 else torch.uint8
+        storage = spec.weight_type.storage
         num_scales = clock.num_groups if spec.static else 1
         asymmetric = spec.static and not spec.activation_symmetric
         self.weight = _fixed(rows, packed_columns(columns, spec.weight_type), dtype=storage)
@@ -89,6 +90,8 @@ class QuantizedLayer(Layer):
         if self.path in cuda.TRITON:
             wide = torch.float64 if self.activation_scale is not None else torch.float32
             return "float" if tokens.dtype.itemsize >= wide.itemsize else self.path
+        if self.path == "scaled_mm":  # a CUDA device gives bfloat16, which is too little for wider inputs
+            return "float" if tokens.is_cuda and tokens.dtype.itemsize > 2 else self.path
         few = self.path == "int_mm" and tokens.is_cuda and tokens.numel() <= kernels.SMALL_ROWS * self.in_features
         return "float" if few else self.path
 
@@ -133,6 +136,8 @@ class QuantizedLayer(Layer):
             self._lay_out("int_mm")
             self.weight = nn.Parameter(self.weight.to(tokens.device), requires_grad=False)
         q, scale, zero = self._operand(tokens)
+        if self.path == "scaled_mm":
+            return kernels.scaled_product(q, scale, self.weight, self.weight_scale, self.bias)
         if self.path == "onednn":
             out = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
             return kernels.packed_linear(q, scale, zero, self.weight, self.weight_scale.view(-1), self.bias, out)
@@ -163,7 +168,7 @@ class QuantizedLayer(Layer):
             return q, scale, zero
         q = quantize(tokens, scale, 0 if zero is None else zero, qtype)
         if self.path != "onednn":
-            return q.to(torch.int8), scale, zero
+            return q.to(qtype.floating or torch.int8), scale, zero
         shift = torch.full((1,), 128, dtype=torch.int32)
         return kernels.unsigned(q), scale.float(), shift if zero is None else shift + zero
 
@@ -195,6 +200,11 @@ class QuantizedLayer(Layer):
     def paths(self) -> list[Path]:
         """Those that can compute this layer where its weight is, the likely fastest first."""
         plain = self.spec.symmetric and self.groups == 1 and self.spec.weight_type.bits == 8
+        if self.spec.weight_type.floating is not None:
+            shaped = self.activation_scale is not None and self.in_features % 16 == self.out_features % 16 == 0
+            return (
+                ["scaled_mm", "float"] if plain and shaped and kernels.scaled_works(self.weight.device) else ["float"]
+            )
         if self.weight.is_cuda:
             return self._cuda_paths(plain)
         if self.activation_scale is None:
@@ -214,7 +224,7 @@ class QuantizedLayer(Layer):
         return [*found, "float"] if not integers or "cublas" in found else [*found, "int_mm", "float"]
 
     def _unmeasured(self) -> Path:
-        return "float" if self.activation_scale is None else "int_mm"
+        return "float" if self.activation_scale is None or self.spec.weight_type.floating else "int_mm"
 
     @property
     def repacks(self) -> bool:
@@ -278,7 +288,12 @@ class QuantizedLayer(Layer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
         self.weight, self.weight_sums, self.path = self._stored(), None, self._unmeasured()
+        floating = self.spec.weight_type.floating
+        if floating is not None:  # the model's type is not theirs
+            self.weight = nn.Parameter(self.weight.view(torch.int8), requires_grad=False)
         super()._apply(fn, recurse)
+        if floating is not None:
+            self.weight = nn.Parameter(self.weight.view(floating), requires_grad=False)
         if self.prepared:
             self.prepare()
         return self

@@ -32,6 +32,7 @@ class LayerSpec:
         for name in (self.weight, *([] if self.activation == "float" else [self.activation])):
             if name not in QTYPES:
                 raise ValueError(f"unknown type {name!r}; known types: {', '.join(QTYPES)}")
+        check_floats(self.weight, self.activation, self.symmetric, self.activation_symmetric)
         if self.activation_scale not in ("static", "dynamic"):
             raise ValueError(f"activation_scale must be 'static' or 'dynamic', found {self.activation_scale!r}")
         if self.group_size is not None and self.group_size < 1:
@@ -66,6 +67,21 @@ class LayerSpec:
                 f"group_size {self.group_size} does not divide the {columns} inputs of {name}; would fit: {fits}"
             )
         return columns // self.group_size
+
+
+def check_floats(weight: str, activation: str, symmetric: bool, activation_symmetric: bool) -> None:
+    """Small floats are multiplied with each other only, and have no zero point.
+
+    Raises:
+        ValueError: other types, or a zero point, where one of the types is fp8.
+    """
+    floats = [name for name in (weight, activation) if name in QTYPES and QTYPES[name].floating]
+    if not floats:
+        return
+    if activation not in (weight, "float") or weight not in floats:
+        raise ValueError(f"{floats[0]} is multiplied with {floats[0]} or with float (found {weight} x {activation})")
+    if not symmetric or (activation in floats and not activation_symmetric):
+        raise ValueError(f"{floats[0]} has no zero point: it needs symmetric and activation_symmetric: true")
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,13 @@ class Recipe(Section):
         tuned = [rule for rule in quantized if rule.tune]
         if self.objective.iterations and not tuned:
             raise ValueError("objective.iterations: no rule leaves anything to tune (tune: false); set it to 0")
+        if "rounding" in (*self.objective.learn, *(self.objective.cached_learn or ())):
+            for i, rule in enumerate(self.quantization.rules):
+                if rule.weight == "fp8" and rule.tune:
+                    raise ValueError(
+                        "objective.learn: 'rounding' (AdaRound) needs evenly spaced integers, and "
+                        f"quantization.rules.{i} has weight: fp8; write learn: [weight, weight_scale, activation_scale]"
+                    )
         none = all(rule.activation == "float" for rule in tuned)
         if self.objective.iterations and none and "activation_scale" in self.objective.learn:
             raise ValueError(
