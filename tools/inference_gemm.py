@@ -21,9 +21,9 @@ from accuquant.model.spec import LayerSpec
 
 Shape = tuple[int, ...]  # M, K, N
 LEAST_SECONDS = 0.02
-ONEDNN, INT_MM, BFLOAT16 = "onednn", "int_mm", "bfloat16 linear"
-BARE = (ONEDNN, INT_MM, BFLOAT16)
-OURS = ("ours static eager", "ours static compiled", "ours dynamic eager", "ours dynamic compiled")
+ONEDNN, INT_MM, SCALED_MM, BFLOAT16 = "onednn", "int_mm", "scaled_mm", "bfloat16 linear"
+BARE = (ONEDNN, INT_MM, SCALED_MM, BFLOAT16)
+OURS = tuple(f"ours {kind} {mode}" for kind in ("static", "dynamic", "fp8") for mode in ("eager", "compiled"))
 
 
 class Gemms:
@@ -32,7 +32,9 @@ class Gemms:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         packed = device.type == "cpu" and kernels.packed_works()
-        self.names = [name for name in (*BARE, *OURS) if packed or name != ONEDNN]
+        fp8 = device.type != "cpu" and kernels.scaled_works(device)
+        left_out = {*([] if packed else [ONEDNN]), *([] if fp8 else [SCALED_MM, *(n for n in OURS if "fp8" in n)])}
+        self.names = [name for name in (*BARE, *OURS) if name not in left_out]
         self.made: dict[tuple[Shape, str], tuple[Callable[[], Tensor], str]] = {}
         self.calls: dict[tuple[Shape, str], int] = {}
 
@@ -74,17 +76,20 @@ class Gemms:
             return lambda: torch._int_mm(q, w.t()), ""
         if name == ONEDNN:
             return _onednn(q, w), ""
-        layer = self._layer(module, x, dynamic="dynamic" in name)
+        if name == SCALED_MM:
+            a, b = (t.to(torch.bfloat16).to(torch.float8_e4m3fn) for t in (q, w))
+            scales = torch.ones(m, 1, device=self.device), torch.ones(n, 1, device=self.device)
+            return lambda: kernels.scaled_product(a, scales[0], b, scales[1], None), ""
+        layer = self._layer(module, x, "fp8" if "fp8" in name else "int8", dynamic="static" not in name)
         run: Callable[[Tensor], Tensor] = layer
         if name.endswith("compiled"):
             run = torch.compile(layer, fullgraph=True, dynamic=False)
             run(x)
         return lambda: run(x), layer.path
 
-    def _layer(self, module: nn.Linear, x: Tensor, dynamic: bool) -> Any:
-        spec = LayerSpec("int8", "int8")
-        if dynamic:
-            spec = LayerSpec("int8", "int8", activation_scale="dynamic", activation_symmetric=True)
+    def _layer(self, module: nn.Linear, x: Tensor, qtype: str, dynamic: bool) -> Any:
+        kind = "dynamic" if dynamic else "static"
+        spec = LayerSpec(qtype, qtype, activation_scale=kind, activation_symmetric=dynamic)
         trainable = TrainableLayer(module, spec, StepClock([]), "layer", search=False)
         if not dynamic:
             trainable.set_activation_scale([x.float().cpu().flatten()], search=False)

@@ -10,13 +10,13 @@ from typing import Any
 
 import diffusers
 import torch
-from inference_gemm import BARE, BFLOAT16, INT_MM, ONEDNN, OURS
+from inference_gemm import BARE, BFLOAT16, INT_MM, ONEDNN, OURS, SCALED_MM
 from matplotlib.figure import Figure
 
 import accuquant
 
 BASE = "bfloat16 compiled"
-BARE_OF_PATH = {"onednn": ONEDNN, "int_mm": INT_MM}
+BARE_OF_PATH = {"onednn": ONEDNN, "int_mm": INT_MM, "scaled_mm": SCALED_MM}
 
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def gemm_table(results: dict[str, Any]) -> str:
         text += f"| {shape} | {times} | {row['name']} | {1e3 * seconds:.3f} | {rate:.2f} | {path} | {extra} |\n"
     limit, found = bound(results), medians(results)
     if limit is not None:
-        text += f"\nAll int8 products of a step at the rate of the best bare one: {1e3 * limit:.1f} ms"
+        text += f"\nAll eight-bit products of a step at the rate of the best bare one: {1e3 * limit:.1f} ms"
         named = [(n, s) for n, s in found.items() if n.startswith("ours")]
         text += "".join(f"; {100 * limit / s:.0f} % of {n}'s step" for n, s in named) + ".\n"
     return text
@@ -210,7 +210,7 @@ def mean_overhead(results: dict[str, Any], name: str) -> float | None:
 
 
 def bound(results: dict[str, Any]) -> float | None:
-    """Seconds of all int8 products of one step, if each ran as fast as the fastest bare integer product."""
+    """Seconds of all eight-bit products of one step, if each ran as fast as the fastest bare one."""
     total = 0.0
     for shape in {tuple(r["shape"]) for r in results["gemm"]}:
         rows = [
