@@ -62,6 +62,8 @@ def test_odd_shapes(
     if small_cache:
         monkeypatch.setattr(kernels, "CACHE_BYTES", 0)
         monkeypatch.setattr(kernels, "BLOCK_ROWS", 64)
+        monkeypatch.setattr(kernels, "TOKEN_BLOCK", 64)
+        monkeypatch.setattr(kernels, "TOKEN_BYTES", 0)
     rows, columns, outputs = shape
     torch.manual_seed(0)
     module = nn.Linear(columns, outputs)

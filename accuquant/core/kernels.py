@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 BLOCK_ROWS = 512
-TOKEN_BLOCK = 128  # rows of which the float result stays in the cache until it is scaled
+TOKEN_BLOCK = 256  # rows at least of which the float result stays in the cache until it is scaled,
+TOKEN_BYTES = 1 << 19  # and more of narrow ones
 SMALL_ROWS = 16  # cuBLAS' integer product wants more
 FEW_ROWS = 64  # of floats: more make up for weights that are written out as floats
 FEW_ROWS_HALF = 8
@@ -208,7 +209,9 @@ def _packed_linear(
 
     if not u.shape[0]:
         return w_scale.new_empty(0, w_scale.shape[0], dtype=dtype)
-    rows = TOKEN_BLOCK if per_token else row_blocks(u, w_scale.shape[0])
+    rows = row_blocks(u, w_scale.shape[0])
+    if per_token:
+        rows = max(TOKEN_BLOCK, TOKEN_BYTES // (4 * w_scale.shape[0]))
     if rows >= u.shape[0]:
         return compute(u, scale).to(dtype)
     out = w_scale.new_empty(u.shape[0], w_scale.shape[0], dtype=dtype)
