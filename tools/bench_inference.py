@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -35,7 +36,7 @@ from accuquant.model.families import pick_device
 WORKER = Path(__file__).parent / "inference_worker.py"
 INTERVALS = {14: 4, 8: 7}  # NFC of 50 steps -> interval, with two leading full steps
 CACHED = ("bfloat16", "ours static", "ours dynamic")  # hosts whose trajectories are measured
-OVERHEAD = 0.6e9  # bytes of a process, with what a step needs
+OVERHEAD = 1.2e9  # bytes of a process, with what a step needs and a compiler leaves behind
 BASE = "bfloat16"
 
 
@@ -63,7 +64,9 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            return {"failed": f"its process ended with {self.process.wait()}, see {self.log.name}"}
+            code = self.process.wait()
+            why = " (killed: lower --memory, or free some)" if code == -signal.SIGKILL else ""
+            return {"failed": f"its process ended with {code}{why}, see {self.log.name}"}
         answer: dict[str, Any] = json.loads(line)
         return answer
 

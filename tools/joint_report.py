@@ -63,7 +63,8 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             e_q = _spread([100 * e for e in alone.values()], 2)
             print(f"\n### {types}: E_qc in % / image PSNR in dB / Fréchet distance x 1000; E_q {e_q} %\n")
             print(f"| method | {' | '.join(f'NFC {c}' for c in columns)} |\n|---|{'---|' * len(columns)}")
-            for method in dict.fromkeys(row["method"] for row in mine if row["nfc"]):
+            methods = dict.fromkeys(row["method"] for row in mine if row["nfc"])
+            for method in sorted(methods) if part == "run" else methods:
                 cells = []
                 for nfc in columns:
                     found = [row for row in mine if row["method"] == method and row["nfc"] == nfc]
