@@ -237,7 +237,11 @@ def main(
     setup = {"model": model, "layers": layers, "float_modulation": float_modulation}
     setup |= {"device": str(picked), "threads": threads, "folder": str(work)}
     bench = Bench(setup, out, chosen(only, compiles, picked.type), repeats)
-    bench.results |= machine(picked, threads) | setup | {"repeats": repeats, "turns": turns or repeats}
+    bench.results |= (
+        machine(picked, threads)
+        | {k: v for k, v in setup.items() if k != "folder"}
+        | {"repeats": repeats, "turns": turns or repeats}
+    )
     try:
         steps = 0 if model == FLUX else steps
         bench.prepare(steps)
