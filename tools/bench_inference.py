@@ -234,14 +234,10 @@ def main(
         print(f"{FLUX}-sized block stack: not measured, there is no CUDA device")
     (out / "logs").mkdir(parents=True, exist_ok=True)
     work = out.absolute() / "work"
-    setup = {"model": model, "layers": layers, "float_modulation": float_modulation}
-    setup |= {"device": str(picked), "threads": threads, "folder": str(work)}
+    about = {"model": model, "layers": layers, "float_modulation": float_modulation}
+    setup = about | {"device": str(picked), "threads": threads, "folder": str(work)}
     bench = Bench(setup, out, chosen(only, compiles, picked.type), repeats)
-    bench.results |= (
-        machine(picked, threads)
-        | {k: v for k, v in setup.items() if k != "folder"}
-        | {"repeats": repeats, "turns": turns or repeats}
-    )
+    bench.results |= machine(picked, threads) | about | {"repeats": repeats, "turns": turns or repeats}
     try:
         steps = 0 if model == FLUX else steps
         bench.prepare(steps)

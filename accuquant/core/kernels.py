@@ -209,9 +209,8 @@ def _packed_linear(
 
     if not u.shape[0]:
         return w_scale.new_empty(0, w_scale.shape[0], dtype=dtype)
-    rows = row_blocks(u, w_scale.shape[0])
-    if per_token:
-        rows = max(TOKEN_BLOCK, TOKEN_BYTES // (4 * w_scale.shape[0]))
+    outputs = w_scale.shape[0]
+    rows = max(TOKEN_BLOCK, TOKEN_BYTES // (4 * outputs)) if per_token else row_blocks(u, outputs)
     if rows >= u.shape[0]:
         return compute(u, scale).to(dtype)
     out = w_scale.new_empty(u.shape[0], w_scale.shape[0], dtype=dtype)

@@ -20,12 +20,12 @@ class LastInput:
     def find(self, x: Tensor, how: tuple[Any, ...]) -> Any:
         """What ``x`` became in this way, or None; ``how`` is compared by identity."""
         kept = self._kept  # one read: another thread may write
-        if kept is None or kept[0]() is not x or kept[1] != _version(x, how):
+        if kept is None or kept[0]() is not x or kept[1] != _versions(x, *how):
             return None
         return kept[3] if all(a is b for a, b in zip(kept[2], how, strict=True)) else None
 
     def keep(self, x: Tensor, how: tuple[Any, ...], found: Any) -> None:
-        self._kept = (weakref.ref(x), _version(x, how), how, found)
+        self._kept = (weakref.ref(x), _versions(x, *how), how, found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LastInput:
         return LastInput()
@@ -34,10 +34,9 @@ class LastInput:
         return {"_kept": None}
 
 
-def _version(*tensors: Any) -> tuple[int, ...]:
+def _versions(*found: Any) -> tuple[int, ...]:
     """Of each tensor among them, how often it was written to."""
-    flat = [t for x in tensors for t in (x if isinstance(x, tuple) else (x,))]
-    return tuple(0 if t.is_inference() else t._version for t in flat if isinstance(t, Tensor))
+    return tuple(0 if t.is_inference() else t._version for t in found if isinstance(t, Tensor))
 
 
 class StepClock:

@@ -327,6 +327,7 @@ _fastest: dict[Any, Path] = {}
 
 
 def _seconds(layer: QuantizedLayer, tokens: Tensor) -> float:
+    tokens = tokens.clone()  # of what was just quantized the integers are kept
     start = time.perf_counter()
     layer(tokens)
     if tokens.is_cuda:

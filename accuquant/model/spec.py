@@ -32,11 +32,23 @@ class LayerSpec:
         for name in (self.weight, *([] if self.activation == "float" else [self.activation])):
             if name not in QTYPES:
                 raise ValueError(f"unknown type {name!r}; known types: {', '.join(QTYPES)}")
-        check_floats(self.weight, self.activation, self.symmetric, self.activation_symmetric)
+        self._check_floats()
         if self.activation_scale not in ("static", "dynamic"):
             raise ValueError(f"activation_scale must be 'static' or 'dynamic', found {self.activation_scale!r}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be positive, found {self.group_size}")
+
+    def _check_floats(self) -> None:
+        """Small floats are multiplied with each other only, and have no zero point."""
+        name = next((n for n in (self.weight, self.activation) if n in QTYPES and QTYPES[n].floating), None)
+        if name is None:
+            return
+        if self.weight != name or self.activation not in (name, "float"):
+            raise ValueError(
+                f"{name} is multiplied with {name} or with float (found {self.weight} x {self.activation})"
+            )
+        if not self.symmetric or (self.activation == name and not self.activation_symmetric):
+            raise ValueError(f"{name} has no zero point: it needs symmetric and activation_symmetric: true")
 
     @property
     def weight_type(self) -> QType:
@@ -67,21 +79,6 @@ class LayerSpec:
                 f"group_size {self.group_size} does not divide the {columns} inputs of {name}; would fit: {fits}"
             )
         return columns // self.group_size
-
-
-def check_floats(weight: str, activation: str, symmetric: bool, activation_symmetric: bool) -> None:
-    """Small floats are multiplied with each other only, and have no zero point.
-
-    Raises:
-        ValueError: other types, or a zero point, where one of the types is fp8.
-    """
-    floats = [name for name in (weight, activation) if name in QTYPES and QTYPES[name].floating]
-    if not floats:
-        return
-    if activation not in (weight, "float") or weight not in floats:
-        raise ValueError(f"{floats[0]} is multiplied with {floats[0]} or with float (found {weight} x {activation})")
-    if not symmetric or (activation in floats and not activation_symmetric):
-        raise ValueError(f"{floats[0]} has no zero point: it needs symmetric and activation_symmetric: true")
 
 
 @dataclass(frozen=True)

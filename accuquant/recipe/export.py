@@ -41,7 +41,7 @@ def check_torchao(rules: tuple[Rule, ...], timestep_groups: int, learns_activati
     for i, rule in enumerate(rules):
         if rule.weight == "float":
             continue
-        where, static = f"quantization.rules.{i}", rule.activation_scale == "static" and rule.activation != "float"
+        where = f"quantization.rules.{i}"
         if rule.weight != "int8":
             raise ValueError(
                 f"{where}.weight: export.format torchao holds int8 (found {rule.weight!r}); write weight: int8, {OURS}"
@@ -61,13 +61,13 @@ def check_torchao(rules: tuple[Rule, ...], timestep_groups: int, learns_activati
                 f"{where}.symmetric: the integer product of export.format torchao passes over weight zero points "
                 f"(found false); write symmetric: true, {OURS}"
             )
-        if static and timestep_groups > 1:
+        if rule.static and timestep_groups > 1:
             raise ValueError(
                 f"quantization.timestep_groups: export.format torchao has one static activation scale a module "
                 f"(found {timestep_groups}, and {where} has static scales); write timestep_groups: 1, "
                 f"or activation_scale: dynamic in that rule, {OURS}"
             )
-        if rule.activation != "float" and not static and rule.tune and learns_activation_scale:
+        if rule.activation != "float" and not rule.static and rule.tune and learns_activation_scale:
             raise ValueError(
                 f"objective.learn: 'activation_scale' (there by default) learns a clip ratio for dynamic scales, "
                 f"those of {where}, and export.format torchao has none; write learn: [weight, weight_scale], {OURS}"

@@ -52,3 +52,8 @@ class Rule(Section):
         if self.activation_scale == "dynamic" and self.activation_symmetric is False:
             raise ValueError("activation_symmetric: false needs activation_scale: static; dynamic has no zero point")
         return self
+
+    @property
+    def static(self) -> bool:
+        """Whether its activations have scales that are measured."""
+        return self.activation != "float" and self.activation_scale == "static"

@@ -156,8 +156,7 @@ class Recipe(Section):
                 raise ValueError(f"cache.{error}") from error
         if groups > steps:
             raise ValueError(f"quantization.timestep_groups is {groups} but sampling has only {steps} steps")
-        static = any(r.activation != "float" and r.activation_scale == "static" for r in self.quantization.rules)
-        if self.quantization.share_activation_scales and not static:
+        if self.quantization.share_activation_scales and not any(rule.static for rule in self.quantization.rules):
             raise ValueError("quantization.share_activation_scales: no rule has static scales of an integer activation")
         quantized = [rule for rule in self.quantization.rules if rule.weight != "float"]
         if not quantized:
