@@ -19,7 +19,7 @@ from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
 from accuquant.core.schedule import RCS
 from accuquant.data import held_out_samples, load_split
 from accuquant.model.cache_state import CacheStats, Controller, Correction
-from accuquant.model.caching import CORRECTION, cached, controller_of, in_cache, uncached
+from accuquant.model.caching import cached, controller_of, in_cache, uncached
 from accuquant.model.clock import StepClock
 from accuquant.model.digit_classifier import DigitClassifier
 from accuquant.model.plan import PlannedModule
@@ -185,7 +185,8 @@ def decompose(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Where the error of a quantized model with a cache comes from: relative L2 against full precision, same noise.
 
-    E_q: quantized only; E_c: cache only; E_qc: both; interaction = E_qc - E_q - E_c; of the final latent, and per step.
+    E_q: quantized only; E_c: cache only, without corrections and shares, which were found for the quantized model; E_qc:
+    both; interaction = E_qc - E_q - E_c, in which is what those take back; of the final latent, and per step.
 
     Args:
         both: (T + 1, B, C, H, W), latents of the quantized model with its cache.
@@ -197,8 +198,7 @@ def decompose(
     assert controller is not None
     with uncached(quantized.denoiser):
         alone = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized without the cache")
-    correction = getattr(quantized.denoiser, CORRECTION, None)
-    with cached(full.denoiser, controller.config, correction):
+    with cached(full.denoiser, controller.config.unfitted):
         only = sample(full, held_out.conditions, recipe, reporter, "held-out, full precision with the cache")
     sides = (("E_q", alone), ("E_c", only), ("E_qc", both))
     curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}

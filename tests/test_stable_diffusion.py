@@ -64,3 +64,7 @@ def test_convolutions_and_cachequants_feature_are_exported(tmp_path: Path) -> No
     # of the bit-operations, all before the last up-block but the first down-block are saved at half of the steps
     assert metrics["cache"]["bit_operations_ratio"] < 0.9 * metrics["bit_operations"]["ratio"]
     assert metrics["E_qc"] < 1
+    # of channels, and so for other resolutions too
+    channels = pipeline.unet.up_blocks[0].resnets[-1].out_channels
+    assert controller.config.correction_channels == {"up_blocks.1": channels}
+    pipeline("a cat", height=48, width=64, num_inference_steps=6, output_type="latent")

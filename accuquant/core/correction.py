@@ -14,11 +14,11 @@ RIDGE = 1.0  # weight of the slope 1 against the fitted one
 
 
 def fit_affine(forecast: Tensor, target: Tensor, ridge: float = RIDGE) -> Tensor:
-    """(..., C) twice -> (2, C) float32: slope and intercept of each channel.
+    """(..., C), or images (B, C, H, W), twice -> (2, C) float32: slope and intercept of each channel.
 
     A channel that is constant in the forecast keeps the slope 1.
     """
-    h, y = forecast.double().flatten(0, -2), target.double().flatten(0, -2)
+    h, y = (_channels_last(x).double().flatten(0, -2) for x in (forecast, target))
     mean_h, mean_y = h.mean(0), y.mean(0)
     variance = (h - mean_h).square().mean(0)
     covariance = ((h - mean_h) * (y - mean_y)).mean(0)
@@ -28,6 +28,12 @@ def fit_affine(forecast: Tensor, target: Tensor, ridge: float = RIDGE) -> Tensor
 
 
 def apply_affine(correction: Tensor, forecast: Tensor) -> Tensor:
-    """(2, C) and (..., C) -> (..., C), in the forecast's type."""
-    corrected: Tensor = correction[0].to(forecast.dtype) * forecast + correction[1].to(forecast.dtype)
-    return corrected
+    """(2, C) and (..., C), or images (B, C, H, W) -> the same shape, in the forecast's type."""
+    slope, intercept = correction.to(forecast.dtype)
+    corrected: Tensor = slope * _channels_last(forecast) + intercept
+    return corrected.movedim(-1, 1) if forecast.dim() > 3 else corrected
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A U-Net's blocks give images, a transformer's modules tokens."""
+    return x.movedim(1, -1) if x.dim() > 3 else x

@@ -98,6 +98,12 @@ class Cache(Section):
         return self.model_copy(update={"corrected": False, "corrected_quantization": False})
 
     @property
+    def unfitted(self) -> Cache:
+        """The same steps and forecast without what was fitted to, learned or measured of a quantized model."""
+        gone = dict.fromkeys(("learned_timesteps", "learned_modules", "noise")) | {"noise_aware": False}
+        return self.uncorrected.model_copy(update=gone)
+
+    @property
     def searches(self) -> bool:
         """Whether a search has to be made before this can run."""
         wanted = self.schedule == "dps" or self.target_nfc is not None or self.target_seconds is not None
