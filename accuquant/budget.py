@@ -90,8 +90,7 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     one = rollout.conditions(split.calibration[:1], [0])
     planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, one.noise, one), 1)
     macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
-    settings = base_settings(recipe) | {"estimation": "reuse", "schedule": (0,)}
-    with cached(rollout.denoiser, Cache(**settings)) as controller:
+    with cached(rollout.denoiser, Cache(**base_settings(recipe), estimation="reuse", interval=1)) as controller:
         skipped = (*controller.modules, *controller.bypassed)
     for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
         chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
@@ -100,30 +99,23 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
         kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in deciding)  # the rest is outdone
         modules = [replace(p, macs=macs[p.name]) for p in plan_modules(rollout.denoiser, kept)]
         operations = {p.name: p.bit_operations / float32 for p in modules}
-        quantization = recipe.quantization.model_copy(update={"rules": kept})
-        with_types = plain.model_copy(update={"quantization": quantization})
+        quantization, objective = recipe.quantization.model_copy(update={"rules": kept}), recipe.objective
+        if not any(rule.tune and rule.activation != "float" for rule in kept):  # no such scale is there to be learned
+            learn = tuple(kind for kind in objective.learn if kind != "activation_scale")
+            objective = objective.model_copy(update={"learn": learn or objective.learn})
+        with_types = plain.model_copy(update={"quantization": quantization, "objective": objective})
         name = " + ".join(_words(rule) for rule in chosen or kept[:1])
         found.append(Combination(name, picks, with_types, operations, skipped))
     return found
 
 
 def ordered(recipe: Recipe, combinations: list[Combination], work: Path, reporter: Reporter) -> list[Combination]:
-    """Those that the budget leaves enough full steps for, the most promising first.
-
-    Raises:
-        RecipeError: there is none.
-    """
+    """Those that the budget leaves enough full steps for, the most promising first."""
     section = recipe.tune
     assert section is not None
-    affordable = [c for c in combinations if c.full_steps(section) >= LEAST_NFC]
-    if not affordable:
-        least = min(combinations, key=lambda c: c.bit_operations(LEAST_NFC))
-        raise RecipeError(
-            f"tune.bit_operations: {section.bit_operations} pays for fewer than {LEAST_NFC} full steps; the cheapest "
-            f"types ({least.name}) take {least.bit_operations(LEAST_NFC):.4f} with that many"
-        )
-    if len(affordable) == 1:
-        return affordable
+    found = affordable(section, combinations)
+    if len(found) == 1:
+        return found
     kept = work / "tables.json"
     if not kept.is_file():
         kept.write_text(json.dumps(error_tables(section, combinations, work, reporter)), encoding="utf-8")
@@ -136,7 +128,25 @@ def ordered(recipe: Recipe, combinations: list[Combination], work: Path, reporte
         own = [tables["types"][i][k] for i, k in enumerate(combination.picks)]
         return math.hypot(error * known / nfc, *own)
 
-    return sorted(affordable, key=predicted)
+    return sorted(found, key=predicted)
+
+
+def affordable(section: Tune, combinations: list[Combination]) -> list[Combination]:
+    """Those that the budget, but for seconds, leaves enough full steps for.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    found = [c for c in combinations if c.full_steps(section) >= LEAST_NFC]
+    if found:
+        return found
+    least = min(combinations, key=lambda c: c.bit_operations(LEAST_NFC))
+    if (steps := least.recipe.sampling.num_inference_steps) < LEAST_NFC:
+        raise RecipeError(f"sampling.num_inference_steps: {steps} are fewer than the {LEAST_NFC} full steps of a cache")
+    raise RecipeError(
+        f"tune.bit_operations: {section.bit_operations} pays for fewer than {LEAST_NFC} full steps; the cheapest "
+        f"types ({least.name}) take {least.bit_operations(LEAST_NFC):.4f} with that many"
+    )
 
 
 def error_tables(section: Tune, combinations: list[Combination], work: Path, reporter: Reporter) -> dict[str, Any]:
@@ -150,7 +160,7 @@ def error_tables(section: Tune, combinations: list[Combination], work: Path, rep
                 layer.quantized = matches(each.choose[0], name)
             types[i][picks[i]] = validation_error(session)
     steps, cache, settings = session.rollout.num_steps, list[tuple[int, float]](), base_settings(combinations[0].recipe)
-    for nfc in [n for n in TABLE_NFC if n < steps]:
+    for nfc in [n for n in TABLE_NFC if n < steps] or [steps]:
         full_steps = filled_interval_steps(steps, nfc, 2)
         config = Cache(**(settings | {"warmup": 2}), estimation="taylor", order=1, schedule=full_steps)
         with session.full_precision(), cached(session.rollout.denoiser, config) as controller:
@@ -165,10 +175,17 @@ def open_session(combination: Combination, work: Path, reporter: Reporter) -> Se
     return prepare(recipe, *open_model(recipe), reporter, work / "reference.safetensors")
 
 
-def step_times(session: Session, combination: Combination, kept: Path) -> tuple[float, float]:
-    """Median seconds of a full and of a skipped step of eight samples, of the layers as they will be exported."""
+def step_times(session: Session, combination: Combination, section: Tune, kept: Path) -> tuple[float, float]:
+    """Median seconds of a full and of a skipped step of eight samples, of the layers as they will be exported.
+
+    With the dearest of the forecasts that may be chosen: what is chosen then takes no longer.
+    """
     if not kept.is_file():
-        config = Cache(**base_settings(combination.recipe), estimation="taylor", order=1, interval=2)
+        settings = base_settings(combination.recipe)
+        kinds = ("taylor", "reuse") if settings.get("feature") == "blocks" else ("rfe", "taylor", "reuse")
+        dearest: Any = next((kind for kind in kinds if kind in section.estimations), "reuse")
+        order = 0 if dearest == "reuse" else min(max(section.orders), (session.rollout.num_steps - 1) // 2)
+        config = Cache(**settings, estimation=dearest, order=order, interval=2)
         eight = session.reference.conditions.batches(TIMED_SAMPLES)[0]
         with session.hardened(), cached(session.rollout.denoiser, config) as controller:
             session.rollout.trajectory(eight)
@@ -185,8 +202,16 @@ def matches(rule: Rule, name: str) -> bool:
 
 
 def _words(rule: Rule) -> str:
+    """Different for different rules: what was tried is found again by it."""
     group = f" in groups of {rule.group_size}" if rule.group_size else ""
-    return f"{rule.weight}/{rule.activation}{group}{' dynamic' if rule.activation_scale == 'dynamic' else ''}"
+    others = {
+        "asymmetric": not rule.symmetric,
+        "dynamic": rule.activation_scale == "dynamic",
+        "not tuned": not rule.tune,
+    }
+    if rule.static and rule.activation_symmetric is not None:
+        others["symmetric activations" if rule.activation_symmetric else "asymmetric activations"] = True
+    return f"{rule.weight}/{rule.activation}{group}" + "".join(f" {word}" for word, true in others.items() if true)
 
 
 def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[str, float]]:
@@ -197,6 +222,7 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     section, objective = recipe.tune, recipe.objective
     assert section is not None
     combinations = type_combinations(recipe)
+    affordable(section, combinations)
     rows = [(c.name, n := c.full_steps(section), c.bit_operations(n)) for c in combinations]
     rollout, _, split = open_model(recipe)
     samples = draw(split.calibration, recipe.data.validation_samples, 0)

@@ -25,6 +25,7 @@ from accuquant.model.cache_state import CacheError, Correction
 from accuquant.model.caching import cached, cached_features
 from accuquant.noise import measure_noise
 from accuquant.recipe import Cache, Tune
+from accuquant.search import TAU_TOLERANCE
 from accuquant.session import Session
 
 ALONE, NAIVE = "alone", "naive stacking"
@@ -85,22 +86,27 @@ class Place:
 
     def try_forecasts(self, nfc: int) -> None:
         """Every forecast under every schedule, with lists of full steps as they are found without refining."""
-        lists = dict[str, Cache]()  # one list serves all orders of an estimation
         total = len(self.forecasts(nfc)) * len(self.section.schedules)
         with self.reporter.bar(f"forecasts and schedules, NFC {nfc}", total) as advance:
             for forecast in self.forecasts(nfc):
                 for schedule in self.section.schedules:
 
                     def make(forecast: Forecast = forecast, schedule: str = schedule) -> Cache:
-                        if schedule != "best":
-                            return self.searched(self.cache(forecast, schedule, nfc))
-                        if forecast[0] not in lists:
-                            lists[forecast[0]] = self.searched(self.cache(forecast, schedule, nfc, trials=0))
-                        found = {"full_timesteps": lists[forecast[0]].full_timesteps}
-                        return self.searched(self.cache(forecast, schedule, nfc).model_copy(update=found))
+                        config = self.cache(forecast, schedule, nfc)
+                        if schedule == "best":
+                            found = self.full_timesteps(forecast, nfc)
+                            config = config.model_copy(update={"full_timesteps": found})
+                        return self.searched(config)
 
                     row = self.confirm(forecast, schedule, "none", nfc, make)
                     advance(f"{row['cache']}: {row['E_qc']:.4f}" if row else "")
+
+    def full_timesteps(self, forecast: Forecast, nfc: int) -> tuple[float, ...] | None:
+        """A list without refining, which serves all orders of an estimation."""
+        rows = [r for r in self.own_rows(nfc) if r["schedule"] == "best" and r["calibrated"] == self.calibrated]
+        known = next((row for row in rows if row["forecast"][0] == forecast[0]), None)
+        config = as_cache(known) if known else self.searched(self.cache(forecast, "best", nfc, trials=0))
+        return config.full_timesteps
 
     def refine(self, forecast: Forecast, nfc: int) -> None:
         """Full steps that are searched for this very forecast."""
@@ -207,9 +213,11 @@ class Place:
     def forecasts(self, nfc: int) -> list[Forecast]:
         """Those that the section allows and ``nfc`` full steps are enough for."""
         found: list[Forecast] = [("reuse", 0, False)] if "reuse" in self.section.estimations else []
+        blocks = base_settings(self.combination.recipe).get("feature") == "blocks"  # noise is measured of modules
+        knowing = [aware for aware in self.section.noise_aware if not (aware and blocks)]
         for estimation in ("taylor", "rfe"):
             for order in self.section.orders if estimation in self.section.estimations else ():
-                found += [(estimation, order, aware) for aware in self.section.noise_aware if order < nfc]
+                found += [(estimation, order, aware) for aware in knowing if order < nfc]
         return found
 
     def cache(self, forecast: Forecast, schedule: str, nfc: int, **more: Any) -> Cache:
@@ -217,9 +225,10 @@ class Place:
         estimation, order, noise_aware = forecast
         settings = base_settings(self.combination.recipe)
         given: dict[str, Any] = {"estimation": estimation, "order": order, "noise_aware": noise_aware, **more}
-        if schedule == "interval":
-            warmup = settings.pop("warmup", 2)  # the list says it
-            given["schedule"] = filled_interval_steps(self.session.rollout.num_steps, nfc, warmup)
+        if schedule == "interval":  # by timestep, as lists that are searched: at any number of steps they mean the same
+            rollout = self.session.rollout
+            steps = filled_interval_steps(rollout.num_steps, nfc, settings.get("warmup", 2))
+            given["full_timesteps"] = tuple(float(rollout.timesteps[i]) for i in steps)
         else:
             given |= {"schedule": schedule, "target_nfc": nfc}
         return Cache(**(settings | given))
@@ -227,12 +236,14 @@ class Place:
     def own_rows(self, nfc: int) -> list[Row]:
         """Of this combination, this NFC, and no later calibration; what a rival does may be chosen too.
 
-        Not under a budget of seconds: a skipped step of one feature takes others than those that were measured.
+        Not under a budget of seconds: a skipped step of one feature takes others than those that were measured. RCS may
+        have more full steps than on the samples that tau was searched on, and does not count where it has.
         """
         stages = [ALONE, *(LEARNED[what] for what in self.section.learning)]
         known = stages[: stages.index(self.calibrated) + 1]
         mine = [r for r in self.tried.rows if (r["types"], r["asked_nfc"]) == (self.combination.name, nfc)]
         mine = [row for row in mine if row["rival"] in (None, NAIVE) or not self.section.seconds]
+        mine = [row for row in mine if row["nfc"] <= nfc + TAU_TOLERANCE]
         return [row for row in mine if row["calibrated"] in known]
 
     def score(self, row: Row) -> float:

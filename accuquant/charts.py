@@ -125,7 +125,7 @@ def _decomposition(axes: Axes, theme: dict[str, str], metrics: dict[str, Any]) -
     axes.plot(steps, curves["E_q"], color=theme["other"], dashes=(5, 3), label="quantized only (E_q)")
     axes.plot(steps, curves["E_c"], color=theme["ink"], dashes=(1, 2), label="cached only (E_c)")
     if "E_naive" in curves and abs(curves["E_naive"][-1] - curves["E_qc"][-1]) > 1e-3 * curves["E_qc"][-1]:
-        axes.plot(steps, curves["E_naive"], color=theme["soft"], label="calibrated without the cache, then cached")
+        axes.plot(steps, curves["E_naive"], color=theme["soft"], label="naive stacking (E_naive)")
     top = max(map(max, curves.values()))
     axes.vlines([i + 1 for i in metrics["cache"]["full_steps"]], -0.05 * top, 0, color=theme["main"], linewidth=1.5)
     axes.set(xlabel="denoising steps made; ticks below are full computations", ylabel="relative L2 error (%)")

@@ -269,6 +269,8 @@ def _print_tuning_plan(recipe: Recipe) -> None:
     budget = {key: getattr(recipe.tune, key) for key in ("nfc", "bit_operations", "seconds")}
     shown = ", ".join(f"{key} {value:g}" for key, value in budget.items() if value is not None)
     out.print(f"\n{'budget':26} {shown}")
+    if recipe.tune.seconds:
+        out.print(f"{'':26} seconds are measured when the search begins, and may pay for fewer full steps than above")
     out.print(f"{'calibrated':26} {costs['combinations']} of {len(rows)} combinations of types, the chosen one twice")
     out.print(f"{'rollouts':26} about {costs['rollouts']:.0f}")
     out.print(f"{'estimated time':26} about {_duration(costs['seconds'])}")
@@ -304,7 +306,7 @@ def _print_tried(rows: list[dict[str, Any]]) -> None:
             )
             table.add_row(mark, row["types"], row["cache"], row["calibrated"], *costs, f"{row['elapsed']:.1f} s")
     out.print(table)
-    out.print("chosen by the worse of both errors, latents (E_qc) and images, each in that of naive stacking")
+    out.print("chosen by the worse of both errors, latents (E_qc) and images, each in that of the best naive stacking")
     out.print(f"{len(rows)} candidates were tried; the report shows them all\n")
 
 

@@ -94,7 +94,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "modules": [module_row(p, errors.get(p.name), sizes.get(p.name)) for p in planned],
     }
     if controller:
-        errors_of_input = input_errors(full, held_out, controller, traces[0].full_steps)
+        # RCS has kept those that it decided by
+        errors_of_input = list(traces[0].input_errors) or input_errors(full, held_out, controller, traces[0].full_steps)
         learned = getattr(quantized.denoiser, CORRECTION, None) if controller.config.learned_timesteps else None
         metrics |= cache_metrics(controller, traces, planned, step_seconds(quantized, first), errors_of_input, learned)
     full_images, quantized_images = None, None

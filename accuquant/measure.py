@@ -185,8 +185,8 @@ def decompose(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Where the error of a quantized model with a cache comes from: relative L2 against full precision, same noise.
 
-    E_q: quantized only; E_c: cache only, without corrections and shares, which were found for the quantized model; E_qc:
-    both; interaction = E_qc - E_q - E_c, in which is what those take back; of the final latent, and per step.
+    E_q: quantized only; E_c: cache only, without corrections and shares, which are for the quantized model; E_qc: both;
+    interaction = E_qc - E_q - E_c, which holds what those take back; of the final latent, and per step.
 
     Args:
         both: (T + 1, B, C, H, W), latents of the quantized model with its cache.

@@ -69,8 +69,12 @@ def search_cache(
 def _choose_forecast(
     rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, reporter: Reporter
 ) -> Cache:
-    """The forecast whose final latent is nearest, at the same full steps; those that know the noise only if it is."""
-    tried: dict[str, tuple[float, Cache]] = {}
+    """The forecast whose final latent is nearest, at the same full steps.
+
+    One that knows the noise has to be nearer than the best of the others by two standard errors of the difference:
+    most often it is by chance (measured).
+    """
+    tried: dict[str, tuple[Tensor, Cache]] = {}
     kinds = [("reuse", 0, False)]
     for aware in (False, True) if config.noise is not None else (False,):
         kinds += [(name, order, aware) for order in range(1, config.forecast_order + 1) for name in ("taylor", "rfe")]
@@ -85,11 +89,16 @@ def _choose_forecast(
                 reporter.detail(f"{words}: {error}")
             else:
                 kept = {"corrected": config.corrected, "corrected_quantization": config.corrected_quantization}
-                apart = float(relative_l2(final, reference[-1]).mean())
-                tried[words] = apart, one.model_copy(update=kept | ({} if aware else {"noise": None}))
+                one = one.model_copy(update=kept | ({} if aware else {"noise": None}))
+                tried[words] = relative_l2(final, reference[-1]), one
             advance(words)
-    best = min(tried, key=lambda words: tried[words][0])
-    reporter.say(f"cache: {best} ({', '.join(f'{words} {error:.4f}' for words, (error, _) in tried.items())})")
+    means = {words: float(error.mean()) for words, (error, _) in tried.items()}
+    best = min((words for words, (_, one) in tried.items() if not one.noise_aware), key=means.__getitem__)
+    for words in [words for words, (_, one) in tried.items() if one.noise_aware]:
+        gain = tried[best][0] - tried[words][0]
+        if float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain)):
+            best = words
+    reporter.say(f"cache: {best} ({', '.join(f'{words} {error:.4f}' for words, error in means.items())})")
     return tried[best][1]
 
 
@@ -198,11 +207,7 @@ def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: fl
 def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Reporter) -> Cache:
     """CacheQuant's list of full steps, from cached modules' outputs along a trajectory of the model as it is."""
     distances = torch.zeros(rollout.num_steps, rollout.num_steps, dtype=torch.float64)
-    features = record_features(rollout, conditions, config)
-    chosen = [pairs for name, pairs in features.items() if re.fullmatch(config.dps_feature or ".*", name)]
-    if not chosen:
-        raise CacheError(f"dps_feature: {config.dps_feature!r} matches none of {', '.join(features)}")
-    for pairs in chosen:
+    for pairs in record_features(rollout, conditions, config, config.dps_feature or ".*").values():
         outputs = torch.stack([output.flatten() for _, output in pairs])
         distances += torch.cdist(outputs, outputs, p=1).double()
     try:
@@ -224,13 +229,21 @@ def record_grams(rollout: Rollout, conditions: Conditions, config: Cache) -> tup
 
 
 @torch.no_grad()
-def record_features(rollout: Rollout, conditions: Conditions, config: Cache) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Input and output (B, ...) of cached modules at every step of one full trajectory, of two samples."""
+def record_features(
+    rollout: Rollout, conditions: Conditions, config: Cache, pattern: str = ".*"
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Input and output (B, ...) of cached modules at every step of one full trajectory, of two samples.
+
+    Raises:
+        CacheError: ``pattern``, the config's dps_feature, matches no cached module.
+    """
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
     taken = conditions.take(torch.arange(min(2, len(conditions)), device=conditions.noise.device))
     probe = _with(config, schedule=tuple(range(rollout.num_steps)))
     with cached(rollout.denoiser, probe) as controller:
-        names, remember, every = controller.modules, controller.remember, 0
+        names, remember, every = [n for n in controller.modules if re.fullmatch(pattern, n)], controller.remember, 0
+        if not names:
+            raise CacheError(f"dps_feature: {pattern!r} matches none of {', '.join(controller.modules)}")
 
         def record(module: str, inputs: tuple[Tensor, ...], output: Any) -> None:
             nonlocal every
@@ -238,7 +251,7 @@ def record_features(rollout: Rollout, conditions: Conditions, config: Cache) -> 
             if every == 0:
                 each = 2 * rollout.num_steps * tensor.numel() * tensor.element_size()
                 every = math.ceil(len(names) / max(1, RECORDED_BYTES // each))
-            if names.index(module) % every == 0:
+            if module in names and names.index(module) % every == 0:
                 kept.setdefault(module, []).append((inputs[0].flatten(1).cpu(), tensor.flatten(1).cpu()))
             remember(module, inputs, output)
 

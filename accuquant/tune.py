@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from accuquant.budget import (
+    KEPT,
     LEAST_NFC,
     Combination,
     open_session,
@@ -30,7 +31,7 @@ from accuquant.budget import (
     type_combinations,
 )
 from accuquant.calibrate import calibrate, calibrate_alone, calibrate_cached
-from accuquant.candidates import LEARNED, NAIVE, Place, Row, Tried, as_cache, as_forecast, learned_of
+from accuquant.candidates import LEARNED, NAIVE, Place, Row, Tried, as_cache, as_forecast, learned_of, worse_error
 from accuquant.console import Reporter
 from accuquant.export import check_output
 from accuquant.optimise import Tuner
@@ -54,7 +55,9 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
         raise RecipeError("tune: the recipe has no such section; give it a budget, for example --set tune.nfc=14")
     work, partial = output.with_name(output.name + ".tuning"), output.with_name(output.name + ".partial")
     check_output(output, overwrite)
-    _begin(recipe, work, resume, overwrite)
+    _begin(recipe, work, partial, resume, overwrite)
+    if recipe.cache is not None and (given := recipe.cache.model_fields_set - {*KEPT}):
+        reporter.say(f"cache: the search has its own {', '.join(sorted(given))}; the rest holds for all candidates")
     combinations = ordered(recipe, type_combinations(recipe), work, reporter)[: section.combinations]
     tried, bests = Tried(work / "tried.jsonl"), list[Row]()
     for number, combination in enumerate(combinations):
@@ -63,29 +66,37 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
 
     if not bests:
         raise RecipeError(f"tune.seconds: {section.seconds} s pay for fewer than {LEAST_NFC} full steps of any types")
-    best = min(bests, key=lambda row: float(row["E_qc"] * row["image_error"]))
+    naive = min((row for row in tried.rows if row["rival"] == NAIVE), key=lambda row: float(row["E_qc"]))
+    best = min(bests, key=lambda row: worse_error(row, naive))
     name = f" ({best['rival']})" if best["rival"] else ""
     reporter.say(f"chosen: {best['types']}; {best['cache']}{name}; NFC {best['nfc']:g}, E_qc {best['E_qc']:.4f}")
     final = chosen_recipe(next(c.recipe for c in combinations if c.name == best["types"]), best)
-    folder = calibrate(final, reporter, resume and partial.is_dir(), overwrite, record(section, tried.rows, best))
+    if not (begun := resume and _says(partial / "recipe.yaml", final)):
+        shutil.rmtree(partial, ignore_errors=True)  # of another choice, before it was interrupted
+    folder = calibrate(final, reporter, begun, overwrite, record(section, tried.rows, best))
     shutil.rmtree(work)
     return folder
 
 
 def search(combination: Combination, section: Tune, tried: Tried, work: Path, reporter: Reporter) -> list[Row]:
-    """Calibrate one combination of types and confirm its candidates; the best, or none where seconds do not suffice."""
+    """Calibrate one combination of types and confirm its candidates; the best at each level of the budget.
+
+    None where seconds do not suffice. What is cheaper may be better too: more full steps are not always nearer.
+    """
     folder = work / f"types-{'-'.join(map(str, combination.picks)) or 'as-given'}"
     folder.mkdir(exist_ok=True)
     session = open_session(combination, work, reporter)
     alone, _ = calibrate_alone(session, reporter, folder, resume=True)
-    seconds = step_times(session, combination, folder / "seconds.json")
+    seconds = step_times(session, combination, section, folder / "seconds.json")
     most = combination.full_steps(section, seconds)
     if most < LEAST_NFC:
         reporter.say(f"{section.seconds} s pay for fewer than {LEAST_NFC} full steps of these types")
         return []
     place = Place(combination, section, session, seconds, tried, reporter)
     levels = [max(LEAST_NFC, math.floor(share * most + 1e-9)) for share in section.levels]
-    for nfc in sorted({*levels} - {most}):
+    fewer = sorted({*levels} - {most})
+    for nfc in fewer:
+        place.naive(nfc)
         place.try_forecasts(nfc)
         place.correct(nfc)
     place.naive(most)
@@ -95,14 +106,14 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
         place.refine(forecast, most)
     place.correct(most)
     learn(place, alone, most, folder)
-    return [place.best(most)]
+    return [place.best(nfc) for nfc in (*fewer, most)]
 
 
 def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
     """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
-    if not place.combination.recipe.objective.cached_iterations:
-        return
     start, row = place.session.snapshot(), place.best_uncorrected(nfc)
+    if not place.combination.recipe.objective.cached_iterations or row["nfc"] == place.session.rollout.num_steps:
+        return
     for what in place.section.learning:
         place.session.restore(start)
         config = calibrate_with(place, what, alone, nfc, folder)
@@ -157,21 +168,33 @@ def record(section: Tune, rows: list[Row], best: Row) -> Row:
     }
 
 
-def _begin(recipe: Recipe, work: Path, resume: bool, overwrite: bool) -> None:
-    """The folder of the search, new or gone on with.
+def _begin(recipe: Recipe, work: Path, partial: Path, resume: bool, overwrite: bool) -> None:
+    """The folder of the search, new or gone on with; its export is made in ``partial``.
 
     Raises:
-        RecipeError: there is an interrupted search and it was not said what to do with it, or none to go on with.
+        RecipeError: there is an interrupted search or calibration and it was not said what to do with it, or no search
+            to go on with.
     """
-    kept, text = work / "recipe.yaml", dump_recipe(recipe)
+    kept = work / "recipe.yaml"
     if resume:
         if not kept.is_file():
             raise RecipeError(f"--resume: there is no interrupted search in {work}")
-        if yaml.safe_load(kept.read_text(encoding="utf-8")) != yaml.safe_load(text):
+        if not _says(kept, recipe):
             raise RecipeError(f"--resume: the recipe has changed since {work} was begun; --overwrite starts over")
         return
     if work.exists() and not overwrite:
         raise RecipeError(f"{work} holds an interrupted search; --resume continues it, --overwrite starts over")
-    shutil.rmtree(work, ignore_errors=True)
+    if partial.exists() and not overwrite:
+        raise RecipeError(
+            f"{partial} holds an interrupted calibration; finish it (`accuquant calibrate --resume`), give it up with "
+            "--overwrite, or choose another export.output"
+        )
+    for folder in (work, partial):
+        shutil.rmtree(folder, ignore_errors=True)
     work.mkdir(parents=True)
-    kept.write_text(text, encoding="utf-8")
+    kept.write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def _says(kept: Path, recipe: Recipe) -> bool:
+    """Whether the file is this very recipe."""
+    return kept.is_file() and yaml.safe_load(kept.read_text(encoding="utf-8")) == yaml.safe_load(dump_recipe(recipe))

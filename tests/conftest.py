@@ -18,6 +18,8 @@ from diffusers import (
 )
 
 from accuquant.optimise import Tuner
+from accuquant.recipe import Recipe
+from accuquant.recipe.file import parse_recipe
 
 
 def make_pipeline(
@@ -264,3 +266,20 @@ def interrupt_cached_update(patch: pytest.MonkeyPatch, iteration: int) -> None:
         return update(self, number)
 
     patch.setattr(Tuner, "_update", interrupted)
+
+
+INT8 = {"weight": "int8", "activation": "int8"}
+INT4 = {"weight": "int4", "activation": "int8", "granularity": "group", "group_size": 16}
+TYPES = [
+    {"modules": r"transformer_blocks\.\d+\.attn1\..*", "choose": [INT8, INT4]},
+    {"modules": r"transformer_blocks\.\d+\.ff\..*", "choose": [INT8, INT4]},
+]
+SMALL = {"orders": [1], "trials": 2, "finalists": 1, "levels": [1.0], "schedules": ["interval", "best"]}
+
+
+def tune_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
+    """A search of seconds, over the types of attention and MLP."""
+    given = {"bit_operations": 0.13, "types": TYPES, "combinations": 2} | SMALL | section
+    objective = {"iterations": 4, "cached_iterations": 2, "batch_size": 2}
+    sampling = {"num_inference_steps": 8, "guidance_scale": 1.5}
+    return parse_recipe(recipe_tree(model, output, tune=given, objective=objective, sampling=sampling), "test")

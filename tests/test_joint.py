@@ -98,6 +98,18 @@ def test_another_cache_has_no_naive_figure(export: Path, tmp_path: Path) -> None
     assert found["E_qc"] > 0
 
 
+def test_rcs_shows_the_errors_that_it_decided_by(export: Path, tmp_path: Path) -> None:
+    shutil.copytree(export, folder := tmp_path / "copy")
+    found = evaluate(folder, recipe_of(folder, ["cache={tau: 0.4, order: 1}"]), QUIET)["cache"]
+    total, expected = 0.0, list[int]()
+    for step, error in enumerate(found["input_errors"]):
+        total += error or 0.0
+        if step < 2 or total > 0.4:
+            total, expected = 0.0, [*expected, step]
+    assert found["full_steps"] == expected
+    assert 2 < len(expected) < 6
+
+
 def test_the_record_counts_on(metrics: dict[str, Any]) -> None:
     history = metrics["calibration"]["history"]
     assert [entry["iteration"] for entry in history] == list(range(10))

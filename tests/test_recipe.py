@@ -160,6 +160,10 @@ def refusal(path: Path | str, *overrides: str) -> str:
             "objective.inputs: quantized is the per-step rival and needs steps_per_group: 1",
         ),
         (
+            "objective={inputs: quantized, cached_iterations: 5}",
+            "objective.inputs: quantized is a rival that knows no cache; leave cached_iterations out",
+        ),
+        (
             "quantization.rules=[{modules: a, weight: float}]",
             "quantization.rules: every weight stays float; there is nothing to do",
         ),

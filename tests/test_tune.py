@@ -1,54 +1,47 @@
-"""Joint tuning: what a budget pays for, what is tried, what comes out, and that it can be made again."""
+"""Joint tuning: what is tried, what comes out, and that it can be made again."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import recipe_tree
+from conftest import TYPES, tune_recipe
 from diffusers import DiTPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from accuquant import tune as tuning
-from accuquant.budget import LEAST_NFC, describe_tuning, error_tables, ordered, type_combinations
+from accuquant.budget import describe_tuning, open_session, type_combinations
 from accuquant.calibrate import calibrate
-from accuquant.candidates import LEARNED, Tried
+from accuquant.candidates import LEARNED, Place, Tried
 from accuquant.cli import app
 from accuquant.console import Reporter
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.model.caching import controller_of
-from accuquant.recipe import Recipe, RecipeError
-from accuquant.recipe.file import dump_recipe, load_recipe, parse_recipe
+from accuquant.model.families import load_pipeline
+from accuquant.model.rollout import Rollout
+from accuquant.recipe import Cache, RecipeError
+from accuquant.recipe.file import dump_recipe, load_recipe
 from accuquant.tune import tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUIET = Reporter(quiet=True)
-INT8 = {"weight": "int8", "activation": "int8"}
-INT4 = {"weight": "int4", "activation": "int8", "granularity": "group", "group_size": 16}
-TYPES = [
-    {"modules": r"transformer_blocks\.\d+\.attn1\..*", "choose": [INT8, INT4]},
-    {"modules": r"transformer_blocks\.\d+\.ff\..*", "choose": [INT8, INT4]},
-]
-SMALL = {"orders": [1], "trials": 2, "finalists": 1, "levels": [1.0], "schedules": ["interval", "best"]}
-
-
-def make_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
-    given = {"bit_operations": 0.13, "types": TYPES, "combinations": 2} | SMALL | section
-    objective = {"iterations": 4, "cached_iterations": 2, "batch_size": 2}
-    sampling = {"num_inference_steps": 8, "guidance_scale": 1.5}
-    return parse_recipe(recipe_tree(model, output, tune=given, objective=objective, sampling=sampling), "test")
+QUICK: dict[str, Any] = {
+    "bit_operations": None,
+    "types": [],
+    "estimations": ["taylor"],
+    "corrections": ["none", "both"],
+    "learning": ["forecast"],
+}
 
 
 @pytest.fixture(scope="module")
 def tuned(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tune(make_recipe(model_folder, tmp_path_factory.mktemp("tune") / "out"), QUIET)
+    return tune(tune_recipe(model_folder, tmp_path_factory.mktemp("tune") / "out"), QUIET)
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -64,6 +57,7 @@ def record(folder: Path) -> dict[str, Any]:
     [
         ({"bit_operations": None}, r"tune\.?:? ?.*give at least one budget: nfc, bit_operations or seconds"),
         ({"orders": [0]}, "orders: must be from 1 to 4"),
+        ({"nfc": 2}, r"tune\.nfc: .*greater than or equal to 3"),
         ({"levels": [0.5]}, "levels: must be shares of the budget"),
         ({"types": [TYPES[0], TYPES[0]]}, "types: two classes have the same modules"),
         ({"estimation": ["rfe"]}, r"unknown key tune\.estimation \(did you mean '.*estimation"),
@@ -76,11 +70,11 @@ def record(folder: Path) -> dict[str, Any]:
 )
 def test_mistakes_are_named(tmp_path: Path, section: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        make_recipe("m", tmp_path / "o", **section)
+        tune_recipe("m", tmp_path / "o", **section)
 
 
 def test_the_section_survives_writing_and_reading(tmp_path: Path) -> None:
-    recipe = make_recipe("m", tmp_path / "o")
+    recipe = tune_recipe("m", tmp_path / "o")
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "r.yaml").tune == recipe.tune
     assert recipe.tune is not None
@@ -89,64 +83,10 @@ def test_the_section_survives_writing_and_reading(tmp_path: Path) -> None:
 
 def test_calibrate_does_not_pass_over_it(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="tune: is for `accuquant tune`"):
-        calibrate(make_recipe(model_folder, tmp_path / "o"), QUIET)
+        calibrate(tune_recipe(model_folder, tmp_path / "o"), QUIET)
     with pytest.raises(RecipeError, match="the recipe has no such section"):
-        tune(make_recipe(model_folder, tmp_path / "o").model_copy(update={"tune": None}), QUIET)
+        tune(tune_recipe(model_folder, tmp_path / "o").model_copy(update={"tune": None}), QUIET)
     assert not list(tmp_path.iterdir())
-
-
-# ---- what a budget pays for
-
-
-def test_every_combination_has_its_rules_and_costs(model_folder: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(model_folder, tmp_path / "o")
-    found = type_combinations(recipe)
-    assert [c.picks for c in found] == list(itertools.product((0, 1), (0, 1)))
-    # the recipe's own rule for both classes decides nothing any more; that for adaLN still does
-    assert [len(c.recipe.quantization.rules) for c in found] == [3] * 4
-    assert found[1].recipe.quantization.rules[1].weight == "int4"
-    # int4 weights halve the operations of a class, and both classes are all that is skipped
-    both, attention, mlp = found[0].inside, found[0].inside - found[2].inside, found[0].inside - found[1].inside
-    assert attention + mlp == pytest.approx(both / 2)
-    assert found[0].outside == pytest.approx(found[3].outside)
-
-
-def test_the_most_full_steps_that_the_budgets_pay_for(model_folder: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(model_folder, tmp_path / "o")
-    assert recipe.tune is not None
-    for combination in type_combinations(recipe):
-        nfc = combination.full_steps(recipe.tune)
-        assert combination.bit_operations(nfc) <= 0.13
-        assert nfc == 8 or combination.bit_operations(nfc + 1) > 0.13
-        assert combination.full_steps(recipe.tune.model_copy(update={"nfc": 3})) == 3
-        timed = recipe.tune.model_copy(update={"seconds": 1.0, "bit_operations": None})
-        assert combination.full_steps(timed, (0.2, 0.05)) == 4  # 4 * 0.2 + 4 * 0.05
-
-
-def test_a_budget_that_pays_for_nothing_says_what_would(model_folder: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(model_folder, tmp_path / "o", bit_operations=0.001)
-    combinations = type_combinations(recipe)
-    least = f"{min(c.bit_operations(LEAST_NFC) for c in combinations):.4f}"
-    with pytest.raises(
-        RecipeError, match=rf"tune\.bit_operations: 0\.001 pays for fewer.*int4/int8.*{re.escape(least)}"
-    ):
-        tune(recipe, QUIET)
-
-
-def test_tables_order_by_error_and_by_what_is_left_for_the_cache(model_folder: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(model_folder, tmp_path / "o", bit_operations=None, nfc=6)
-    combinations = type_combinations(recipe)
-    assert recipe.tune is not None
-    tables = error_tables(recipe.tune, combinations, tmp_path, QUIET)
-    for int8, int4 in tables["types"]:
-        assert 0 < int8 < int4
-    # at equal numbers of full steps fewer bits are only worse
-    found = ordered(recipe, combinations, tmp_path, QUIET)
-    assert (found[0].picks, found[-1].picks) == ((0, 0), (1, 1))
-    # with free quantization the cheaper types win, for they leave more full steps
-    (tmp_path / "tables.json").write_text(json.dumps(tables | {"types": [[1e-9, 1e-9]] * 2}))
-    cheap = make_recipe(model_folder, tmp_path / "o", bit_operations=combinations[0].bit_operations(3))
-    assert ordered(cheap, combinations, tmp_path, QUIET)[0].picks == (1, 1)
 
 
 # ---- what comes out
@@ -163,7 +103,10 @@ def test_the_chosen_point_keeps_to_the_budget_and_is_the_best_of_its_types(tuned
         return float(max(row[name] / naive[name] for name in ("E_qc", "image_error")))
 
     assert score(chosen) == min(score(row) for row in same)
-    assert found["naive"]["schedule"] == list(filled_interval_steps(8, chosen["asked_nfc"], 2))
+    full_steps = filled_interval_steps(8, chosen["asked_nfc"], 2)
+    recipe = load_recipe(tuned / "recipe.yaml")
+    timesteps = Rollout(load_pipeline(recipe.model), recipe.sampling).timesteps
+    assert found["naive"]["full_timesteps"] == [float(timesteps[i]) for i in full_steps]
     assert score(chosen) <= 1.0  # naive stacking is among the candidates
     assert {row["rival"] for row in same} == {None, "naive stacking", "CacheQuant", "CacheQuant, one feature"}
 
@@ -225,13 +168,33 @@ def test_the_written_recipe_makes_the_same_export(tuned: Path, tmp_path: Path) -
     assert configs[0] == configs[1]
 
 
+# ---- what it is given
+
+
+@pytest.mark.parametrize("cache", [{"warmup": 1}, {"warmup": 3}, {"feature": "blocks", "blocks": (0, 1)}])
+def test_what_the_recipes_cache_says_holds_for_all_candidates(
+    model_folder: Path, tmp_path: Path, cache: dict[str, Any]
+) -> None:
+    recipe = tune_recipe(model_folder, tmp_path / "o", nfc=4, **QUICK)
+    recipe = recipe.model_copy(update={"cache": Cache(interval=2, **cache)})
+    folder = tune(recipe, QUIET)
+    chosen = load_recipe(folder / "recipe.yaml").cache
+    assert chosen is not None
+    assert all(getattr(chosen, key) == value for key, value in cache.items())
+
+
+def test_a_budget_for_every_step_is_no_mistake(model_folder: Path, tmp_path: Path) -> None:
+    folder = tune(tune_recipe(model_folder, tmp_path / "o", nfc=14, **QUICK), QUIET)
+    assert json.loads((folder / "metrics.json").read_text())["cache"]["nfc"]["mean"] == 8
+
+
 # ---- interruption
 
 
 def test_an_interrupted_search_goes_on_and_repeats_nothing(
     tuned: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, add = make_recipe(model_folder, tmp_path / "out"), Tried.add
+    recipe, add = tune_recipe(model_folder, tmp_path / "out"), Tried.add
     counts = [0, 0]
 
     def stop(self: Tried, row: dict[str, Any]) -> dict[str, Any]:
@@ -267,18 +230,54 @@ def test_an_interrupted_search_goes_on_and_repeats_nothing(
     assert not (tmp_path / "out.tuning").exists()
 
 
+def test_an_interrupted_calibration_is_in_the_way_before_the_search_and_not_after(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(RecipeError, match=r"out\.partial holds an interrupted calibration"):
+        tune(tune_recipe(model_folder, tmp_path / "out"), QUIET)
+    assert not (tmp_path / "out.tuning").exists()
+
+
+def test_one_list_serves_all_orders_of_an_estimation_after_an_interruption_too(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = {"orders": [1, 2], "estimations": ["taylor"], "schedules": ["best"], "noise_aware": [False]}
+    recipe = tune_recipe(model_folder, tmp_path / "o", types=[], bit_operations=None, nfc=4, **only)
+    combination = type_combinations(recipe)[0]
+    session, section = open_session(combination, tmp_path, QUIET), recipe.tune
+    assert section is not None
+    searched = list[Any]()
+
+    def place() -> Place:
+        made = Place(combination, section, session, (1.0, 0.5), Tried(tmp_path / "tried.jsonl"), QUIET)
+        monkeypatch.setattr(
+            made, "searched", lambda config: (searched.append(config.order), Place.searched(made, config))[1]
+        )
+        return made
+
+    place().try_forecasts(4)
+    lines = (tmp_path / "tried.jsonl").read_text().splitlines()
+    (tmp_path / "tried.jsonl").write_text(lines[0] + "\n")  # stopped after the first order
+    searched.clear()
+    place().try_forecasts(4)
+    again = (tmp_path / "tried.jsonl").read_text().splitlines()
+    assert [json.loads(line)["config"] for line in again] == [json.loads(line)["config"] for line in lines]
+    assert searched == [2]  # the list is known
+
+
 def test_nothing_to_resume_and_nothing_overwritten(tuned: Path, model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no interrupted search"):
-        tune(make_recipe(model_folder, tmp_path / "out"), QUIET, resume=True)
+        tune(tune_recipe(model_folder, tmp_path / "out"), QUIET, resume=True)
     with pytest.raises(RecipeError, match="exists; --overwrite"):
-        tune(make_recipe(model_folder, tuned), QUIET)
+        tune(tune_recipe(model_folder, tuned), QUIET)
 
 
 # ---- the command
 
 
 def test_the_command_prints_plan_and_front(model_folder: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(model_folder, tmp_path / "out", types=[], nfc=3, bit_operations=None, noise_aware=[False])
+    recipe = tune_recipe(model_folder, tmp_path / "out", types=[], nfc=3, bit_operations=None, noise_aware=[False])
     path = tmp_path / "r.yaml"
     path.write_text(dump_recipe(recipe))
     plan = CliRunner().invoke(app, ["tune", str(path), "--dry-run"])
@@ -310,24 +309,17 @@ def test_tau_may_be_searched_too(model_folder: Path, tmp_path: Path) -> None:
         "finalists": 1,
         "learning": ["forecast"],
     }
-    folder = tune(make_recipe(model_folder, tmp_path / "out", types=[], bit_operations=None, nfc=4, **only), QUIET)
+    folder = tune(tune_recipe(model_folder, tmp_path / "out", types=[], bit_operations=None, nfc=4, **only), QUIET)
     rows = record(folder)["tried"]
     found = [row for row in rows if row["cache"] == "taylor 1, rcs steps"]
     assert [abs(row["nfc"] - 4) <= 0.5 for row in found] == [True]
     assert not any("rcs" in row["cache"] and "corrected" in row["cache"] for row in rows)
 
 
-def test_the_shipped_recipe_is_a_real_choice() -> None:
-    rows, costs = describe_tuning(load_recipe("dit_tune"))
-    assert len(rows) == 4
-    assert all(nfc >= LEAST_NFC and operations <= 0.03 for _, nfc, operations in rows)
-    assert costs["combinations"] == 2
-
-
 def test_seconds_that_pay_for_nothing_are_refused(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "step_times", lambda *_: (1.0, 0.5))
-    recipe = make_recipe(model_folder, tmp_path / "o", types=[], bit_operations=None, seconds=2.0)
+    recipe = tune_recipe(model_folder, tmp_path / "o", types=[], bit_operations=None, seconds=2.0)
     with pytest.raises(RecipeError, match=r"tune\.seconds: 2\.0 s pay for fewer than 3 full steps"):
         tune(recipe, QUIET)

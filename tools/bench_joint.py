@@ -154,7 +154,7 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     folder = bench.folder / str(nfc)
     folder.mkdir(exist_ok=True)
     combination: Combination = type_combinations(bench_recipe(types, seed, nfc))[0]
-    seconds = step_times(session, combination, folder / "seconds.json")
+    seconds = step_times(session, combination, section, folder / "seconds.json")
     place = Place(combination, section, session, seconds, Tried(folder / "tried.jsonl"), QUIET)
 
     session.restore(bench.start)

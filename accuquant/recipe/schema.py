@@ -111,6 +111,8 @@ class Objective(Section):
                 raise ValueError(f"{key}: 'rounding' (AdaRound) needs fixed weights; drop 'weight' and 'weight_scale'")
         if self.cached_learn is not None and not self.cached_iterations:
             raise ValueError("cached_learn: needs cached_iterations, for example cached_iterations: 60")
+        if self.inputs == "quantized" and self.cached_iterations:
+            raise ValueError("inputs: quantized is a rival that knows no cache; leave cached_iterations out")
         if self.inputs == "quantized" and self.steps_per_group != 1:
             raise ValueError("inputs: quantized is the per-step rival and needs steps_per_group: 1")
         return self

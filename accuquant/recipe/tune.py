@@ -34,10 +34,11 @@ class ModuleClass(Section):
 class Tune(Section):
     """A search for the least error of quantization and cache together, under at least one budget.
 
-    Naive stacking and CacheQuant are tried beside what is asked for here, and may be chosen.
+    Naive stacking and CacheQuant are tried beside what is asked for here, and may be chosen. Of the recipe's `cache:`
+    the search keeps what is cached and how it is computed; full steps, forecast and corrections are its own choice.
     """
 
-    nfc: int | None = Field(None, ge=2, description="budget: full computations of a trajectory")
+    nfc: int | None = Field(None, ge=3, description="budget: full computations of a trajectory")
     bit_operations: Number | None = Field(
         None, gt=0, le=1, description="budget: of a trajectory, as a fraction of float32 without a cache"
     )
