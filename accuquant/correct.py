@@ -2,7 +2,9 @@
 
 Both parts are affine maps of each channel of a cached module's output, one for each step. Published (CVPR 2025, arXiv
 2503.01323), the second is fitted to output channels of quantized layers with the bias kept out of both tensors. The
-last layer of attention and MLP is such a layer, and least squares finds the same map with the bias inside.
+last layer of attention and MLP is such a layer, and least squares finds the same map with the bias inside. Ours departs
+in two ways, also where it is the rival: slopes are drawn half way to 1 (`core.correction`, which helps), and layers
+outside of what is cached are not corrected.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ that only what the cache adds differs; the tuner may also calibrate with the cac
 Each run is one line of results.jsonl and is not repeated; several shards can work at once:
 
     python tools/bench_joint.py run --shard 0/2 & python tools/bench_joint.py run --shard 1/2
+    python tools/bench_joint.py stacking         # quantization and cache each at its best alone
     python tools/bench_joint.py orders           # forecast order against bit width
     python tools/bench_joint.py shares           # how far forecasts have to look to learn
     python tools/bench_joint.py latency          # on a machine that does nothing else
@@ -31,7 +32,7 @@ from joint_report import draw_runs, print_tables, rows_of
 
 from accuquant.budget import Combination, step_times, type_combinations
 from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
-from accuquant.candidates import NAIVE, Place, Tried, as_cache, learned_of, worse_error
+from accuquant.candidates import NAIVE, TUNING_SAMPLES, Place, Tried, as_cache, learned_of, worse_error
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
@@ -55,7 +56,7 @@ TYPES = ("W8A8", "W4A8", "W4A4")
 NFC = (25, 14, 10, 7)
 SEEDS = (0, 1, 2)
 HELD_OUT = 30
-TUNED = {"finalists": 1, "trials": 8, "noise_aware": [False], "levels": [1.0]}
+TUNED: dict[str, Any] = {"finalists": 1, "trials": 8, "noise_aware": [False], "levels": [1.0]}
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 DEFAULT_OUT = Path("tools/results/joint")
 MORE_TYPES: dict[str, dict[str, Any]] = {
@@ -194,6 +195,29 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
         learned = place.learned
     yield "(d) tuner", bench.judge(as_cache(best), learned) | about | {"seconds": time.monotonic() - started}
     session.restore(bench.start)
+
+
+@app.command()
+def stacking(
+    out: Out = DEFAULT_OUT,
+    types: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TYPES),
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
+) -> None:
+    """Rows (a') of the runs: full steps that are searched in full precision, under weights calibrated alone."""
+    torch.set_num_threads(threads)
+    for name, seed in pairs_of(types, seeds, shard):
+        bench: Bench | None = None
+        for nfc in NFC:
+            key = _key("run", name, seed, nfc, "(a') naive: TaylorSeer, its steps searched alone")
+            if key in _done(out):
+                continue
+            bench = bench or Bench(name, seed, Path("build/bench_joint"))
+            config = Cache(estimation="taylor", order=2, schedule="best", target_nfc=nfc, trials=TUNED["trials"])
+            with bench.session.full_precision():
+                config = searched(config, bench.session, QUIET, worse_of_both=True, samples=TUNING_SAMPLES)
+            _write(out, shard, key, bench.judge(config))
 
 
 @app.command()

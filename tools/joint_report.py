@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 DRAWN = {
     "(a) naive: TaylorSeer": "o--",
+    "(a') naive: TaylorSeer, its steps searched alone": "v--",
     "(b) CacheQuant": "s:",
     "(b) CacheQuant, one feature": "d:",
     "(c) calibrated with the cache of (a)": "^--",
