@@ -7,17 +7,14 @@ import json
 import math
 import re
 import statistics
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from accuquant.console import Reporter
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.data import draw
-from accuquant.measure import step_seconds
+from accuquant.measure import call_seconds, step_seconds
 from accuquant.model.caching import cached, in_cache
 from accuquant.model.plan import count_macs, plan_modules
 from accuquant.recipe import Cache, Recipe, RecipeError, Rule, Tune
@@ -217,7 +214,7 @@ def _words(rule: Rule) -> str:
 def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[str, float]]:
     """What `--dry-run` prints: (types, affordable full steps, bit-operations with them) of each combination, and costs.
 
-    The time is extrapolated from one measured call of the denoiser, and so is rough.
+    The time is extrapolated from a measured call of the denoiser, and so is rough.
     """
     section, objective = recipe.tune, recipe.objective
     assert section is not None
@@ -227,12 +224,7 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     rollout, _, split = open_model(recipe)
     samples = draw(split.calibration, recipe.data.validation_samples, 0)
     conditions = rollout.conditions(samples.inputs, samples.seeds)
-    with torch.no_grad():
-        rollout.predict(0, conditions.noise, conditions)
-        started = time.monotonic()
-        rollout.predict(0, conditions.noise, conditions)
-    call = time.monotonic() - started
-
+    call = call_seconds(rollout, conditions)
     steps = recipe.sampling.num_inference_steps
     tried = min(section.combinations, sum(n >= LEAST_NFC for _, n, _ in rows))
     forecasts = sum(1 if e == "reuse" else len(section.orders) * len(section.noise_aware) for e in section.estimations)

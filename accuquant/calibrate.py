@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import save_file
 
@@ -23,7 +22,7 @@ from accuquant.data import calibration_samples
 from accuquant.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.export import check_output, model_card, publish
 from accuquant.formats import check_format, write_format
-from accuquant.measure import HeldOut, held_out_reference, latent_metrics, sample
+from accuquant.measure import HeldOut, call_seconds, held_out_reference, latent_metrics, sample
 from accuquant.model.caching import cached
 from accuquant.model.checkpoint import store_cache
 from accuquant.model.plan import PlannedModule, count_macs
@@ -206,7 +205,7 @@ def try_steps_per_group(session: Session, reporter: Reporter) -> dict[str, float
 def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     """What `--dry-run` prints: modules with types and costs, and the run's evaluations, memory and time.
 
-    The time is extrapolated from one measured call of the denoiser, and so is rough.
+    The time is extrapolated from a measured call of the denoiser, and so is rough.
     """
     _check_sections(recipe)
     rollout, planned, split = open_model(recipe)
@@ -216,11 +215,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     samples = calibration_samples(split, data.model_copy(update={"num_samples": batch}))
     conditions = rollout.conditions(samples.inputs, samples.seeds)
     planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, conditions.noise, conditions), batch)
-    started = time.monotonic()
-    with torch.no_grad():
-        rollout.predict(0, conditions.noise, conditions)
-    seconds = time.monotonic() - started
-
+    seconds = call_seconds(rollout, conditions)
     steps = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
     tuning = objective.iterations * (2 * steps - 1)
     if objective.steps_per_group == "auto":

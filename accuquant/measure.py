@@ -208,6 +208,17 @@ def decompose(
     return figures, {"quantized": alone[-1], "cached": only[-1]}
 
 
+@torch.no_grad()
+def call_seconds(rollout: Rollout, conditions: Conditions) -> float:
+    """Wall time of one call of the denoiser: the least of three, for other work may have the cores."""
+    found = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        rollout.predict(0, conditions.noise, conditions)
+        found = min(found, time.perf_counter() - started)
+    return found
+
+
 def step_seconds(rollout: Rollout, conditions: Conditions) -> list[float]:
     """Wall time of each step of one trajectory of these samples."""
     marks = [time.perf_counter()]
