@@ -162,6 +162,20 @@ def test_half_types_on_onednn(kind: str, spec: LayerSpec, dtype: torch.dtype) ->
     assert found.dtype == dtype and torch.equal(found, layer(x.float()).to(dtype))
 
 
+@every_module
+@pytest.mark.parametrize("spec", [*W8A8, LayerSpec("int8")], ids=lambda s: f"{s.activation}-{s.activation_scale}")
+@torch.no_grad()
+def test_the_default_device_is_not_the_layer_s(kind: str, spec: LayerSpec) -> None:
+    layer, x = make_layer(kind, spec).harden(), make_input(kind)
+    for each in on_each_path(layer):
+        for timestep in (600.0, torch.tensor([400.0])):
+            each.clock.set(timestep)
+            expected = each(x)
+            with torch.device("meta"):
+                each.clock.set(timestep)
+                assert torch.equal(each(x.clone()), expected)
+
+
 @torch.no_grad()
 def test_groups_of_timesteps_have_their_own_scales_on_every_path() -> None:
     clock = StepClock([700.0, 300.0])

@@ -196,7 +196,8 @@ def packed_linear(
 def _packed_linear(
     u: Tensor, scale: Tensor, zero: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    w_zero, one, per_token = torch.zeros(w_scale.shape, dtype=torch.int32), torch.ones(1), scale.dim() == 2
+    w_zero, one = torch.zeros_like(w_scale, dtype=torch.int32), w_scale.new_ones(1)  # whatever the default device is
+    per_token = scale.dim() == 2
 
     def compute(block: Tensor, scale: Tensor) -> Tensor:
         fused = (one, None, torch.float32) if per_token else (scale, bias, dtype)  # oneDNN takes one scale

@@ -81,7 +81,8 @@ class StepClock:
 
     def set(self, timestep: float | Tensor) -> None:
         """Of a tensor the first value counts. Nothing is read back from its device, so this also runs in a graph."""
-        value = torch.as_tensor(timestep, dtype=torch.float64).flatten()[:1]
+        device = timestep.device if isinstance(timestep, Tensor) else "cpu"  # whatever the default device is
+        value = torch.as_tensor(timestep, dtype=torch.float64, device=device).flatten()[:1]
         edges = torch.tensor(self.edges, dtype=torch.float64, device=value.device)
         self.index, self._group = (value < edges).sum(0, keepdim=True), None
 

@@ -169,7 +169,7 @@ class QuantizedLayer(Layer):
         q = quantize(tokens, scale, 0 if zero is None else zero, qtype)
         if self.path != "onednn":
             return q.to(qtype.floating or torch.int8), scale, zero
-        shift = torch.full((1,), 128, dtype=torch.int32)
+        shift = torch.full((1,), 128, dtype=torch.int32, device=tokens.device)
         return kernels.unsigned(q), scale.float(), shift if zero is None else shift + zero
 
     def _input_grid(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
