@@ -240,6 +240,15 @@ def test_any_number_of_leading_dimensions(scale: str) -> None:
     assert layer(x[:0]).shape == (0, 7, 10)
 
 
+@pytest.mark.parametrize("kind", [k for k in MODULES if k.startswith("conv")])
+@torch.no_grad()
+def test_empty_batches_of_images(kind: str) -> None:
+    x = make_input(kind)
+    for spec in specs("int8", True, None):
+        layer = make_layer(kind, spec).harden()
+        assert layer(x[:0]).shape == (0, *layer(x).shape[1:]), spec
+
+
 def test_one_input_column() -> None:
     """torch's integer product of one column is its own case."""
     torch.manual_seed(0)

@@ -105,10 +105,9 @@ class Conv:
 
     def fold(self, y: Tensor, x: Tensor) -> Tensor:
         """(B, L, O) -> (B, O, H', W')."""
-        height = (x.shape[2] + 2 * self.padding[0] - self.dilation[0] * (self.kernel_size[0] - 1) - 1) // self.stride[
-            0
-        ] + 1
-        return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], height, -1)
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        height, width = ((x.shape[2 + i] + 2 * self.padding[i] - reach[i]) // self.stride[i] + 1 for i in (0, 1))
+        return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], height, width)
 
 
 class Layer(nn.Module):
