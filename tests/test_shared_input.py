@@ -174,6 +174,26 @@ def test_files_copies_and_loading_are_as_without(spec: LayerSpec, tmp_path: Path
     assert torch.equal(call(model, 900.0), call(twin, 900.0))
 
 
+@each_spec
+@pytest.mark.parametrize("half", [nn.Module.bfloat16, nn.Module.half])
+@torch.no_grad()
+def test_a_model_that_is_cast_is_as_one_loaded_in_that_type(
+    spec: LayerSpec, half: Any, tmp_path: Path, count: list[str]
+) -> None:
+    """Scales, zero points and biases keep the types of the file, and what layers share stays shared."""
+    model = make_model(spec)
+    model.save_pretrained(tmp_path)
+    found = half(model)
+    loaded, x = type(model).from_pretrained(tmp_path, torch_dtype=found.dtype), torch.randn(2, 4, 8, 8).to(found.dtype)
+    values = loaded.state_dict()
+    assert all(v.dtype == values[k].dtype and torch.equal(v, values[k]) for k, v in found.state_dict().items())
+    calls = [
+        m(x, timestep=torch.tensor([900, 900]), class_labels=torch.tensor([1, 2])).sample for m in (loaded, found)
+    ]
+    assert float((calls[0] - calls[1]).norm() / calls[0].norm()) < 0.05  # diffusers' position table was cast too
+    assert len(count) == 16
+
+
 def make_tree(model: Path, output: Path, shared: bool, rule: dict[str, Any]) -> dict[str, Any]:
     rules = [{"modules": r"transformer_blocks\.\d+\.(attn1|ff)\..*", "weight": "int8", **rule}]
     quantization = {"timestep_groups": 2, "rules": rules, "share_activation_scales": shared}

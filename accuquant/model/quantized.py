@@ -288,12 +288,12 @@ class QuantizedLayer(Layer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
         self.weight, self.weight_sums, self.path = self._stored(), None, self._unmeasured()
-        floating = self.spec.weight_type.floating
-        if floating is not None:  # the model's type is not theirs
-            self.weight = nn.Parameter(self.weight.view(torch.int8), requires_grad=False)
+        before = {name: parameter.data for name, parameter in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
-        if floating is not None:
-            self.weight = nn.Parameter(self.weight.view(floating), requires_grad=False)
+        for name, data in before.items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype != data.dtype:  # the model's type is not theirs; in place, for layers share grids
+                parameter.data = data.to(parameter.device)
         if self.prepared:
             self.prepare()
         return self
