@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,19 @@ def test_what_has_changed_is_quantized_again(spec: LayerSpec, count: list[str]) 
         to_q(x)
         x.mul_(2)
         assert torch.equal(to_k(x), fresh(x))
+
+
+@each_spec
+@torch.no_grad()
+def test_integers_go_with_their_input(spec: LayerSpec) -> None:
+    to_q, x = qkv(make_model(spec))[0], torch.randn(3, 32)
+    to_q(x)
+    integers = to_q.clock.last_input._kept[3][0]
+    assert torch.equal(integers, to_q._integers(x)[0])
+    integers = weakref.ref(integers)
+    assert integers() is not None
+    del x
+    assert integers() is None and to_q.clock.last_input._kept is None
 
 
 def test_a_gradient_keeps_its_own_graph(count: list[str]) -> None:

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 
 class LastInput:
-    """The tensor that was quantized last and what it became: Q, K and V read one tensor, which is quantized once."""
+    """The tensor that was quantized last and what it became: Q, K and V read one tensor, which is quantized once.
+
+    That it was written to is known by its version, which writes through ``.data`` or a NumPy array of the same memory
+    do not move: between two layers they are not seen. Of inference_mode's tensors, which have none, nothing is kept.
+    """
 
     def __init__(self) -> None:
         self._kept: tuple[Any, ...] | None = None
@@ -25,7 +29,10 @@ class LastInput:
         return kept[3] if all(a is b for a, b in zip(kept[2], how, strict=True)) else None
 
     def keep(self, x: Tensor, how: tuple[Any, ...], found: Any) -> None:
-        self._kept = (weakref.ref(x), _versions(x, *how), how, found)
+        self._kept = (weakref.ref(x, self._drop), _versions(x, *how), how, found)
+
+    def _drop(self, dead: Any) -> None:
+        self._kept = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LastInput:
         return LastInput()
