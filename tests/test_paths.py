@@ -239,6 +239,18 @@ def test_layout_is_nobody_else_s_business() -> None:
 
 @needs_onednn
 @torch.no_grad()
+def test_a_copy_takes_no_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it was made on another machine."""
+    layer, x = make_layer("linear", LayerSpec("int8", "int8")).harden(), make_input("linear")
+    layer._lay_out("onednn")
+    expected = layer(x)
+    monkeypatch.setattr(kernels, "packed_works", lambda: False)
+    other = copy.deepcopy(layer)
+    assert other.path == "int_mm" and relative(other(x), expected.double()) < 1e-6
+
+
+@needs_onednn
+@torch.no_grad()
 def test_prepared_model_is_saved_as_it_was(tmp_path: Path) -> None:
     """Byte by byte the file of the same model without any other layout; loading chooses the same paths again."""
     model = make_pipeline(layers=1).transformer

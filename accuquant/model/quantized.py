@@ -320,7 +320,7 @@ class QuantizedLayer(Layer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lay_out(self.path)
+        self._lay_out(self.path if self.path in self.paths() else self._unmeasured())  # another machine may have made it
 
 
 _fastest: dict[Any, Path] = {}
