@@ -307,6 +307,26 @@ def test_fastest_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer.path == "float"
 
 
+@needs_onednn
+@pytest.mark.parametrize("begin", range(6))
+@torch.no_grad()
+def test_load_that_passes_does_not_choose(begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as a path's first round takes, the machine is ten times slower."""
+    monkeypatch.setattr(quantized, "_fastest", {})
+    calls = list[str]()
+
+    def seconds(layer: QuantizedLayer, tokens: Tensor) -> float:
+        calls.append(layer.path)
+        taken = {"onednn": 1.0, "int_mm": 1.5, "float": 4.0}[layer.path]
+        return 10 * taken if begin <= len(calls) - 1 < begin + 1 + quantized.PROBE_RUNS else taken
+
+    monkeypatch.setattr(quantized, "_seconds", seconds)
+    layer = TrainableLayer(nn.Linear(256, 128), LayerSpec("int8", "int8"), StepClock([]), "x", False).harden()
+    layer.prepare()
+    assert layer.path == "onednn"
+    assert calls.count("float") < quantized.PROBE_ROUNDS * (1 + quantized.PROBE_RUNS)  # it is far behind
+
+
 def test_layers_with_float_activations_have_one_path() -> None:
     layer = TrainableLayer(nn.Linear(256, 128), LayerSpec("int8"), StepClock([]), "x", search=False).harden()
     layer.prepare()
