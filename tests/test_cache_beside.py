@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from conftest import images, make_pipeline, sampled
 from diffusers import DiTPipeline
 from torch._dynamo.backends.registry import lookup_backend
@@ -16,7 +16,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from accuquant.model.caching import attach_cache, controller_of, detach_cache
 from accuquant.model.checkpoint import harden_model
 from accuquant.model.clock import StepClock
-from accuquant.model.layers import LayerSpec, quantize_model
+from accuquant.model.layers import LayerSpec, TrainableLayer, quantize_model, quantized_layers
 from accuquant.recipe import Cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,6 +129,52 @@ def test_cached_denoisers_can_be_offloaded(pipeline: DiTPipeline, cached: Any, o
     for _ in range(3):
         assert (images(pipeline) == cached).all()
         assert is_cached(pipeline)
+
+
+SPECS = [
+    LayerSpec("int8", "int8", activation_symmetric=True),
+    LayerSpec("int8", "int8"),
+    LayerSpec("int8", "int8", activation_scale="dynamic"),
+]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("spec", SPECS, ids=["static", "asymmetric", "dynamic"])
+@pytest.mark.parametrize("path", ["onednn", "int_mm", "float"])
+@torch.no_grad()
+def test_quantized_denoisers_can_be_offloaded(pipeline: DiTPipeline, offload: Any, spec: LayerSpec, path: Any) -> None:
+    """On every path, and as they were before when that is over."""
+    model, clock = pipeline.transformer, StepClock([500.0])
+    names = [f"transformer_blocks.{i}.{name}" for i in range(2) for name in ("attn1.to_q", "attn1.to_k", "ff.net.2")]
+    for layer in quantize_model(model, dict.fromkeys(names, spec), clock, search=False).values():
+        if spec.static:
+            layer.set_activation_scale([torch.linspace(-2, 3, 99), torch.linspace(-3, 1, 99)], search=False)
+    harden_model(model, clock)
+    for layer in quantized_layers(model).values():
+        if path not in layer.paths():
+            pytest.skip("this CPU's oneDNN product is not exact")
+        layer._lay_out(path)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def call() -> Any:
+        return model(x, timestep=torch.tensor([300, 300]), class_labels=torch.tensor([1, 2])).sample
+
+    stored, expected = {k: v.clone() for k, v in model.state_dict().items()}, call()
+    offload(pipeline)
+    for _ in range(2):
+        torch.testing.assert_close(call(), expected, rtol=1e-3, atol=1e-3)
+    pipeline.remove_all_hooks()
+    remove_hook_from_module(model, recurse=True)
+    assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items())
+    torch.testing.assert_close(call(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_sums_of_weights_go_where_the_layer_computes() -> None:
+    layer = TrainableLayer(torch.nn.Linear(16, 8), SPECS[1], StepClock([]), "x", search=False).harden()
+    layer._lay_out("int_mm")
+    assert layer.weight_sums is not None and "weight_sums" not in layer.state_dict()
+    add_hook_to_module(layer, AlignDevicesHook(execution_device=torch.device("meta")))
+    assert layer.weight_sums.is_meta and layer(torch.zeros(3, 16)).is_meta
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)

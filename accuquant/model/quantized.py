@@ -38,6 +38,16 @@ PROBE_ROWS_CUDA = 2048  # fewer leave most of a device idle
 PROBE_SIZE = 1 << 14  # smaller weights are not worth a measurement
 
 
+class Packed(nn.Parameter):
+    """A weight in oneDNN's layout, which no other device knows: offloading takes the file's away and brings it back."""
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
+        return super().__new__(cls if data.is_mkldnn else nn.Parameter, data, requires_grad)
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return kernels.unpack(self).to(*args, **kwargs)
+
+
 class QuantizedLayer(Layer):
     """Packed integers with their scales; computes in integers, or in float on the dequantized values.
 
@@ -65,7 +75,8 @@ class QuantizedLayer(Layer):
         self.arithmetic: Arithmetic = "integer"
         self.prepared = False
         self.path = self._unmeasured()
-        self.weight_sums: Tensor | None = None
+        self.register_buffer("weight_sums", None, persistent=False)
+        self.weight_sums: Tensor | None
 
     # ---- the function
 
@@ -133,8 +144,8 @@ class QuantizedLayer(Layer):
 
     def _integer(self, tokens: Tensor) -> Tensor:
         """(..., I) -> (M, O)."""
-        if self.path == "onednn" and tokens.device.type != "cpu":  # somebody carried the input elsewhere
-            self._lay_out("int_mm")
+        if self.path == "onednn" and not (isinstance(self.weight, Packed) and tokens.device.type == "cpu"):
+            self._lay_out("int_mm")  # somebody carried the weight or the input elsewhere
             self.weight = nn.Parameter(self.weight.to(tokens.device), requires_grad=False)
         q, scale, zero = self._operand(tokens)
         if self.path == "scaled_mm":
@@ -276,9 +287,9 @@ class QuantizedLayer(Layer):
 
     @torch.no_grad()
     def _lay_out(self, path: Path) -> None:
-        if self.weight.is_mkldnn != (path == "onednn"):
-            change = kernels.unpack if self.weight.is_mkldnn else kernels.prepack
-            self.weight = nn.Parameter(change(self.weight), requires_grad=False)
+        packs = path == "onednn"
+        if self.weight.is_mkldnn != packs:
+            self.weight = Packed(kernels.prepack(self.weight)) if packs else self._stored()
         self.path, self.weight_sums = path, None
         if self.activation_zero_point is None:
             return
