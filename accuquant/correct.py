@@ -57,7 +57,7 @@ def fit_correction(
     correction = Correction(skipped, channels, full).with_learned(learned)
     for name in channels:
         rows = [forecasts[name][t] for t in skipped] + [computed[name][t] for t in full]
-        correction.of(name).copy_(torch.stack(rows))
+        correction(name).copy_(torch.stack(rows))
     written = {
         "correction_timesteps": tuple(skipped),
         "correction_full_timesteps": tuple(full),

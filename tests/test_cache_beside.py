@@ -13,7 +13,8 @@ from conftest import images, make_pipeline, sampled
 from diffusers import DiTPipeline
 from torch._dynamo.backends.registry import lookup_backend
 
-from accuquant.model.caching import attach_cache, controller_of, detach_cache
+from accuquant.model.cache_state import Correction
+from accuquant.model.caching import CORRECTION, attach_cache, cached_modules, controller_of, detach_cache
 from accuquant.model.checkpoint import harden_model
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, TrainableLayer, quantize_model, quantized_layers
@@ -167,6 +168,23 @@ def test_quantized_denoisers_can_be_offloaded(pipeline: DiTPipeline, offload: An
     remove_hook_from_module(model, recurse=True)
     assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items())
     torch.testing.assert_close(call(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@torch.no_grad()
+def test_what_was_fitted_for_a_cache_is_offloaded_too(pipeline: DiTPipeline, offload: Callable) -> None:
+    model = pipeline.transformer
+    pipeline.scheduler.set_timesteps(10)
+    steps, modules = pipeline.scheduler.timesteps.tolist(), cached_modules(model)[0]
+    correction = Correction(steps, dict.fromkeys(modules, 32), steps, steps, modules)
+    for parameter in correction.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    setattr(model, CORRECTION, correction)
+    config = EVERY_THIRD.model_copy(update={"corrected": True, "corrected_quantization": True})
+    attach_cache(model, correction.named_in(config))
+    expected = images(pipeline)
+    offload(pipeline)
+    assert (images(pipeline) == expected).all() and is_cached(pipeline)
 
 
 def test_sums_of_weights_go_where_the_layer_computes() -> None:

@@ -281,7 +281,7 @@ def test_published_correction_is_fitted_to_full_precision_features(session: Sess
     for (full, i), row in rows.items():
         last = max(s for s in (0, 1, 4) if s <= i)
         given = outputs[i, False] if full else outputs[last, True]
-        torch.testing.assert_close(correction.of(name)[row], fit_affine(given, outputs[i, True]), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(correction(name)[row], fit_affine(given, outputs[i, True]), rtol=1e-3, atol=1e-5)
 
 
 def test_correcting_both_parts_brings_the_calibration_samples_nearer(session: Session) -> None:
@@ -304,7 +304,7 @@ def test_only_the_parts_that_are_asked_for_are_fitted(session: Session) -> None:
     )
     assert config.correction_timesteps == ()
     assert len(config.correction_full_timesteps or ()) == 3
-    assert correction.of("transformer_blocks.0.ff").shape == (3, 2, 32)
+    assert correction("transformer_blocks.0.ff").shape == (3, 2, 32)
 
 
 @pytest.mark.parametrize("feature", ["modules", "blocks"])

@@ -112,7 +112,7 @@ def test_it_is_fitted_where_steps_are_skipped(session: Session) -> None:
     for layer in session.layers.values():
         layer.quantized = True
     handle.remove()
-    torch.testing.assert_close(correction.of(name)[0], fit_affine(forecast, outputs[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(correction(name)[0], fit_affine(forecast, outputs[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_export_carries_it(export: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_loaded_model_applies_it(export: Path) -> None:
     def correct(name: str) -> Any:
         def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
             step = len(seen)
-            return None if step in (0, 1, 4) else apply_affine(correction.of(name)[(2, 3, 5).index(step)], output)  # type: ignore[operator, union-attr]
+            return None if step in (0, 1, 4) else apply_affine(correction(name)[(2, 3, 5).index(step)], output)  # type: ignore[operator, union-attr]
 
         return hook
 

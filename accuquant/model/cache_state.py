@@ -60,6 +60,13 @@ class Trace:
     input_errors: list[float] = field(default_factory=list)
 
 
+class Shares(nn.ParameterList):
+    """(M, 2) of each step. As forward gives it: offloading brings what a module holds when its forward is called."""
+
+    def forward(self, step: int) -> Tensor:
+        return self.get_parameter(str(step))
+
+
 class Correction(nn.Module):
     """What calibration finds for a cache: a slope and an intercept of every channel of the cached modules' outputs, and
     how much a forecast takes of the last output and of its change. A step between the timesteps takes the nearest.
@@ -88,13 +95,13 @@ class Correction(nn.Module):
             None  # of the last output's weights, while they are learned: (M,) at each step
         )
         # one tensor a step, so that those of a gap can be one while they are learned
-        self.learned = nn.ParameterList(nn.Parameter(ones.clone(), requires_grad=False) for _ in learned_timesteps)
+        self.learned = Shares(nn.Parameter(ones.clone(), requires_grad=False) for _ in learned_timesteps)
         rows = len(timesteps) + len(full_timesteps)
         for name, count in (channels or {}).items():
             identity = torch.stack([torch.ones(rows, count), torch.zeros(rows, count)], 1)
             self.register_parameter(name.replace(".", "/"), nn.Parameter(identity, requires_grad=False))
 
-    def of(self, module: str) -> Tensor:
+    def forward(self, module: str) -> Tensor:
         """(S + F, 2, C) of a module."""
         return self.get_parameter(module.replace(".", "/"))
 
@@ -103,12 +110,12 @@ class Correction(nn.Module):
         first, known = (len(self.timesteps), self.full_timesteps) if computed else (0, self.timesteps)
         if not known:
             return output
-        return apply_affine(self.of(module)[first + _nearest(known, timestep)], output)
+        return apply_affine(self(module)[first + _nearest(known, timestep)], output)
 
     def weigh(self, module: str, forecast: Tensor, last: Tensor, timestep: float) -> Tensor:
         """A forecast with the learned weights of ``last``, the output it begins from, and of its change."""
         step, index = _nearest(self.learned_timesteps, timestep), self.learned_modules.index(module)
-        a, b = self.learned[step][index].unbind()
+        a, b = self.learned.forward(step)[index].unbind()
         if self.units is not None:
             a = 1 + self.units[step][index] * (a - 1)
         return weighted(forecast, last, a, b)
@@ -120,7 +127,7 @@ class Correction(nn.Module):
             found = [weights.detach().clone() for weights in self.learned]
             for weights, unit in zip(found, self.units, strict=True):
                 weights[:, 0] = 1 + unit * (weights[:, 0] - 1)
-            self.learned = nn.ParameterList(nn.Parameter(weights, requires_grad=False) for weights in found)
+            self.learned = Shares(nn.Parameter(weights, requires_grad=False) for weights in found)
             self.units = None
         return self
 
