@@ -6,7 +6,7 @@ Importing the package makes diffusers' `from_pretrained` understand the checkpoi
 __version__ = "0.1.0"
 
 import accuquant.quiet  # noqa: F401 (before all that imports diffusers)
-from accuquant.enable import cache_stats, disable_cache, enable_cache
+from accuquant.enable import cache_stats, compile_cached, disable_cache, enable_cache
 from accuquant.model.cache_state import CacheError, CacheStats
 from accuquant.model.checkpoint import AccuQuantConfig, CheckpointError, register
 from accuquant.model.layers import set_arithmetic
@@ -28,6 +28,7 @@ __all__ = [
     "TaylorSeerConfig",
     "__version__",
     "cache_stats",
+    "compile_cached",
     "disable_cache",
     "enable_cache",
     "load_recipe",

@@ -7,13 +7,14 @@ import json
 import random
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from accuquant.console import Reporter
 from accuquant.data import draw
 from accuquant.model.cache_state import CacheError, CacheStats
-from accuquant.model.caching import attach_cache, controller_of, detach_cache
+from accuquant.model.caching import HOOK, attach_cache, controller_of, detach_cache
 from accuquant.model.families import FAMILIES, family_of
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Cache, Sampling
@@ -89,6 +90,26 @@ def disable_cache(target: DiffusionPipeline | nn.Module) -> None:
         CacheError: there is none.
     """
     detach_cache(denoiser_of_any(target))
+
+
+def compile_cached(target: DiffusionPipeline | nn.Module, **options: Any) -> None:
+    """Compile what the cache computes, each cached module below the hook that decides whether it runs.
+
+    A denoiser with a cache is no single graph: `torch.compile` of it stops at every hook. Ends with `disable_cache`.
+
+    Args:
+        options: of `torch.compile`.
+
+    Raises:
+        CacheError: there is no cache.
+    """
+    denoiser = denoiser_of_any(target)
+    cache_stats(denoiser)
+    for module in denoiser.modules():
+        registry = vars(module).get("_diffusers_hook")
+        hook = registry.get_hook(HOOK) if registry is not None else None
+        if hook is not None and hook.fn_ref.original_forward is not None:
+            hook.compiled = torch.compile(hook.fn_ref.original_forward, **options)
 
 
 def cache_stats(target: DiffusionPipeline | nn.Module) -> CacheStats:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import make_pipeline
 from diffusers import DiTPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
-from accuquant.model.caching import attach_cache
+import accuquant
+from accuquant import Cache, CacheError
 from accuquant.model.checkpoint import harden_model
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, quantize_model
 from accuquant.model.quantized import quantized_layers
-from accuquant.recipe import Cache
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
@@ -121,18 +121,34 @@ def test_blocks_alone_can_be_compiled(pipeline: DiTPipeline) -> None:
     assert_near(trajectory(pipeline.transformer, pipeline), expected)
 
 
-def test_what_a_cache_computes_can_be_compiled(pipeline: DiTPipeline) -> None:
-    """Attention and MLP, each one graph, below the hooks that decide whether they run."""
+@pytest.mark.parametrize(("feature", "graphs"), [("modules", 2), ("blocks", 1)])
+def test_what_a_cache_computes_can_be_compiled(pipeline: DiTPipeline, feature: Any, graphs: int) -> None:
+    """Attention and MLP, or a block: each one graph, below the hooks that decide whether they run, until disabled."""
     model = pipeline.transformer
-    attach_cache(model, Cache(interval=3))
+    accuquant.enable_cache(pipeline, Cache(interval=3, feature=feature))
     expected = trajectory(model, pipeline)
     model._reset_stateful_cache()
-    for name in (f"{BLOCK}.attn1", f"{BLOCK}.ff"):
-        module: nn.Module = model.get_submodule(name)
-        reference = module._diffusers_hook._fn_refs[0]
-        reference.original_forward = torch.compile(reference.original_forward, backend="aot_eager", fullgraph=True)
+    accuquant.compile_cached(pipeline, backend="aot_eager", fullgraph=True)
     assert_near(trajectory(model, pipeline), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    accuquant.disable_cache(pipeline)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        trajectory(model, pipeline)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    with pytest.raises(CacheError, match="call enable_cache first"):
+        accuquant.compile_cached(model)
+
+
+def test_blocks_share_what_is_compiled_below_a_cache() -> None:
+    """More of them than torch compiles one function for; and nothing is compiled anew when the cache is on again."""
+    model = make_pipeline(layers=12).transformer
+    for _ in range(2):
+        accuquant.enable_cache(model, Cache(interval=1))
+        accuquant.compile_cached(model, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            call(model, torch.tensor(500))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        accuquant.disable_cache(model)
 
 
 def test_every_path_is_there(pipeline: DiTPipeline) -> None:

@@ -201,9 +201,7 @@ def test_a_model_that_is_cast_is_as_one_loaded_in_that_type(
     loaded, x = type(model).from_pretrained(tmp_path, torch_dtype=found.dtype), torch.randn(2, 4, 8, 8).to(found.dtype)
     values = loaded.state_dict()
     assert all(v.dtype == values[k].dtype and torch.equal(v, values[k]) for k, v in found.state_dict().items())
-    calls = [
-        m(x, timestep=torch.tensor([900, 900]), class_labels=torch.tensor([1, 2])).sample for m in (loaded, found)
-    ]
+    calls = [m(x, timestep=torch.tensor([900, 900]), class_labels=torch.tensor([1, 2])).sample for m in (loaded, found)]
     assert float((calls[0] - calls[1]).norm() / calls[0].norm()) < 0.05  # diffusers' position table was cast too
     assert len(count) == 16
 

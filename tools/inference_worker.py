@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import accuquant
-from accuquant.model.caching import attach_cache, cached_modules, detach_cache
 from accuquant.model.quantized import quantized_layers
 
 LEAST_SECONDS = 0.2  # shorter steps are timed several at a time
@@ -45,7 +44,6 @@ class Worker:
         )
         self.dtype = torch.float32 if self.host == "float32" else torch.bfloat16
         self.modules: dict[str, Any] = {}
-        self.parts: dict[str, Callable[..., Any]] = {}  # compiled forwards of cached modules
         self.inner: dict[str, int] = {}  # calls timed together
         self.gemms: Gemms | None = None
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = LIMIT
@@ -136,21 +134,13 @@ class Worker:
         if interval is None:
             yield self.modules[mode]
             return
-        names = cached_modules(self.model)[0]
-        attach_cache(self.model, accuquant.RFCConfig(interval=interval))
-        references = [(name, self.model.get_submodule(name)._diffusers_hook._fn_refs[0]) for name in names]
-        originals = [reference.original_forward for _, reference in references]
+        accuquant.enable_cache(self.model, accuquant.RFCConfig(interval=interval))
         if mode == "compiled":
-            for name, reference in references:
-                if name not in self.parts:
-                    self.parts[name] = torch.compile(reference.original_forward, fullgraph=True)
-                reference.original_forward = self.parts[name]
+            accuquant.compile_cached(self.model, fullgraph=True)
         try:
             yield self.model
         finally:
-            for (_, reference), original in zip(references, originals, strict=True):
-                reference.original_forward = original
-            detach_cache(self.model)
+            accuquant.disable_cache(self.model)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -22,9 +22,7 @@ from accuquant.model.cache_state import CacheError, Controller, Correction
 from accuquant.recipe import Cache
 
 HOOK = "accuquant_cache"
-CORRECTION = (
-    "cache_correction"  # the denoiser's submodule that holds a fitted one, so that it is saved with the weights
-)
+CORRECTION = "cache_correction"  # the denoiser's submodule that holds a fitted one, to be saved with the weights
 BLOCKS = r"(transformer_blocks|blocks|.*attentions\.\d+\.transformer_blocks)\.\d+"
 MODULES = BLOCKS + r"\.(attn\d?|ff|ffn|ff_context|img_mlp|txt_mlp)"
 FUSED = r"single_transformer_blocks\.\d+"  # attention and MLP side by side, and one projection of both
@@ -37,10 +35,14 @@ class Hook(ModelHook):
     """What ours have in common."""
 
     wrapper: Any = None  # the module's forward once the hook is on
+    compiled: Any = None  # what computes in place of the module's own
 
     def __init__(self, controller: Controller, name: str = "") -> None:
         super().__init__()
         self.controller, self.name = controller, name
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled or self.fn_ref.original_forward)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         raise CacheError("a copy of a cached model would run the original's weights; call disable_cache before copying")
@@ -100,13 +102,13 @@ class Cached(Hook):
     @_eager
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.controller.paused:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return self.compute(*args, **kwargs)
         inputs = _inputs(args, kwargs)
         if self.tap:
             inputs = (self.controller.tapped.pop(self.tap),)
         if not self.controller.computes(self.name, inputs[0]):
             return self.controller.predict(self.name, inputs)
-        output = self.controller.corrected(self.name, self.fn_ref.original_forward(*args, **kwargs))
+        output = self.controller.corrected(self.name, self.compute(*args, **kwargs))
         self.controller.remember(self.name, inputs, output)
         return output
 
@@ -117,11 +119,11 @@ class Deviation(Hook):
     @_eager
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.controller.paused:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return self.compute(*args, **kwargs)
         hidden = _inputs(args, kwargs)[0]
         if not self.controller.computes(self.name, hidden):  # then the blocks before have passed their input on
             return hidden + self.controller.predict(self.name, (hidden,))
-        output = self.fn_ref.original_forward(*args, **kwargs)
+        output = self.compute(*args, **kwargs)
         if not isinstance(output, Tensor):
             raise CacheError(f"feature: blocks: {self.name} gives {type(output).__name__}; use feature: modules")
         first = self.controller.tapped.pop(self.name, hidden)
@@ -148,7 +150,7 @@ class Bypassed(Hook):
         if self.controller.paused or self.controller.computes(self.name, hidden):
             if self.first:
                 self.controller.tapped[self.name] = hidden
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return self.compute(*args, **kwargs)
         if hasattr(module, "downsamplers"):  # a U-Net counts what it is given for its skip connections
             return hidden, (hidden,) * (len(module.resnets) + len(module.downsamplers or ()))  # type: ignore[arg-type]
         return hidden
@@ -170,7 +172,7 @@ class Skipped(Hook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tapped = self.controller.tapped[self.name]
         if self.controller.paused or self.controller.computes(f"{self.name}.proj_out", tapped):
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return self.compute(*args, **kwargs)
         inputs = _inputs(args, kwargs)
         if hasattr(module, "out_features"):  # right in shape, and never read
             return inputs[0].new_zeros(()).expand(*inputs[0].shape[:-1], int(module.out_features))  # type: ignore[arg-type]

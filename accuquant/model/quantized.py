@@ -44,7 +44,7 @@ class Packed(nn.Parameter):
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
         return super().__new__(cls if data.is_mkldnn else nn.Parameter, data, requires_grad)
 
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
         return kernels.unpack(self).to(*args, **kwargs)
 
 
@@ -337,7 +337,9 @@ class QuantizedLayer(Layer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lay_out(self.path if self.path in self.paths() else self._unmeasured())  # another machine may have made it
+        self._lay_out(
+            self.path if self.path in self.paths() else self._unmeasured()
+        )  # another machine may have made it
 
 
 _fastest: dict[Any, Path] = {}
