@@ -28,7 +28,11 @@ def make_recipe(rules: list[dict[str, Any]], **changes: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        ({"weight": "int4"}, r"rules\.0\.weight: export\.format torchao holds int8 \(found 'int4'\)"),
+        (
+            {"weight": "int6"},
+            r"rules\.0\.weight: export\.format torchao holds int8 \(found 'int6'\); write",
+        ),
+        ({"weight": "int4"}, r"holds int8 \(found 'int4', and torchao's int4 tensors have no product on CPUs\)"),
         ({"activation": "int6"}, r"rules\.0\.activation: .* write activation: int8"),
         ({"granularity": "group", "group_size": 16}, r"rules\.0\.granularity: .* write granularity: channel"),
         ({"symmetric": False}, r"rules\.0\.symmetric: .* write symmetric: true"),

@@ -43,8 +43,10 @@ def check_torchao(rules: tuple[Rule, ...], timestep_groups: int, learns_activati
             continue
         where = f"quantization.rules.{i}"
         if rule.weight != "int8":
+            why = ", and torchao's int4 tensors have no product on CPUs" if rule.weight == "int4" else ""
             raise ValueError(
-                f"{where}.weight: export.format torchao holds int8 (found {rule.weight!r}); write weight: int8, {OURS}"
+                f"{where}.weight: export.format torchao holds int8 (found {rule.weight!r}{why}); "
+                f"write weight: int8, {OURS}"
             )
         if rule.activation not in ("int8", "float"):
             raise ValueError(
