@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import recipe_tree
+
+from accuquant.core import kernels
+from accuquant.model.torchao import torchao_installed
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,3 +135,25 @@ def test_inference_summary_compares_within_a_wave(tools: Callable[[str], Any]) -
     lines = report.summary({"steps": [*steps, failed], "gemm": []}).splitlines()
     assert lines[0] == "ours is ours static compiled"
     assert lines[-1] == "vs bf16 compiled: 2.00x, vs best other int8: 1.25x (torchao)"
+
+
+@pytest.mark.parametrize("path", ["onednn", "int_mm", "triton", "cublas", "scaled_mm"])
+def test_inference_overhead_is_beyond_the_bare_product_of_the_path(tools: Callable[[str], Any], path: str) -> None:
+    report = tools("inference_report")
+    bare = {"triton": "int_mm", "cublas": "int_mm"}.get(path, path)
+    rows = [{"name": bare, "seconds": [2.0]}, {"name": "ours static eager", "seconds": [3.0], "path": path}]
+    results: dict[str, Any] = {"steps": [], "gemm": [row | {"shape": [8, 8, 8], "count": 1} for row in rows]}
+    assert report.overhead(results, results["gemm"][1]) == pytest.approx(0.5)
+    assert report.summary(results).splitlines()[0] == "quantize and rescale, static eager: 50 % of the product"
+
+
+def test_inference_products_of_a_gpu(tools: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That they can be made; here on a CPU, uncompiled."""
+    tool = tools("inference_gemm")
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    products = tool.Gemms(torch.device("cpu"))
+    assert not {tool.SCALED_MM, tool.TORCHAO} & set(products.names)
+    found = [tool.SCALED_MM] if kernels.scaled_works(torch.device("cpu")) else []
+    for name in [*found, *([tool.TORCHAO] if torchao_installed() else [])]:
+        run, path = products._make((32, 64, 48), name)
+        assert run().shape == (32, 48) and run().dtype == torch.bfloat16 and not path

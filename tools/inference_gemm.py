@@ -6,6 +6,7 @@ make integers of its input and floats of the result. Weights stay in the cache h
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import time
 from collections.abc import Callable
@@ -19,12 +20,14 @@ from accuquant.core import kernels
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import TrainableLayer
 from accuquant.model.spec import LayerSpec
+from accuquant.model.torchao import torchao_installed
 
 Shape = tuple[int, ...]  # M, K, N
 LEAST_SECONDS = 0.02
 ONEDNN, INT_MM, SCALED_MM, BFLOAT16 = "onednn", "int_mm", "scaled_mm", "bfloat16 linear"
 BARE = (ONEDNN, INT_MM, SCALED_MM, BFLOAT16)
 OURS = tuple(f"ours {kind} {mode}" for kind in ("static", "dynamic", "fp8") for mode in ("eager", "compiled"))
+TORCHAO = "torchao dynamic compiled"  # another package's layer, on a GPU
 
 
 class Gemms:
@@ -34,8 +37,9 @@ class Gemms:
         self.device = device
         packed = device.type == "cpu" and kernels.packed_works()
         fp8 = device.type != "cpu" and kernels.scaled_works(device)
+        torchao = device.type != "cpu" and torchao_installed()
         left_out = {*([] if packed else [ONEDNN]), *([] if fp8 else [SCALED_MM, *(n for n in OURS if "fp8" in n)])}
-        self.names = [name for name in (*BARE, *OURS) if name not in left_out]
+        self.names = [name for name in (*BARE, *OURS, *([TORCHAO] if torchao else [])) if name not in left_out]
         self.made: dict[tuple[Shape, str], tuple[Callable[[], Tensor], str]] = {}
         self.calls: dict[tuple[Shape, str], int] = {}
 
@@ -71,6 +75,12 @@ class Gemms:
         if name == BFLOAT16:
             linear = module.to(self.device, torch.bfloat16)
             return lambda: F.linear(x, linear.weight, linear.bias), ""
+        if name == TORCHAO:
+            quantization = importlib.import_module("torchao.quantization")
+            other = nn.Sequential(module).to(self.device, torch.bfloat16)
+            quantization.quantize_(other, quantization.Int8DynamicActivationInt8WeightConfig())
+            compiled: Callable[[Tensor], Tensor] = torch.compile(other)
+            return lambda: compiled(x), ""
         q = torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8).to(self.device)
         w = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8).to(self.device)
         if name == INT_MM:
@@ -79,8 +89,8 @@ class Gemms:
             return _onednn(q, w), ""
         if name == SCALED_MM:
             a, b = (t.to(torch.bfloat16).to(torch.float8_e4m3fn) for t in (q, w))
-            scales = torch.ones(m, 1, device=self.device), torch.ones(n, 1, device=self.device)
-            return lambda: kernels.scaled_product(a, scales[0], b, scales[1], None), ""
+            scales = torch.ones(m, 1, device=self.device), torch.ones(1, n, device=self.device)
+            return lambda: torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.bfloat16), ""
         layer = self._layer(module, x, "fp8" if "fp8" in name else "int8", dynamic="static" not in name)
         run: Callable[[Tensor], Tensor] = layer
         if name.endswith("compiled"):

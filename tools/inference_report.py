@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import accuquant
 
 BASE = "bfloat16 compiled"
-BARE_OF_PATH = {"onednn": ONEDNN, "int_mm": INT_MM, "scaled_mm": SCALED_MM}
+BARE_OF_PATH = {"onednn": ONEDNN, "int_mm": INT_MM, "cublas": INT_MM, "triton": INT_MM, "scaled_mm": SCALED_MM}
 
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:
