@@ -21,7 +21,9 @@ from accuquant.core.kernels import integer_product
 from accuquant.evaluate import load_export
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, set_arithmetic
+from accuquant.model.quantized import GRID
 from accuquant.model.rollout import Rollout
+from accuquant.model.spec import share_grids
 from accuquant.recipe.file import parse_recipe
 
 pytestmark = [
@@ -133,6 +135,13 @@ def test_preparing_measures_on_the_device() -> None:
         assert layer.path in layer.paths() and layer.path != "onednn"
         layer.cpu()
         assert layer.path == before
+
+
+def test_layers_that_share_scales_share_them_on_the_device() -> None:
+    layers = [layer_and_module(LayerSpec("int8", "int8"), 128, 96)[0] for _ in range(2)]
+    share_grids(layers, *GRID)
+    nn.ModuleList(layers).cuda()
+    assert layers[0].activation_scale.is_cuda and layers[0].activation_scale is layers[1].activation_scale
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

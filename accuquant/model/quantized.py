@@ -55,6 +55,9 @@ class QuantizedLayer(Layer):
     ``weight_zero_point`` (O, G) int8 where asymmetric, ``activation_scale`` (timestep groups,) or (1,) float32,
     ``activation_zero_point`` (timestep groups,) int8 where static and asymmetric, ``bias`` (O,).
 
+    Integers have no NaN: with static scales one in the input becomes finite numbers on their paths; dynamic scales
+    carry it to the whole row.
+
     On the path ``onednn`` the parameter ``weight`` is in oneDNN's layout, (I, O); state_dict, copies and other devices
     get the one above.
     """
@@ -337,9 +340,9 @@ class QuantizedLayer(Layer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._lay_out(
-            self.path if self.path in self.paths() else self._unmeasured()
-        )  # another machine may have made it
+        if self.path not in self.paths():  # another machine may have made the copy
+            self.path = self._unmeasured()
+        self._lay_out(self.path)
 
 
 _fastest: dict[Any, Path] = {}
