@@ -138,7 +138,7 @@ def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
         )
     for name in ("transformer", "unet"):
         if isinstance(module := getattr(target, name, None), nn.Module):
-            return module
+            return denoiser_of_any(module)
     raise CacheError(f"{type(target).__name__} has neither a transformer nor a unet to cache")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import accuquant
 from accuquant import Cache, CacheError
+from accuquant.model.caching import controller_of
 from accuquant.model.checkpoint import harden_model
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, quantize_model
@@ -149,6 +150,15 @@ def test_blocks_share_what_is_compiled_below_a_cache() -> None:
             call(model, torch.tensor(500))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
         accuquant.disable_cache(model)
+
+
+def test_a_pipeline_whose_denoiser_is_compiled_can_be_cached(pipeline: DiTPipeline) -> None:
+    model = pipeline.transformer
+    pipeline.transformer = torch.compile(model, backend="aot_eager")
+    accuquant.enable_cache(pipeline, Cache(interval=3))
+    assert controller_of(model) is not None
+    accuquant.disable_cache(pipeline)
+    assert controller_of(model) is None
 
 
 def test_every_path_is_there(pipeline: DiTPipeline) -> None:
