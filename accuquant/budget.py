@@ -205,9 +205,9 @@ def _words(rule: Rule) -> str:
         "asymmetric": not rule.symmetric,
         "dynamic": rule.activation_scale == "dynamic",
         "not tuned": not rule.tune,
+        "symmetric activations": rule.static and rule.activation_symmetric is True,
+        "asymmetric activations": rule.static and rule.activation_symmetric is False,
     }
-    if rule.static and rule.activation_symmetric is not None:
-        others["symmetric activations" if rule.activation_symmetric else "asymmetric activations"] = True
     return f"{rule.weight}/{rule.activation}{group}" + "".join(f" {word}" for word, true in others.items() if true)
 
 

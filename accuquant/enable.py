@@ -14,7 +14,7 @@ from torch import nn
 from accuquant.console import Reporter
 from accuquant.data import draw
 from accuquant.model.cache_state import CacheError, CacheStats
-from accuquant.model.caching import HOOK, attach_cache, controller_of, detach_cache
+from accuquant.model.caching import attach_cache, controller_of, detach_cache, hook_of
 from accuquant.model.families import FAMILIES, family_of
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Cache, Sampling
@@ -106,8 +106,7 @@ def compile_cached(target: DiffusionPipeline | nn.Module, **options: Any) -> Non
     denoiser = denoiser_of_any(target)
     cache_stats(denoiser)
     for module in denoiser.modules():
-        registry = vars(module).get("_diffusers_hook")
-        hook = registry.get_hook(HOOK) if registry is not None else None
+        hook = hook_of(module)
         if hook is not None and hook.fn_ref.original_forward is not None:
             hook.compiled = torch.compile(hook.fn_ref.original_forward, **options)
 

@@ -111,9 +111,10 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
 
 def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
     """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
-    start, row = place.session.snapshot(), place.best_uncorrected(nfc)
+    row = place.best_uncorrected(nfc)
     if not place.combination.recipe.objective.cached_iterations or row["nfc"] == place.session.rollout.num_steps:
         return
+    start = place.session.snapshot()
     for what in place.section.learning:
         place.session.restore(start)
         config = calibrate_with(place, what, alone, nfc, folder)

@@ -52,12 +52,16 @@ from accuquant.tune import calibrate_with, learn
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
-TYPES = ("W8A8", "W4A8", "W4A4")
+TYPES = "W8A8,W4A8,W4A4"
 NFC = (25, 14, 10, 7)
 SEEDS = (0, 1, 2)
 HELD_OUT = 30
 TUNED: dict[str, Any] = {"finalists": 1, "trials": 8, "noise_aware": [False], "levels": [1.0]}
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+Types = Annotated[str, typer.Option(help="Comma-separated.")]
+Seeds = Annotated[str, typer.Option(help="Comma-separated.")]
+Threads = Annotated[int, typer.Option(help="Torch threads.")]
+Shard = Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")]
 DEFAULT_OUT = Path("tools/results/joint")
 MORE_TYPES: dict[str, dict[str, Any]] = {
     "W8A6": {"weight": "int8", "activation": "int6"},
@@ -129,11 +133,11 @@ class Bench:
 @app.command()
 def run(
     out: Out = DEFAULT_OUT,
-    types: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TYPES),
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    types: Types = TYPES,
+    seeds: Seeds = "0,1,2",
     nfcs: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(map(str, NFC)),
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
-    shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
+    threads: Threads = 1,
+    shard: Shard = "0/1",
 ) -> None:
     """Make the runs that are missing."""
     torch.set_num_threads(threads)
@@ -200,33 +204,28 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
 @app.command()
 def stacking(
     out: Out = DEFAULT_OUT,
-    types: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TYPES),
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
-    shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
+    types: Types = TYPES,
+    seeds: Seeds = "0,1,2",
+    threads: Threads = 1,
+    shard: Shard = "0/1",
 ) -> None:
     """Rows (a') of the runs: full steps that are searched in full precision, under weights calibrated alone."""
     torch.set_num_threads(threads)
-    for name, seed in pairs_of(types, seeds, shard):
-        bench: Bench | None = None
-        for nfc in NFC:
-            key = _key("run", name, seed, nfc, "(a') naive: TaylorSeer, its steps searched alone")
-            if key in _done(out):
-                continue
-            bench = bench or Bench(name, seed, Path("build/bench_joint"))
-            config = Cache(estimation="taylor", order=2, schedule="best", target_nfc=nfc, trials=TUNED["trials"])
-            with bench.session.full_precision():
-                config = searched(config, bench.session, QUIET, worse_of_both=True, samples=TUNING_SAMPLES)
-            _write(out, shard, key, bench.judge(config))
+    cells = [(nfc, "(a') naive: TaylorSeer, its steps searched alone") for nfc in NFC]
+    for bench, key in _missing(out, "run", pairs_of(types, seeds, shard), cells):
+        config = Cache(estimation="taylor", order=2, schedule="best", target_nfc=key[3], trials=TUNED["trials"])
+        with bench.session.full_precision():
+            config = searched(config, bench.session, QUIET, worse_of_both=True, samples=TUNING_SAMPLES)
+        _write(out, shard, key, bench.judge(config))
 
 
 @app.command()
 def orders(
     out: Out = DEFAULT_OUT,
-    types: Annotated[str, typer.Option(help="Comma-separated.")] = "W8A8,W8A6,W4A8,W4A4,W4A16",
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
-    shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
+    types: Types = "W8A8,W8A6,W4A8,W4A4,W4A16",
+    seeds: Seeds = "0,1,2",
+    threads: Threads = 1,
+    shard: Shard = "0/1",
 ) -> None:
     """Forecasts at fixed intervals, quantized by MSE search, with E_q and E_c; and what `auto` takes."""
     torch.set_num_threads(threads)
@@ -265,35 +264,31 @@ def orders(
 @app.command()
 def shares(
     out: Out = DEFAULT_OUT,
-    types: Annotated[str, typer.Option(help="Comma-separated.")] = "W8A8,W4A8",
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    types: Types = "W8A8,W4A8",
+    seeds: Seeds = "0,1,2",
     updates: Annotated[int, typer.Option(help="Updates of the shares; no weight is learned.")] = 40,
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
-    shard: Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")] = "0/1",
+    threads: Threads = 1,
+    shard: Shard = "0/1",
 ) -> None:
     """Shares of (a)'s forecasts, learned over groups of M steps: one gap, several, the whole trajectory."""
     torch.set_num_threads(threads)
-    for name, seed in pairs_of(types, seeds, shard):
-        bench: Bench | None = None
-        for nfc, m in itertools.product((14, 7), (0, 1, 10, 25, 50)):
-            key = _key("shares", name, seed, nfc, f"M = {m}" if m else "plain")
-            if key in _done(out):
-                continue
-            bench = bench or Bench(name, seed, Path("build/bench_joint"))
-            naive = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, nfc, 2))
-            tuner = bench.learned_shares(naive, max(1, m), updates if m else 0)
-            _write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
+    lengths = {f"M = {m}" if m else "plain": m for m in (0, 1, 10, 25, 50)}
+    cells = list(itertools.product((14, 7), lengths))
+    for bench, key in _missing(out, "shares", pairs_of(types, seeds, shard), cells):
+        naive, m = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, key[3], 2)), lengths[key[4]]
+        tuner = bench.learned_shares(naive, max(1, m), updates if m else 0)
+        _write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
 
 
 @app.command()
 def latency(
     out: Out = DEFAULT_OUT,
-    types: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(TYPES),
+    types: Types = TYPES,
     seed: Annotated[
         int, typer.Option(help="Of the runs whose choices are timed, in the folder they were made in.")
     ] = 0,
     repeats: Annotated[int, typer.Option(help="Trajectories timed of each, alternating.")] = 5,
-    threads: Annotated[int, typer.Option(help="Torch threads.")] = 2,
+    threads: Threads = 2,
 ) -> None:
     """Seconds of one trajectory of eight samples, by the layers as exported, with what the runs have chosen."""
     torch.set_num_threads(threads)
@@ -341,6 +336,17 @@ def _seconds(rollout: Rollout, conditions: Conditions) -> float:
     started = time.perf_counter()
     rollout.trajectory(conditions)
     return time.perf_counter() - started
+
+
+def _missing(
+    out: Path, part: str, pairs: list[tuple[str, int]], cells: list[tuple[int, str]]
+) -> Iterator[tuple[Bench, tuple[Any, ...]]]:
+    """Keys of the cells (NFC, method) that have no line yet, with the calibrated model, made where there are any."""
+    for name, seed in pairs:
+        keys = [key for cell in cells if (key := _key(part, name, seed, *cell)) not in _done(out)]
+        if keys:
+            bench = Bench(name, seed, Path("build/bench_joint"))
+            yield from ((bench, key) for key in keys)
 
 
 def _done(out: Path) -> set[tuple[Any, ...]]:

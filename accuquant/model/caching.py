@@ -27,7 +27,6 @@ BLOCKS = r"(transformer_blocks|blocks|.*attentions\.\d+\.transformer_blocks)\.\d
 MODULES = BLOCKS + r"\.(attn\d?|ff|ffn|ff_context|img_mlp|txt_mlp)"
 FUSED = r"single_transformer_blocks\.\d+"  # attention and MLP side by side, and one projection of both
 
-
 _eager: Callable[[Any], Any] = torch.compiler.disable(recursive=False)  # what a hook calls is compiled all the same
 
 
@@ -240,10 +239,9 @@ def detach_cache(denoiser: nn.Module) -> None:
     if controller_of(denoiser) is None:
         raise CacheError(f"{type(denoiser).__name__} has no cache of accuquant")
     for module in denoiser.modules():
-        registry = vars(module).get("_diffusers_hook")
-        if registry is None or HOOK not in registry.hooks:
+        if (hook := hook_of(module)) is None:
             continue
-        hook = registry.hooks[HOOK]
+        registry: Any = module._diffusers_hook
         if isinstance(hook, Calls):
             hook.handle.remove()
         outer, last = vars(module)["forward"], registry._hook_order[-1] == HOOK
@@ -289,9 +287,13 @@ def uncached(denoiser: nn.Module) -> Iterator[None]:
 
 
 def controller_of(denoiser: nn.Module) -> Controller | None:
-    registry = vars(denoiser).get("_diffusers_hook")
-    hook = registry.get_hook(HOOK) if registry is not None else None
+    hook = hook_of(denoiser)
     return hook.controller if isinstance(hook, Calls) else None
+
+
+def hook_of(module: nn.Module) -> Hook | None:
+    registry = vars(module).get("_diffusers_hook")
+    return registry.get_hook(HOOK) if registry is not None else None
 
 
 def cached_features(
