@@ -23,8 +23,10 @@ from accuquant.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.export import check_output, model_card, publish
 from accuquant.formats import check_format, write_format
 from accuquant.measure import HeldOut, call_seconds, held_out_reference, latent_metrics, sample
+from accuquant.model.blocks import block_of, evaluations_made, spread_steps
 from accuquant.model.caching import cached
 from accuquant.model.checkpoint import store_cache
+from accuquant.model.clock import StepClock
 from accuquant.model.plan import PlannedModule, count_macs
 from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
@@ -99,6 +101,7 @@ def calibrate(
             "history": history,
             "network_evaluations": history[-1]["network_evaluations"] if history else 0,
             "seconds": round(history[-1]["seconds"], 1) if history else 0.0,
+            "target": recipe.objective.target,
             "steps_per_group": tuner.steps_per_group,
             "gradient": recipe.objective.gradient,
             "loss": recipe.objective.loss,
@@ -141,8 +144,9 @@ def calibrate_alone(
     tuner = session.tuner(objective, steps)
     if resume and state.is_file():
         tuner.load(state)
-        reporter.say(f"resuming at update {len(tuner.history)} of {objective.iterations}")
-    with reporter.bar(f"calibrating, M = {steps}", objective.iterations, len(tuner.history)) as advance:
+        reporter.say(f"resuming at update {len(tuner.history)} of {tuner.updates}")
+    what = f"calibrating, M = {steps}" if tuner.blocks is None else f"reconstructing {len(tuner.blocks.blocks)} blocks"
+    with reporter.bar(what, tuner.updates, len(tuner.history)) as advance:
         tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
     tuner.save(state)
     return tuner, tried
@@ -220,6 +224,10 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     tuning = objective.iterations * (2 * steps - 1)
     if objective.steps_per_group == "auto":
         tuning = round(tuning * (1 + AUTO_SHARE * len(AUTO_CANDIDATES)))
+    if objective.target == "blocks" and objective.iterations:
+        blocks, groups = len({block_of(p.name) for p in planned if p.tune}), recipe.quantization.timestep_groups
+        inputs_at = len(spread_steps(StepClock.from_timesteps(rollout.timesteps, groups).groups(rollout.timesteps)))
+        tuning = evaluations_made(objective.iterations * blocks, objective.iterations, blocks, inputs_at)
     if recipe.cache is not None and objective.cached_iterations:
         whole = "forecast" in (objective.cached_learn or ())
         listed = len(recipe.cache.full_steps or ())

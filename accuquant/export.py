@@ -28,7 +28,7 @@ Measured on {num_samples} held-out samples against full precision, same noise
 |---|---|
 {rows}
 
-Types: {types}. Calibrated with M = {steps_per_group} denoising steps per group, gradient `{gradient}`,
+Types: {types}. Calibrated {how}:
 {network_evaluations} network evaluations in {seconds:.0f} s. `report.html` shows where the rest was lost; `recipe.yaml`
 reproduces this folder with `accuquant calibrate`.
 """
@@ -52,9 +52,11 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures(metrics))
     types = sorted({f"{m['weight']}/{m['activation']}" for m in metrics["modules"] if m["weight"] != "float"})
     calibration = metrics["calibration"]
+    how = "with M = {steps_per_group} denoising steps per group, gradient `{gradient}`".format(**calibration)
     return CARD.format(
         **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps", "guidance_scale")},
-        **{k: calibration[k] for k in ("steps_per_group", "gradient", "network_evaluations", "seconds")},
+        **{k: calibration[k] for k in ("network_evaluations", "seconds")},
+        how="by block reconstruction" if recipe.objective.target == "blocks" else how,
         loading=LOADING[recipe.export.format].format(
             name=Path(recipe.export.output).name, dtype=recipe.model.dtype, torchao=TORCHAO_VERSIONS
         ),

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from accuquant.core import rounding
 from accuquant.core.cached_objective import cached_group_gradient, cached_groups
 from accuquant.core.objective import group_gradient, groups
+from accuquant.model.blocks import Reconstruction
 from accuquant.model.cache_state import Correction
 from accuquant.model.cached_steps import CachedSteps
 from accuquant.model.caching import cached
@@ -71,7 +72,8 @@ class Tuner:
     Attributes:
         cache: on during the updates; groups then begin at its full steps, and only those count as evaluations.
         learned: weights of the cache's forecasts, where `objective.learn` has them; ``cache`` then names them.
-        history: one entry an update: iteration, loss, steps_per_group, network_evaluations so far, seconds.
+        blocks: what learns where ``objective.target`` is blocks, instead of groups of steps.
+        history: one entry an update: iteration, loss, steps_per_group (or block), network_evaluations so far, seconds.
     """
 
     rollout: Rollout
@@ -89,8 +91,12 @@ class Tuner:
 
     def __post_init__(self) -> None:
         self.learned: Correction | None = None
+        self.blocks: Reconstruction | None = None
         if self.cache is not None:
             self._begin_cached(self.cache)
+        elif self.objective.target == "blocks" and self.objective.iterations:
+            given = (self.layers, self.reference.latents, self.reference.conditions, self.objective.iterations)
+            self.blocks = Reconstruction(self.rollout, self.clock, *given, partial(self._batch, stream=3))
         self.parameters = self._choose_parameters()
         rates = self.objective.learning_rates.model_dump()
         layerwise = [
@@ -104,6 +110,10 @@ class Tuner:
         self.rates = [float(group["lr"]) for group in layerwise]
         self.optimizer = torch.optim.Adam(layerwise or [{"params": []}], betas=ADAM_BETAS, eps=1e-15)
         self.drifted: Tensor | None = None  # latents of the quantized trajectory, for inputs: quantized
+
+    @property
+    def updates(self) -> int:
+        return self.blocks.updates if self.blocks is not None else self.objective.iterations
 
     def run(self, state: Path | None = None, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Make the remaining updates; with ``state``, save there now and then and when interrupted."""
@@ -146,7 +156,7 @@ class Tuner:
     def _run(self, state: Path | None, progress: Callable[[dict[str, Any]], None] | None) -> None:
         saved = time.monotonic()
         try:
-            while len(self.history) < self.objective.iterations:
+            while len(self.history) < self.updates:
                 entry = self._update(len(self.history))
                 self.history.append(entry)
                 self.stepping = False
@@ -162,21 +172,23 @@ class Tuner:
 
     def _update(self, iteration: int) -> dict[str, Any]:
         started = time.monotonic()
-        start, stop = self._group(iteration)
-        batch = self._batch(iteration)
-        reference = self.reference.take(batch)
-        if self.objective.inputs == "quantized" and self.cache is None:
-            self._refresh(iteration)
         self.optimizer.zero_grad(set_to_none=True)
-
-        loss = self._gradient(reference, start, stop, None if self.drifted is None else self.drifted[start][batch])
+        if self.blocks is None:
+            position = iteration
+            entry, loss, what = self._follow_trajectory(iteration)
+        else:
+            index, position = self.blocks.place(iteration)
+            loss = self.blocks.gradient(iteration, self._one_of)
+            self.network_evaluations = self.blocks.evaluations(iteration + 1)
+            entry, what = {"block": self.blocks.blocks[index]}, self.blocks.blocks[index]
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss of update {iteration} (steps {start} to {stop - 1}) is {loss}; "
+                f"the loss of update {iteration} ({what}) is {loss}; "
                 "lower objective.learning_rates or start from quantization.initialization: mse"
             )
-        self._regularise(iteration)
-        decay = 0.5 * (1 + math.cos(math.pi * iteration / self.objective.iterations))
+        done = position / self.objective.iterations
+        self._regularise(done)
+        decay = 0.5 * (1 + math.cos(math.pi * done))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * decay
         self.stepping = True
@@ -185,10 +197,20 @@ class Tuner:
         return {
             "iteration": iteration,
             "loss": loss,
-            "steps_per_group": stop - start,
+            **entry,
             "network_evaluations": self.network_evaluations,
             "seconds": round(self.seconds, 3),
         }
+
+    def _follow_trajectory(self, iteration: int) -> tuple[dict[str, Any], float, str]:
+        """Add the gradient of one group of steps."""
+        start, stop = self._group(iteration)
+        batch = self._batch(iteration)
+        if self.objective.inputs == "quantized" and self.cache is None:
+            self._refresh(iteration)
+        drifted = None if self.drifted is None else self.drifted[start][batch]
+        loss = self._gradient(self.reference.take(batch), start, stop, drifted)
+        return {"steps_per_group": stop - start}, loss, f"steps {start} to {stop - 1}"
 
     def _gradient(self, reference: Reference, start: int, stop: int, initial: Tensor | None) -> float:
         """Add the group's gradient to the parameters', with the cache where there is one; returns the loss."""
@@ -216,12 +238,16 @@ class Tuner:
         length = 1 if warm else self.steps_per_group
         num_steps = self.rollout.num_steps
         cut = groups(num_steps, length) if self.cache is None else cached_groups(self.full_steps, num_steps, length)
-        epoch, position = divmod(iteration, len(cut))
-        return cut[int(torch.randperm(len(cut), generator=self._generator(1, epoch))[position])]
+        return cut[self._one_of(iteration, len(cut))]
 
-    def _batch(self, iteration: int) -> Tensor:
+    def _one_of(self, iteration: int, count: int) -> int:
+        """In random order, each once before any comes again."""
+        epoch, position = divmod(iteration, count)
+        return int(torch.randperm(count, generator=self._generator(1, epoch))[position])
+
+    def _batch(self, iteration: int, stream: int = 2) -> Tensor:
         total = len(self.reference.conditions)
-        chosen = torch.randperm(total, generator=self._generator(2, iteration))[: self.objective.batch_size]
+        chosen = torch.randperm(total, generator=self._generator(stream, iteration))[: self.objective.batch_size]
         return chosen.to(self.reference.latents.device)
 
     def _generator(self, stream: int, number: int) -> torch.Generator:
@@ -237,9 +263,10 @@ class Tuner:
             self.network_evaluations += self.rollout.num_steps * len(parts)
             self.drifted = torch.cat(parts, 1)
 
-    def _regularise(self, iteration: int) -> None:
-        logits = self.parameters.get("rounding")
-        beta = rounding.annealed_beta(iteration / self.objective.iterations)
+    def _regularise(self, done: float) -> None:
+        """AdaRound's term for what has a gradient, ``done`` of the way to the end of its updates."""
+        logits = {k: v for k, v in self.parameters.get("rounding", {}).items() if v.grad is not None}
+        beta = rounding.annealed_beta(done)
         if logits and beta is not None:
             (ROUNDING_WEIGHT * torch.stack([rounding.regulariser(v, beta) for v in logits.values()]).mean()).backward()
 

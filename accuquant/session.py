@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from accuquant.data import Samples, Split, calibration_samples, draw, load_split
 from accuquant.model.caching import cached_features
 from accuquant.model.clock import StepClock
 from accuquant.model.families import load_pipeline, set_scheduler
-from accuquant.model.layers import TrainableLayer, quantize_model
+from accuquant.model.layers import TrainableLayer, full_precision, quantize_model
 from accuquant.model.plan import PlannedModule, plan_modules
 from accuquant.model.rollout import Rollout
 from accuquant.model.spec import share_grids
@@ -67,16 +67,9 @@ class Session:
             for name, layer in self.layers.items():
                 self.rollout.denoiser.set_submodule(name, layer)
 
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
+    def full_precision(self) -> AbstractContextManager[None]:
         """The layers compute in full precision for as long as the block runs."""
-        for layer in self.layers.values():
-            layer.quantized = False
-        try:
-            yield
-        finally:
-            for layer in self.layers.values():
-                layer.quantized = True
+        return full_precision(self.layers.values())
 
 
 @contextmanager
@@ -196,7 +189,7 @@ def _activation_scales(session: Session, search: bool, reporter: Reporter) -> No
         return
     rollout, clock = session.rollout, session.clock
     reference = session.reference.first(session.recipe.objective.batch_size)
-    groups = torch.tensor([clock.group_of(float(t)) for t in rollout.timesteps])
+    groups = torch.tensor(clock.groups(rollout.timesteps))
     values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(clock.num_groups)] for n in observed}
 
     def observe(layer: TrainableLayer, tokens: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Accuracy of the objectives, side by side: initial scales, M = 1, and M = 2, 5, 10 in every mode, at equal cost.
+"""Accuracy of the objectives, side by side, at equal cost: initial scales, block reconstruction, and M = 1, 2, 5, 10.
 
 Cost is counted in network evaluations: forward calls of the denoiser that calibration makes. One update with M steps
 makes 2 M - 1 of them (M of these with a backward pass), so at equal evaluations M = 1 makes 2 M - 1 times more updates.
+Block reconstruction makes as many updates of each block as are left when its inputs and targets are paid for.
 Figures are of the hardened model on held-out classes and noise. Every run is one line of results.jsonl; a run that is
 there is not repeated, so the tool can be stopped and started at will, and several shards can work at once:
 
@@ -64,6 +65,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "M=1 on quantized inputs": {"inputs": "quantized"},
     "M=1 then 5 exact": {"steps_per_group": 5, "gradient": "exact", "warmup_fraction": 0.8},
     "M=1 AdaRound": {"learn": ["rounding", "activation_scale"]},
+    "blocks": {"target": "blocks"},
+    "blocks AdaRound": {"target": "blocks", "learn": ["rounding", "activation_scale"]},
 }
 
 
@@ -79,8 +82,10 @@ def bench_recipe(base: Recipe, config: str, seed: int, batch: int, samples: int,
     return parse_recipe(tree, "benchmark")
 
 
-def updates(method: dict[str, Any], evaluations: int, refresh_cost: int) -> int:
-    """Updates that ``evaluations`` pay for."""
+def updates(method: dict[str, Any], evaluations: int, refresh_cost: int, gathering_cost: int) -> int:
+    """Updates that ``evaluations`` pay for; of each block, where blocks are reconstructed."""
+    if method.get("target") == "blocks":
+        return max(1, evaluations - gathering_cost)
     m, warm = int(method.get("steps_per_group", 1)), float(method.get("warmup_fraction", 0.0))
     if method.get("inputs") == "quantized":
         return max(1, evaluations - REFRESHES * refresh_cost)
@@ -140,6 +145,9 @@ def _run_methods(
     session = prepare(recipe, rollout, planned, split, reporter, out / f"reference-{seed}.safetensors")
     start = session.snapshot()
     refresh = rollout.num_steps * -(-recipe.data.num_samples // recipe.objective.batch_size)
+    once = session.tuner(recipe.objective.model_copy(update={"iterations": 1, "target": "blocks"}), 1).blocks
+    assert once is not None
+    gathering = once.evaluations(once.updates) - 1
     for name in methods:
         method = METHODS[name]
         session.restore(start)
@@ -156,7 +164,7 @@ def _run_methods(
             fields = (
                 recipe.objective.model_dump(mode="json")
                 | method
-                | {"iterations": updates(method, evaluations, refresh)}
+                | {"iterations": updates(method, evaluations, refresh, gathering)}
             )
             objective = type(recipe.objective).model_validate_json(json.dumps(fields))
             m = objective.steps_per_group

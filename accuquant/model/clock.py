@@ -80,6 +80,10 @@ class StepClock:
     def group_of(self, timestep: float) -> int:
         return sum(timestep < edge for edge in self.edges)
 
+    def groups(self, timesteps: Tensor) -> list[int]:
+        """Of each step of a schedule (T,)."""
+        return [self.group_of(float(t)) for t in timesteps]
+
     @property
     def group(self) -> int:
         if self._group is None:

@@ -7,7 +7,8 @@ the other, and both compute the same function (`torch.equal` with the reference 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "LayerSpec",
     "QuantizedLayer",
     "TrainableLayer",
+    "full_precision",
     "keep_float32",
     "quantize_model",
     "quantized_layers",
@@ -189,6 +191,18 @@ def _scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 def trainable_layers(model: nn.Module) -> dict[str, TrainableLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, TrainableLayer)}
+
+
+@contextmanager
+def full_precision(layers: Collection[TrainableLayer]) -> Iterator[None]:
+    """These layers compute in full precision for as long as the block runs."""
+    for layer in layers:
+        layer.quantized = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.quantized = True
 
 
 def quantize_model(

@@ -83,6 +83,11 @@ CachedLearned = Literal["weight", "weight_scale", "activation_scale", "bias", "r
 class Objective(Section):
     """AccuQuant calibration; `iterations: 0` leaves the initial scales as they are."""
 
+    target: Literal["trajectory", "blocks"] = Field(
+        "trajectory",
+        description="what full precision is followed in: the latents M steps on (AccuQuant), or what each block gives "
+        "out, block after block, with `iterations` updates each (block reconstruction, the baseline)",
+    )
     steps_per_group: StepsOrAuto = Field(
         1, description="M, the denoising steps simulated together; `auto` tries 1, 2, 5 and keeps the best"
     )
@@ -111,6 +116,11 @@ class Objective(Section):
                 raise ValueError(f"{key}: 'rounding' (AdaRound) needs fixed weights; drop 'weight' and 'weight_scale'")
         if self.cached_learn is not None and not self.cached_iterations:
             raise ValueError("cached_learn: needs cached_iterations, for example cached_iterations: 60")
+        if self.target == "blocks":
+            own = {"steps_per_group": 1, "gradient": "identity", "loss": "terminal", "inputs": "full_precision"}
+            set_here = [key for key, value in (own | {"warmup_fraction": 0.0}).items() if getattr(self, key) != value]
+            if set_here:
+                raise ValueError(f"target: blocks knows no denoising steps; leave {' and '.join(set_here)} out")
         if self.inputs == "quantized" and self.cached_iterations:
             raise ValueError("inputs: quantized is a rival that knows no cache; leave cached_iterations out")
         if self.inputs == "quantized" and self.steps_per_group != 1:
