@@ -72,10 +72,7 @@ class Reconstruction:
     ) -> None:
         self.rollout, self.clock, self.latents, self.conditions = rollout, clock, latents, conditions
         self.iterations, self.batch = iterations, batch
-        names = set(layers)
-        order = self._order(names)
-        self.blocks = list(dict.fromkeys(block_of(name) for name in order))
-        self.layers = {block: [name for name in order if block_of(name) == block] for block in self.blocks}
+        self.blocks = list(dict.fromkeys(block_of(name) for name in self._order(set(layers))))
         self.steps = spread_steps(clock.groups(rollout.timesteps))
         self.gathered: int | None = None
         self.calls: list[Call] = []
