@@ -52,8 +52,8 @@ def test_accuracy_benchmark_resumes_and_tabulates(recipe: Path, tmp_path: Path) 
     small = ["--configs", "W8A8", "--seeds", "0", "--evaluations", "9", "--samples", "4", "--batch", "2"]
     arguments = ["run", "--recipe", str(recipe), "--out", out, *small]
     first = run("bench_accuracy.py", *arguments, "--methods", "MSE search,M=1")
-    second = run("bench_accuracy.py", *arguments, "--methods", "MSE search,M=1,M=2 exact,M=1 AdaRound")
-    assert first.count("W8A8 seed 0") == 2 and second.count("W8A8 seed 0") == 2
+    second = run("bench_accuracy.py", *arguments, "--methods", "MSE search,M=1,M=2 exact,M=1 AdaRound,blocks")
+    assert first.count("W8A8 seed 0") == 2 and second.count("W8A8 seed 0") == 3
     table = run("bench_accuracy.py", "table", "--out", out)
     assert "| M=2 exact |" in table and "| 3 |" in table  # nine evaluations pay for three updates of M = 2
 
@@ -65,7 +65,10 @@ def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) ->
         key = {"part": "run", "types": "W4A4", "seed": seed, "nfc": 14, "method": "(d) tuner"}
         rows.append(key | {"relative_l2": error})
     (tmp_path / "results-0-1.jsonl").write_text("".join(json.dumps(row | figures) + "\n" for row in rows))
+    times = {"float32": [2.0, 2.2, 1.9], "quantized": [1.0, 1.0, 3.0]}
+    (tmp_path / "latency.json").write_text(json.dumps({"threads": 2, "seconds": {"W4A4": times}}))
     table = run("bench_joint.py", "table", "--out", tmp_path)
+    assert "| quantized | 1.00 (2.00x) |" in table
     assert "### W4A4: E_qc in %" in table
     assert "E_q 10.00 ± 0.00 %" in table
     assert "| (d) tuner | 25.00 ± 7.07 / 40.0 ± 0.0 / 1.0 ± 0.0 |" in table

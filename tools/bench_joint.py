@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS, pairs_of
-from joint_report import draw_runs, print_tables, rows_of
+from joint_report import draw_runs, print_latency, print_tables, rows_of
 
 from accuquant.budget import Combination, step_times, type_combinations
 from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
@@ -375,8 +375,10 @@ def plot(out: Out = DEFAULT_OUT) -> None:
 
 @app.command()
 def table(out: Out = DEFAULT_OUT) -> None:
-    """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds."""
+    """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds; and latency."""
     print_tables(rows_of(out))
+    if (kept := out / "latency.json").is_file():
+        print_latency(kept)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,18 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
                 print(f"| {method} | {' | '.join(cells)} |")
 
 
+def print_latency(path: Path) -> None:
+    """Markdown: median seconds of a trajectory and how many times faster than float32, for each pair of types."""
+    times: dict[str, dict[str, list[float]]] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    print(f"\n### Seconds\n\n| method | {' | '.join(times)} |\n|---|{'---|' * len(times)}")
+    for method in dict.fromkeys(method for found in times.values() for method in found):
+        cells = []
+        for found in times.values():
+            median = statistics.median(found[method]) if method in found else None
+            cells.append(f"{median:.2f} ({statistics.median(found['float32']) / median:.2f}x)" if median else "")
+        print(f"| {method} | {' | '.join(cells)} |")
+
+
 def _knows_e_q(row: dict[str, Any]) -> bool:
     return row["method"] == "E_q" or "E_q" in row
 
