@@ -18,7 +18,7 @@ from accuquant.measure import call_seconds, step_seconds
 from accuquant.model.caching import cached, in_cache
 from accuquant.model.plan import count_macs, plan_modules
 from accuquant.recipe import Cache, Recipe, RecipeError, Rule, Tune
-from accuquant.session import Session, open_model, prepare, validation_error
+from accuquant.session import Session, block_evaluations, open_model, prepare, validation_error
 
 LEAST_NFC = 3
 TIMED_SAMPLES = 8
@@ -221,7 +221,7 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     combinations = type_combinations(recipe)
     affordable(section, combinations)
     rows = [(c.name, n := c.full_steps(section), c.bit_operations(n)) for c in combinations]
-    rollout, _, split = open_model(recipe)
+    rollout, planned, split = open_model(recipe)
     samples = draw(split.calibration, recipe.data.validation_samples, 0)
     conditions = rollout.conditions(samples.inputs, samples.seeds)
     call = call_seconds(rollout, conditions)
@@ -239,7 +239,10 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     whole = (
         2 * nfc if {"forecast", "both"} & set(section.learning) else 2 * m
     )  # forecasts learn from whole trajectories
-    updates = (tried + 1) * (objective.iterations * (2 * m - 1) + stages * objective.cached_iterations * whole)
+    alone = objective.iterations * (2 * m - 1)
+    if objective.target == "blocks" and objective.iterations:
+        alone = block_evaluations(rollout, planned, recipe)
+    updates = (tried + 1) * (alone + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
     calls = rollouts * (nfc + (steps - nfc) / 6) + fits * (steps + nfc) + 3.5 * updates + sampling
     return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates, "seconds": call * calls}

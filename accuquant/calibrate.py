@@ -23,17 +23,16 @@ from accuquant.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.export import check_output, model_card, publish
 from accuquant.formats import check_format, write_format
 from accuquant.measure import HeldOut, call_seconds, held_out_reference, latent_metrics, sample
-from accuquant.model.blocks import block_of, evaluations_made, spread_steps
+from accuquant.model.blocks import LEAST_CALLS, UPDATES_PER_CALL
 from accuquant.model.caching import cached
 from accuquant.model.checkpoint import store_cache
-from accuquant.model.clock import StepClock
 from accuquant.model.plan import PlannedModule, count_macs
 from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe
 from accuquant.search import SEARCH_SAMPLES, search_cache, search_calls
-from accuquant.session import Session, open_model, prepare, validation_error
+from accuquant.session import Session, block_evaluations, open_model, prepare, validation_error
 
 AUTO_CANDIDATES = (1, 2, 5)
 TYPICAL_NFC = 14  # for the gap that noise is measured over, where tau or a time leaves it open
@@ -101,7 +100,7 @@ def calibrate(
             "history": history,
             "network_evaluations": history[-1]["network_evaluations"] if history else 0,
             "seconds": round(history[-1]["seconds"], 1) if history else 0.0,
-            "target": recipe.objective.target,
+            "target": "trajectory" if tuner.blocks is None else "blocks",
             "steps_per_group": tuner.steps_per_group,
             "gradient": recipe.objective.gradient,
             "loss": recipe.objective.loss,
@@ -221,13 +220,13 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, conditions.noise, conditions), batch)
     seconds = call_seconds(rollout, conditions)
     steps = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
-    tuning = objective.iterations * (2 * steps - 1)
+    tuning, kept = objective.iterations * (2 * steps - 1), 0
     if objective.steps_per_group == "auto":
         tuning = round(tuning * (1 + AUTO_SHARE * len(AUTO_CANDIDATES)))
     if objective.target == "blocks" and objective.iterations:
-        blocks, groups = len({block_of(p.name) for p in planned if p.tune}), recipe.quantization.timestep_groups
-        inputs_at = len(spread_steps(StepClock.from_timesteps(rollout.timesteps, groups).groups(rollout.timesteps)))
-        tuning = evaluations_made(objective.iterations * blocks, objective.iterations, blocks, inputs_at)
+        tuning = block_evaluations(rollout, planned, recipe)
+        widest = max(p.macs // max(p.shape) for p in planned)  # tokens and channels of a block's input
+        kept = 2 * 2 * batch * widest * max(LEAST_CALLS, objective.iterations // UPDATES_PER_CALL)
     if recipe.cache is not None and objective.cached_iterations:
         whole = "forecast" in (objective.cached_learn or ())
         listed = len(recipe.cache.full_steps or ())
@@ -243,7 +242,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     return planned, {
         "network_evaluations": {"tuning": tuning, "sampling": sampling},
         "seconds": seconds * calls,
-        "memory_bytes": 4 * (5 * trainable + 2 * rollout.num_steps * latents),
+        "memory_bytes": 4 * (5 * trainable + 2 * rollout.num_steps * latents + kept),
     }
 
 

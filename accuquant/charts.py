@@ -152,7 +152,9 @@ def _loss(axes: Axes, theme: dict[str, str], history: list[dict[str, Any]]) -> N
     starts = [x[i] for i in range(1, len(x)) if history[i].get("block") != history[i - 1].get("block") and i != joined]
     for start in starts:
         axes.axvline(start, color=theme["other"], linewidth=0.6, label="the next block" if start == starts[0] else None)
-    axes.set(xlabel="update", ylabel=f"loss / squared displacement of the {'block' if starts else 'group'}")
+    axes.set(
+        xlabel="update", ylabel=f"loss / squared displacement of the {'block' if history[0].get('block') else 'group'}"
+    )
     axes.set_xlim(x[0], max(x[-1], x[0] + 1))
 
 

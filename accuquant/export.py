@@ -56,7 +56,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
     return CARD.format(
         **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps", "guidance_scale")},
         **{k: calibration[k] for k in ("network_evaluations", "seconds")},
-        how="by block reconstruction" if recipe.objective.target == "blocks" else how,
+        how="by block reconstruction" if calibration["target"] == "blocks" else how,
         loading=LOADING[recipe.export.format].format(
             name=Path(recipe.export.output).name, dtype=recipe.model.dtype, torchao=TORCHAO_VERSIONS
         ),

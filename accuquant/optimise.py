@@ -94,10 +94,14 @@ class Tuner:
         self.blocks: Reconstruction | None = None
         if self.cache is not None:
             self._begin_cached(self.cache)
-        elif self.objective.target == "blocks" and self.objective.iterations:
-            given = (self.layers, self.reference.latents, self.reference.conditions, self.objective.iterations)
-            self.blocks = Reconstruction(self.rollout, self.clock, *given, partial(self._batch, stream=3))
         self.parameters = self._choose_parameters()
+        if self.cache is None and self.objective.target == "blocks" and self.objective.iterations:
+            learning: dict[str, list[nn.Parameter]] = {}
+            for parameters in self.parameters.values():
+                for name, parameter in parameters.items():
+                    learning.setdefault(name, []).append(parameter)
+            given = (learning, self.reference.latents, self.reference.conditions, self.objective.iterations)
+            self.blocks = Reconstruction(self.rollout, self.clock, *given, partial(self._batch, stream=3))
         rates = self.objective.learning_rates.model_dump()
         layerwise = [
             {

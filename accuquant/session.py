@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.data import Samples, Split, calibration_samples, draw, load_split
+from accuquant.model.blocks import evaluations_made, parts_of, spread_calls
 from accuquant.model.caching import cached_features
 from accuquant.model.clock import StepClock
 from accuquant.model.families import load_pipeline, set_scheduler
@@ -116,6 +117,15 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
         if highest >= count:
             raise RecipeError(f"data.path: {recipe.data.path} has class_id {highest}; this model has 0 to {count - 1}")
     return rollout, planned, split
+
+
+def block_evaluations(rollout: Rollout, planned: list[PlannedModule], recipe: Recipe) -> int:
+    """About how many calls of the denoiser block reconstruction makes."""
+    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
+    sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in planned if p.spec}
+    parts, iterations = [*parts_of(sizes, {p.name for p in planned if p.tune}).values()], recipe.objective.iterations
+    calls = len(spread_calls(clock.groups(rollout.timesteps), iterations))
+    return evaluations_made(iterations * len(parts), iterations, calls, parts)
 
 
 def prepare(

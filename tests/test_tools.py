@@ -49,13 +49,15 @@ def test_memory_is_flat_for_us_and_grows_for_plain_backpropagation(recipe: Path,
 
 def test_accuracy_benchmark_resumes_and_tabulates(recipe: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "bench")
-    small = ["--configs", "W8A8", "--seeds", "0", "--evaluations", "9", "--samples", "4", "--batch", "2"]
+    small = ["--configs", "W8A8", "--seeds", "0", "--evaluations", "40", "--samples", "4", "--batch", "2"]
     arguments = ["run", "--recipe", str(recipe), "--out", out, *small]
     first = run("bench_accuracy.py", *arguments, "--methods", "MSE search,M=1")
     second = run("bench_accuracy.py", *arguments, "--methods", "MSE search,M=1,M=2 exact,M=1 AdaRound,blocks")
     assert first.count("W8A8 seed 0") == 2 and second.count("W8A8 seed 0") == 3
     table = run("bench_accuracy.py", "table", "--out", out)
-    assert "| M=2 exact |" in table and "| 3 |" in table  # nine evaluations pay for three updates of M = 2
+    assert "| M=2 exact |" in table and "| 13 |" in table  # evaluations for 40 updates pay for 13 of M = 2
+    row = json.loads((tmp_path / "bench" / "results-0-1.jsonl").read_text().splitlines()[-1])
+    assert (row["method"], row["made"], row["updates"]) == ("blocks", 40, 4)  # the others pay for inputs and outputs
 
 
 def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) -> None:

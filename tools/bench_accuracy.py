@@ -27,7 +27,7 @@ from accuquant.model.layers import set_arithmetic
 from accuquant.optimise import REFRESHES
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
-from accuquant.session import Session, open_model, prepare
+from accuquant.session import Session, block_evaluations, open_model, prepare
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -82,14 +82,26 @@ def bench_recipe(base: Recipe, config: str, seed: int, batch: int, samples: int,
     return parse_recipe(tree, "benchmark")
 
 
-def updates(method: dict[str, Any], evaluations: int, refresh_cost: int, gathering_cost: int) -> int:
-    """Updates that ``evaluations`` pay for; of each block, where blocks are reconstructed."""
-    if method.get("target") == "blocks":
-        return max(1, evaluations - gathering_cost)
+def updates(method: dict[str, Any], evaluations: int, refresh_cost: int) -> int:
+    """Updates that ``evaluations`` pay for."""
     m, warm = int(method.get("steps_per_group", 1)), float(method.get("warmup_fraction", 0.0))
     if method.get("inputs") == "quantized":
         return max(1, evaluations - REFRESHES * refresh_cost)
     return max(1, round(evaluations / (warm + (1 - warm) * (2 * m - 1))))
+
+
+def updates_of_each_block(session: Session, evaluations: int) -> int:
+    """Likewise, where blocks are reconstructed."""
+    recipe = session.recipe
+
+    def cost(count: int) -> int:
+        objective = recipe.objective.model_copy(update={"iterations": count})
+        return block_evaluations(session.rollout, session.planned, recipe.model_copy(update={"objective": objective}))
+
+    found = [count for count in range(1, evaluations) if cost(count) <= evaluations]
+    if not found:
+        raise typer.BadParameter(f"--evaluations {evaluations}: inputs of all blocks and one update cost {cost(1)}")
+    return found[-1]
 
 
 def pairs_of(configs: str, seeds: str, shard: str) -> list[tuple[str, int]]:
@@ -145,9 +157,6 @@ def _run_methods(
     session = prepare(recipe, rollout, planned, split, reporter, out / f"reference-{seed}.safetensors")
     start = session.snapshot()
     refresh = rollout.num_steps * -(-recipe.data.num_samples // recipe.objective.batch_size)
-    once = session.tuner(recipe.objective.model_copy(update={"iterations": 1, "target": "blocks"}), 1).blocks
-    assert once is not None
-    gathering = once.evaluations(once.updates) - 1
     for name in methods:
         method = METHODS[name]
         session.restore(start)
@@ -161,11 +170,9 @@ def _run_methods(
             "seconds": 0.0,
         }
         if method is not None:
-            fields = (
-                recipe.objective.model_dump(mode="json")
-                | method
-                | {"iterations": updates(method, evaluations, refresh, gathering)}
-            )
+            blocks = method.get("target") == "blocks"
+            count = updates_of_each_block(session, evaluations) if blocks else updates(method, evaluations, refresh)
+            fields = recipe.objective.model_dump(mode="json") | method | {"iterations": count}
             objective = type(recipe.objective).model_validate_json(json.dumps(fields))
             m = objective.steps_per_group
             assert m != "auto"

@@ -24,6 +24,11 @@ def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.log(p / (1 - p))
 
 
+def decided(logits: Tensor) -> Tensor:
+    """Logits for which h(V) is 0 or 1, whichever it was nearer to."""
+    return torch.where(rectified_sigmoid(logits) >= 0.5, 10.0, -10.0).to(logits.dtype)
+
+
 def regulariser(logits: Tensor, beta: float) -> Tensor:
     """``mean(1 - |2 h(V) - 1|^beta)`` (eq. 24): 0 when every rounding is decided."""
     return (1 - (2 * rectified_sigmoid(logits) - 1).abs().pow(beta)).mean()

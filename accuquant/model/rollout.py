@@ -40,10 +40,6 @@ class Conditions:
         total = len(self)
         return Conditions(self.noise[index], _map(self.kwargs, lambda t: _take(t, index, total)))
 
-    def first(self, count: int) -> Conditions:
-        """At most ``count`` samples."""
-        return self.take(torch.arange(min(count, len(self)), device=self.noise.device))
-
     def batches(self, size: int) -> list[Conditions]:
         return [self.take(i) for i in torch.arange(len(self), device=self.noise.device).split(size)]
 

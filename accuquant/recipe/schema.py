@@ -117,10 +117,13 @@ class Objective(Section):
         if self.cached_learn is not None and not self.cached_iterations:
             raise ValueError("cached_learn: needs cached_iterations, for example cached_iterations: 60")
         if self.target == "blocks":
+            if self.cached_iterations:
+                raise ValueError("target: blocks is a rival that knows no cache; leave cached_iterations out")
             own = {"steps_per_group": 1, "gradient": "identity", "loss": "terminal", "inputs": "full_precision"}
-            set_here = [key for key, value in (own | {"warmup_fraction": 0.0}).items() if getattr(self, key) != value]
-            if set_here:
-                raise ValueError(f"target: blocks knows no denoising steps; leave {' and '.join(set_here)} out")
+            wrong = [k for k, value in (own | {"warmup_fraction": 0.0}).items() if getattr(self, k) != value]
+            if wrong:
+                needed = ", ".join(f"{k}: {type(self).model_fields[k].default}" for k in wrong)
+                raise ValueError(f"target: blocks knows no denoising steps; leave {' and '.join(wrong)} out ({needed})")
         if self.inputs == "quantized" and self.cached_iterations:
             raise ValueError("inputs: quantized is a rival that knows no cache; leave cached_iterations out")
         if self.inputs == "quantized" and self.steps_per_group != 1:
