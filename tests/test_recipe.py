@@ -14,8 +14,8 @@ from accuquant.recipe import Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe, find_shipped, list_shipped, load_recipe, parse_recipe
 
 OBJECTIVE_KEYS = (
-    "steps_per_group, gradient, loss, inputs, iterations, cached_iterations, cached_learn, warmup_fraction, "
-    "batch_size, learn, learning_rates"
+    "target, steps_per_group, gradient, loss, inputs, iterations, cached_iterations, cached_learn, "
+    "warmup_fraction, batch_size, learn, learning_rates"
 )
 RULE_KEYS = (
     "modules, weight, activation, granularity, group_size, symmetric, activation_scale, activation_symmetric, tune"

@@ -173,7 +173,8 @@ def weighted(forecast: Tensor, last: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Args:
         a, b: scalars; both 1 is the forecast itself.
     """
-    return forecast + (a - 1).to(forecast) * last + (b - 1).to(forecast) * (forecast - last)  # half types round less so
+    change, kept = (b - 1).to(forecast), (a - b).to(forecast)  # small numbers: half types round less so
+    return torch.addcmul(torch.addcmul(forecast, last, kept), forecast, change)  # each is one pass over the output
 
 
 def norm_of(x: Tensor, scope: Norm) -> Tensor:
@@ -206,10 +207,9 @@ def _difference(memory: Memory | None, step: int, output: Tensor, order: int, di
 
 def _change(memory: Memory, step: int, differences: Differences) -> Tensor:
     """What the factors of order 1 and more add, at ``step``."""
-    change = torch.zeros_like(memory.factors[0])
-    for weight, factor in zip(_factor_weights(memory, step, differences), memory.factors[1:], strict=True):
-        change = change + weight * factor
-    return change
+    weights = _factor_weights(memory, step, differences)
+    terms = [weight * factor for weight, factor in zip(weights, memory.factors[1:], strict=True)]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(memory.factors[0])
 
 
 def _factor_weights(memory: Memory, step: int, differences: Differences) -> list[float]:
