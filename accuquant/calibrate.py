@@ -31,7 +31,7 @@ from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe
-from accuquant.search import SEARCH_SAMPLES, search_cache, search_calls
+from accuquant.search import CHOICE_SAMPLES, SEARCH_SAMPLES, search_cache, search_calls
 from accuquant.session import Session, block_evaluations, open_model, prepare, validation_error
 
 AUTO_CANDIDATES = (1, 2, 5)
@@ -273,7 +273,8 @@ def searched(
         gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
         config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
     if config.searches:
-        reference, published = session.reference.first(samples), config.measured_on == "full_precision"
+        many = max(samples, CHOICE_SAMPLES) if config.estimation == "auto" else samples
+        reference, published = session.reference.first(many), config.measured_on == "full_precision"
         given = (session.rollout, reference.conditions, reference.latents)
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():
             config = search_cache(*given, config, reporter, worse_of_both)
