@@ -18,7 +18,7 @@ from accuquant.measure import call_seconds, step_seconds
 from accuquant.model.caching import cached, in_cache
 from accuquant.model.plan import count_macs, plan_modules
 from accuquant.recipe import Cache, Recipe, RecipeError, Rule, Tune
-from accuquant.session import Session, block_evaluations, open_model, prepare, validation_error
+from accuquant.session import Session, block_costs, open_model, prepare, validation_error
 
 LEAST_NFC = 3
 TIMED_SAMPLES = 8
@@ -241,7 +241,7 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     )  # forecasts learn from whole trajectories
     alone = objective.iterations * (2 * m - 1)
     if objective.target == "blocks" and objective.iterations:
-        alone = block_evaluations(rollout, planned, recipe)
+        alone, _ = block_costs(rollout, planned, recipe)
     updates = (tried + 1) * (alone + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
     calls = rollouts * (nfc + (steps - nfc) / 6) + fits * (steps + nfc) + 3.5 * updates + sampling

@@ -23,7 +23,6 @@ from accuquant.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.export import check_output, model_card, publish
 from accuquant.formats import check_format, write_format
 from accuquant.measure import HeldOut, call_seconds, held_out_reference, latent_metrics, sample
-from accuquant.model.blocks import LEAST_CALLS, UPDATES_PER_CALL
 from accuquant.model.caching import cached
 from accuquant.model.checkpoint import store_cache
 from accuquant.model.plan import PlannedModule, count_macs
@@ -32,7 +31,7 @@ from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe
 from accuquant.search import CHOICE_SAMPLES, SEARCH_SAMPLES, search_cache, search_calls
-from accuquant.session import Session, block_evaluations, open_model, prepare, validation_error
+from accuquant.session import Session, block_costs, open_model, prepare, validation_error
 
 AUTO_CANDIDATES = (1, 2, 5)
 TYPICAL_NFC = 14  # for the gap that noise is measured over, where tau or a time leaves it open
@@ -224,9 +223,9 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     if objective.steps_per_group == "auto":
         tuning = round(tuning * (1 + AUTO_SHARE * len(AUTO_CANDIDATES)))
     if objective.target == "blocks" and objective.iterations:
-        tuning = block_evaluations(rollout, planned, recipe)
+        tuning, calls_kept = block_costs(rollout, planned, recipe)
         widest = max(p.macs // max(p.shape) for p in planned)  # tokens and channels of a block's input
-        kept = 2 * 2 * batch * widest * max(LEAST_CALLS, objective.iterations // UPDATES_PER_CALL)
+        kept = 2 * 2 * batch * widest * calls_kept
     if recipe.cache is not None and objective.cached_iterations:
         whole = "forecast" in (objective.cached_learn or ())
         listed = len(recipe.cache.full_steps or ())

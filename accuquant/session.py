@@ -119,13 +119,13 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     return rollout, planned, split
 
 
-def block_evaluations(rollout: Rollout, planned: list[PlannedModule], recipe: Recipe) -> int:
-    """About how many calls of the denoiser block reconstruction makes."""
+def block_costs(rollout: Rollout, planned: list[PlannedModule], recipe: Recipe) -> tuple[int, int]:
+    """About how many calls of the denoiser block reconstruction makes, and how many calls of a block it keeps."""
     clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
     sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in planned if p.spec}
-    parts, iterations = [*parts_of(sizes, {p.name for p in planned if p.tune}).values()], recipe.objective.iterations
+    parts, iterations = parts_of(sizes, {p.name for p in planned if p.tune}).values(), recipe.objective.iterations
     calls = len(spread_calls(clock.groups(rollout.timesteps), iterations))
-    return evaluations_made(iterations * len(parts), iterations, calls, parts)
+    return evaluations_made(iterations * len(parts), iterations, calls, parts), calls
 
 
 def prepare(

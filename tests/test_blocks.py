@@ -159,6 +159,13 @@ def block_errors(session: Session) -> list[float]:
     return [float(relative_l2(quantized, full).mean()) for quantized, full in pairs]
 
 
+def assert_equal(one: Session, other: Session) -> None:
+    found = other.snapshot()
+    for name, tensors in one.snapshot().items():
+        for key, value in tensors.items():
+            assert torch.equal(value, found[name][key]), f"{name}.{key}"
+
+
 def test_interrupted_reconstruction_goes_on_to_the_same_result(model_folder: Path, tmp_path: Path) -> None:
     recipe = block_recipe(model_folder, tmp_path / "out", learn=["rounding", "activation_scale"])
     whole = prepared(recipe)
@@ -174,9 +181,7 @@ def test_interrupted_reconstruction_goes_on_to_the_same_result(model_folder: Pat
     again.load(state)
     again.run()
     assert len(again.history) == 20
-    for name, tensors in whole.snapshot().items():
-        for key, value in tensors.items():
-            assert torch.equal(value, resumed.snapshot()[name][key]), f"{name}.{key}"
+    assert_equal(whole, resumed)
     assert again.history[-1]["network_evaluations"] == whole_tuner.network_evaluations
 
 
@@ -280,9 +285,7 @@ def test_a_scale_that_blocks_share_learns_with_the_first_and_resumes(tmp_path: P
     again = resumed.tuner(recipe.objective, 1)
     again.load(tmp_path / "state.safetensors")
     again.run()
-    for name, tensors in whole.snapshot().items():
-        for key, value in tensors.items():
-            assert torch.equal(value, resumed.snapshot()[name][key]), f"{name}.{key}"
+    assert_equal(whole, resumed)
 
 
 def test_gradients_are_not_lost_in_float16(model_folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from accuquant.model.layers import set_arithmetic
 from accuquant.optimise import REFRESHES
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
-from accuquant.session import Session, block_evaluations, open_model, prepare
+from accuquant.session import Session, block_costs, open_model, prepare
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -96,7 +96,7 @@ def updates_of_each_block(session: Session, evaluations: int) -> int:
 
     def cost(count: int) -> int:
         objective = recipe.objective.model_copy(update={"iterations": count})
-        return block_evaluations(session.rollout, session.planned, recipe.model_copy(update={"objective": objective}))
+        return block_costs(session.rollout, session.planned, recipe.model_copy(update={"objective": objective}))[0]
 
     found = [count for count in range(1, evaluations) if cost(count) <= evaluations]
     if not found:

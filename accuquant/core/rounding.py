@@ -24,9 +24,14 @@ def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.log(p / (1 - p))
 
 
+def rounds_up(logits: Tensor) -> Tensor:
+    """What is decided in the end: up where h(V) is nearer to 1."""
+    return rectified_sigmoid(logits) >= 0.5
+
+
 def decided(logits: Tensor) -> Tensor:
-    """Logits for which h(V) is 0 or 1, whichever it was nearer to."""
-    return torch.where(rectified_sigmoid(logits) >= 0.5, 10.0, -10.0).to(logits.dtype)
+    """Logits of the same decisions for which h(V) is 0 or 1."""
+    return torch.where(rounds_up(logits), 10.0, -10.0).to(logits.dtype)
 
 
 def regulariser(logits: Tensor, beta: float) -> Tensor:

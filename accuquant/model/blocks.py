@@ -49,7 +49,7 @@ def spread_calls(groups: list[int], iterations: int) -> list[int]:
     return found
 
 
-def evaluations_made(updates: int, iterations: int, calls: int, parts: list[tuple[float, float]]) -> int:
+def evaluations_made(updates: int, iterations: int, calls: int, parts: Collection[tuple[float, float]]) -> int:
     """Forward calls of the network behind so many updates.
 
     Args:
@@ -76,12 +76,13 @@ def parts_of(macs: dict[str, int], learning: Collection[str]) -> dict[str, tuple
 
 @dataclass
 class Call:
-    """One call of a block: the step it was made at, what it was given, and what it has to give."""
+    """One call of a block: the step it was made at, what it was given, what it has to give, and how far that is."""
 
     step: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: list[Tensor]
+    scales: list[Tensor]
 
 
 class Reconstruction:
@@ -125,7 +126,7 @@ class Reconstruction:
         return divmod(update, self.iterations)
 
     def evaluations(self, updates: int) -> int:
-        return evaluations_made(updates, self.iterations, len(self.steps), [*self.parts.values()])
+        return evaluations_made(updates, self.iterations, len(self.steps), self.parts.values())
 
     def gradient(self, update: int, pick: Callable[[int, int], int]) -> float:
         """Add the gradient of one call's squared error to the block's parameters; returns the error.
@@ -141,9 +142,8 @@ class Reconstruction:
         call, parameters = self.calls[pick(position, len(self.calls))], self.learning[self.blocks[index]]
         self.clock.set(self.rollout.timesteps[call.step])
         outputs = _tensors(self._module(index)(*call.args, **call.kwargs))
-        errors = [(o - t).float().square().mean() for o, t in zip(outputs, call.targets, strict=True)]
-        scales = [_displacement(self._module(index), target, call) for target in call.targets]
-        loss = torch.stack([error / scale for error, scale in zip(errors, scales, strict=True)]).mean()
+        known = zip(outputs, call.targets, call.scales, strict=True)
+        loss = torch.stack([(o - t).float().square().mean() / scale for o, t, scale in known]).mean()
         count = sum(target.numel() for target in call.targets)  # float16 has no room for the gradients of a mean
         (loss * count).backward()
         for parameter in parameters:
@@ -174,7 +174,9 @@ class Reconstruction:
             with full_precision(self.layers.values()):
                 targets = _tensors(self._stopped_after(module, *given)[2])
             args, kwargs, _ = self._stopped_after(module, *given)
-            calls.append(Call(step, args, kwargs, targets))
+            entered = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+            scales = [_displacement(module, entered, target) for target in targets]
+            calls.append(Call(step, args, kwargs, targets, scales))
         self.gathered, self.calls = index, calls
 
     def _stopped_after(self, module: nn.Module, step: int, x: Tensor, conditions: Conditions) -> tuple[Any, ...]:
@@ -219,8 +221,8 @@ def _tensors(output: Any) -> list[Tensor]:
     return [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
 
 
-def _displacement(module: nn.Module, target: Tensor, call: Call) -> Tensor:
+def _displacement(module: nn.Module, given: Tensor | None, target: Tensor) -> Tensor:
     """Mean square of what a block adds to its input; of the output, where that is another tensor altogether."""
-    given = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), target)
-    adds = given is not target and given.shape == target.shape and not isinstance(module, TrainableLayer)
-    return (target - given if adds else target).float().square().mean().clamp_min(1e-20)
+    if given is not None and given.shape == target.shape and not isinstance(module, TrainableLayer):
+        target = target - given
+    return target.float().square().mean().clamp_min(1e-20)

@@ -156,7 +156,7 @@ class TrainableLayer(Layer):
         ).to(self.weight.device)
         grouped, scale, zero = self._grouped(self.weight), self._weight_scale(), self.weight_zero_point.view(-1, 1)
         if self.rounding_logits is not None:
-            up = rounding.rectified_sigmoid(self.rounding_logits) >= 0.5
+            up = rounding.rounds_up(self.rounding_logits)
             q = (torch.floor(grouped / scale) + up + zero).clamp(self.spec.weight_type.qmin, self.spec.weight_type.qmax)
         else:
             q = quantize(grouped, scale, zero, self.spec.weight_type)

@@ -119,10 +119,11 @@ class Objective(Section):
         if self.target == "blocks":
             if self.cached_iterations:
                 raise ValueError("target: blocks is a rival that knows no cache; leave cached_iterations out")
-            own = {"steps_per_group": 1, "gradient": "identity", "loss": "terminal", "inputs": "full_precision"}
-            wrong = [k for k, value in (own | {"warmup_fraction": 0.0}).items() if getattr(self, k) != value]
+            defaults = {k: field.default for k, field in type(self).model_fields.items()}
+            steps = ("steps_per_group", "gradient", "loss", "inputs", "warmup_fraction")
+            wrong = [k for k in steps if getattr(self, k) != defaults[k]]
             if wrong:
-                needed = ", ".join(f"{k}: {type(self).model_fields[k].default}" for k in wrong)
+                needed = ", ".join(f"{k}: {defaults[k]}" for k in wrong)
                 raise ValueError(f"target: blocks knows no denoising steps; leave {' and '.join(wrong)} out ({needed})")
         if self.inputs == "quantized" and self.cached_iterations:
             raise ValueError("inputs: quantized is a rival that knows no cache; leave cached_iterations out")
