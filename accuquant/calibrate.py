@@ -272,8 +272,10 @@ def searched(
         gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
         config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
     if config.searches:
-        many = max(samples, CHOICE_SAMPLES) if config.estimation == "auto" else samples
-        reference, published = session.reference.first(many), config.measured_on == "full_precision"
+        reference, published = session.reference.first(samples), config.measured_on == "full_precision"
+        if config.estimation == "auto":  # by samples too that the weights are not fitted to
+            half = CHOICE_SAMPLES // 2
+            reference = session.reference.first(half).join(session.validation.first(half))
         given = (session.rollout, reference.conditions, reference.latents)
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():
             config = search_cache(*given, config, reporter, worse_of_both)

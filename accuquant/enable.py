@@ -12,14 +12,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from accuquant.console import Reporter
-from accuquant.data import draw
 from accuquant.model.cache_state import CacheError, CacheStats
 from accuquant.model.caching import attach_cache, controller_of, detach_cache, hook_of
 from accuquant.model.families import FAMILIES, family_of
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import shipped_folder
-from accuquant.search import SEARCH_SAMPLES, search_cache
+from accuquant.search import CHOICE_SAMPLES, search_on_inputs
 
 
 def enable_cache(
@@ -35,7 +34,7 @@ def enable_cache(
     """Put a feature cache on a pipeline's denoiser.
 
     The keyword arguments matter where the config has a target: they say what is sampled to search for it (some dozens
-    of trajectories of eight samples).
+    of trajectories of eight samples, and for `estimation: auto` one of 64 for each forecast).
 
     Args:
         target: a diffusers pipeline, or its denoiser.
@@ -74,11 +73,7 @@ def enable_cache(
         steps = num_inference_steps or usual["num_inference_steps"].default
         guidance = usual["guidance_scale"].default if guidance_scale is None else guidance_scale
         rollout = Rollout(target, Sampling(num_inference_steps=steps, guidance_scale=float(guidance)))
-        samples = draw(inputs or _known_inputs(target), SEARCH_SAMPLES, seed)
-        conditions = rollout.conditions(samples.inputs, samples.seeds)
-        config = search_cache(
-            rollout, conditions, rollout.trajectory(conditions)[0], config, Reporter(quiet=not progress)
-        )
+        config = search_on_inputs(rollout, inputs or _known_inputs(target), seed, config, Reporter(quiet=not progress))
     attach_cache(denoiser, config)
     return config
 
@@ -147,4 +142,4 @@ def _known_inputs(pipeline: DiffusionPipeline) -> list[Any]:
         lines = (shipped_folder("calib_data") / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["prompt"] for line in lines if line.strip()]
     classes = sorted(set(pipeline.labels.values())) or list(range(int(pipeline.transformer.config.num_embeds_ada_norm)))
-    return random.Random(0).sample(classes, min(len(classes), SEARCH_SAMPLES))
+    return random.Random(0).sample(classes, min(len(classes), CHOICE_SAMPLES))

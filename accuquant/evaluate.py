@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from accuquant import __version__
 from accuquant.console import Reporter
-from accuquant.data import draw, load_split
+from accuquant.data import load_split
 from accuquant.measure import (
     HeldOut,
     cache_metrics,
@@ -40,7 +40,7 @@ from accuquant.model.torchao import INSTALL_TORCHAO, stored_tensors, torchao_ins
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import load_recipe
 from accuquant.report import write_report
-from accuquant.search import SEARCH_SAMPLES, search_cache
+from accuquant.search import search_on_inputs
 
 NAIVE_LATENTS = "naive.safetensors"
 
@@ -192,9 +192,7 @@ def _searched(config: Cache, pipeline: DiffusionPipeline, recipe: Recipe, report
     if not config.searches:
         return config
     rollout, split = Rollout(pipeline, recipe.sampling), load_split(recipe.data, family_of(pipeline).condition)
-    samples = draw(split.calibration, SEARCH_SAMPLES, recipe.data.seed * 100_000)
-    conditions = rollout.conditions(samples.inputs, samples.seeds)
-    return search_cache(rollout, conditions, rollout.trajectory(conditions)[0], config, reporter)
+    return search_on_inputs(rollout, split.calibration, recipe.data.seed * 100_000, config, reporter)
 
 
 def recipe_of(folder: Path, overrides: list[str] | None = None) -> Recipe:

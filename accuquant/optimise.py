@@ -64,6 +64,12 @@ class Reference:
         """At most ``count`` samples."""
         return self.take(torch.arange(min(count, len(self.conditions)), device=self.latents.device))
 
+    def join(self, other: Reference) -> Reference:
+        latents, predictions = (
+            torch.cat(pair, 1) for pair in ((self.latents, other.latents), (self.predictions, other.predictions))
+        )
+        return Reference(latents, predictions, Conditions.join([self.conditions, other.conditions]))
+
 
 @dataclass
 class Tuner:

@@ -179,11 +179,12 @@ def test_without_a_measurement_it_is_refused(session: Session) -> None:
 
 
 def test_auto_takes_the_forecast_that_is_nearest(session: Session) -> None:
-    """So it falls back to reuse, Taylor or RFE by itself, and is never worse than any of them on its samples.
+    """So it falls back to reuse, Taylor or RFE by itself, and is never worse than any of them on its samples,
+    those of calibration and those for validation.
 
     One that knows the noise is taken where it is nearer by more than chance, two standard errors, and only there.
     """
-    rollout, reference = session.rollout, session.reference
+    rollout, reference = session.rollout, session.reference.join(session.validation)
     asked = Cache(estimation="auto", order=2, noise_aware=True, interval=3)
     chosen = searched(asked, session, QUIET)
     noise = measure_noise(session, 3, QUIET)

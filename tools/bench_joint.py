@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS, pairs_of
-from joint_report import draw_runs, print_latency, print_tables, rows_of
+from joint_report import draw_runs, print_choice, print_latency, print_tables, rows_of
 
 from accuquant.budget import Combination, step_times, type_combinations
 from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
@@ -109,9 +109,11 @@ class Bench:
             nfc = rollout.num_steps if controller is None else controller.stats().nfc
         with torch.no_grad():
             found = image_metrics(rollout.decode(final), self.images, self.held_out.inputs, self.classifier)
+        errors = relative_l2(final, reference)
         return {
             "full_steps": nfc,
-            "relative_l2": float(relative_l2(final, reference).mean()),
+            "relative_l2": float(errors.mean()),
+            "each": [round(e, 6) for e in errors.tolist()],
             "latent_psnr": latent_psnr(final, reference),
             "psnr": found["psnr"],
             "frechet_distance": found["frechet_distance"],
@@ -376,7 +378,8 @@ def plot(out: Out = DEFAULT_OUT) -> None:
 @app.command()
 def table(out: Out = DEFAULT_OUT) -> None:
     """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds; and latency."""
-    print_tables(rows_of(out))
+    print_tables(rows := rows_of(out))
+    print_choice(rows)
     if (kept := out / "latency.json").is_file():
         print_latency(kept)
 

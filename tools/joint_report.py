@@ -17,6 +17,7 @@ DRAWN = {
     "(c) calibrated with the cache of (a)": "^--",
     "(d) tuner": "*-",
 }
+CHOSEN_FROM = ("order 0", "order 1", "order 2", "RFE 1", "RFE 2")
 FIGURES = (("relative_l2", 100, 2), ("psnr", 1, 1), ("frechet_distance", 1000, 1))
 
 
@@ -75,6 +76,30 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
                         else ""
                     )
                 print(f"| {method} | {' | '.join(cells)} |")
+
+
+def print_choice(rows: list[dict[str, Any]]) -> None:
+    """Markdown: how far `auto`, as chosen and with learned shares, is behind the best forecast up to order 2.
+
+    In points of E_qc for each seed, with the standard error of the difference over samples; below 0 it is ahead.
+    """
+    found = {(r["types"], r["nfc"], r["seed"], r["method"]): r for r in rows if r["part"] == "orders"}
+    print(
+        "\n### auto\n\n| types | NFC | taken, by seed | behind the best | with learned shares |\n|---|---|---|---|---|"
+    )
+    for types, nfc in dict.fromkeys(key[:2] for key in found):
+        seeds = sorted({key[2] for key in found if key[:2] == (types, nfc)})
+        cells = []
+        for method in ("auto", "auto, learned"):
+            behind = []
+            for seed in seeds:
+                mine = {name: found[types, nfc, seed, name] for name in (*CHOSEN_FROM, method)}
+                best = min((mine[name] for name in CHOSEN_FROM), key=lambda row: row["relative_l2"])
+                gaps = [100 * (a - b) for a, b in zip(mine[method]["each"], best["each"], strict=True)]
+                behind.append(f"{statistics.mean(gaps):.2f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}")
+            cells.append(", ".join(behind))
+        taken = ", ".join(found[types, nfc, seed, "auto"]["cache"] for seed in seeds)
+        print(f"| {types} | {nfc} | {taken} | {' | '.join(cells)} |")
 
 
 def print_latency(path: Path) -> None:
