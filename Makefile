@@ -8,7 +8,7 @@ demo: $(STAMP)  ## quantize the bundled model, then sample from it with plain di
 	$(BIN)/python tools/demo.py out/dit_w8a8
 
 test: lint  ## everything that has to hold
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from diffusers import (
 from accuquant.optimise import Tuner
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
+
+# Tensors this small gain nothing from a second thread, and lose much where its core is taken: two processes test.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start
 
 
 def make_pipeline(
@@ -62,15 +66,6 @@ def make_pipeline(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and lose much where its core is taken."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ from accuquant.recipe.file import parse_recipe
 from accuquant.session import Session, open_model, prepare, validation_error
 
 QUIET = Reporter(quiet=True)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def block_recipe(model: Path, output: Path, **objective: Any) -> Recipe:

@@ -16,8 +16,6 @@ from accuquant.recipe import RecipeError
 from accuquant.recipe.file import load_recipe
 from accuquant.tune import tune
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 
 

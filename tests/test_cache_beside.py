@@ -20,8 +20,6 @@ from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, TrainableLayer, quantize_model, quantized_layers
 from accuquant.recipe import Cache
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7
 
 

@@ -27,8 +27,6 @@ from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import parse_recipe
 from accuquant.session import open_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 CONFIG = Path("transformer/config.json")
 CACHED = r"transformer_blocks\.\d+\.(attn1|ff)\..*"  # what does not run at a skipped step

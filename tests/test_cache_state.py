@@ -18,8 +18,6 @@ from accuquant.model.caching import attach_cache, detach_cache
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Cache, Sampling
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7
 CONFIGS = [
     EVERY_THIRD,

@@ -24,8 +24,6 @@ from accuquant.model.cache_state import CacheStats
 from accuquant.model.caching import attach_cache, controller_of, detach_cache
 from accuquant.recipe import Cache
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TIMESTEPS = (900.0, 700.0, 400.0, 100.0)
 
 

@@ -19,8 +19,6 @@ from accuquant.model.layers import LayerSpec, quantize_model
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Sampling
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = (0, 1, 4, 6, 9)  # of 12
 FORECASTS = [
     Cache(schedule=STEPS, estimation="reuse"),

@@ -27,8 +27,6 @@ from accuquant.recipe.file import parse_recipe
 from accuquant.search import record_features, search_cache
 from accuquant.session import Session, open_model, prepare, watched
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 BLOCKS = {"feature": "blocks", "estimation": "reuse"}
 

@@ -16,8 +16,6 @@ from accuquant.model.cache_state import CacheError
 from accuquant.model.caching import attach_cache, controller_of, detach_cache
 from accuquant.recipe import Cache
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7
 
 

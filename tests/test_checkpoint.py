@@ -22,8 +22,6 @@ from accuquant.model.checkpoint import AccuQuantConfig, harden_model
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, quantize_model, quantized_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLOCK = "transformer_blocks.0"
 SPECS = {

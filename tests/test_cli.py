@@ -24,8 +24,6 @@ from accuquant.cli import app
 from accuquant.console import Reporter
 from accuquant.recipe.file import list_shipped
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 

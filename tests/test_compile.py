@@ -19,7 +19,7 @@ from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, quantize_model
 from accuquant.model.quantized import quantized_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 STEPS, GROUPS = 50, 10
 BLOCK = "transformer_blocks.0"

@@ -28,8 +28,6 @@ from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import parse_recipe
 from accuquant.session import Session, open_model, prepare
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 CACHE: dict[str, Any] = {"interval": 3, "estimation": "reuse", "corrected": True}
 

@@ -24,8 +24,6 @@ from accuquant.model.rollout import Rollout
 from accuquant.recipe import RecipeError
 from accuquant.recipe.file import parse_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 
 

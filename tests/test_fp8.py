@@ -26,7 +26,6 @@ from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, qu
 from accuquant.recipe import RecipeError
 from accuquant.recipe.file import parse_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FP8 = QTYPES["fp8"]
 STATIC = LayerSpec("fp8", "fp8", activation_symmetric=True)
 DYNAMIC = LayerSpec("fp8", "fp8", activation_scale="dynamic", activation_symmetric=True)

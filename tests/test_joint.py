@@ -26,8 +26,6 @@ from accuquant.recipe.file import dump_recipe, parse_recipe
 from accuquant.report import percent
 from accuquant.session import Session, open_model, prepare
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 CACHE = {"schedule": [0, 1, 4], "order": 1}
 OBJECTIVE = {"iterations": 4, "cached_iterations": 6, "batch_size": 2, "steps_per_group": 2, "gradient": "exact"}

@@ -14,8 +14,6 @@ from accuquant.core.numerics import QTYPES, quantize
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model, set_arithmetic
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODULES = {
     "linear": lambda: nn.Linear(24, 10),
     "linear-no-bias": lambda: nn.Linear(24, 10, bias=False),

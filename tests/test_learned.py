@@ -29,8 +29,6 @@ from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import parse_recipe
 from accuquant.session import open_model, prepare, validation_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 CACHE = {"schedule": [0, 1, 4], "order": 1}
 OBJECTIVE = {"iterations": 2, "cached_iterations": 8, "batch_size": 2, "cached_learn": ["forecast"]}

@@ -43,7 +43,6 @@ def save(model: DiTTransformer2DModel, folder: Path) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
-@pytest.mark.usefixtures("one_thread")
 def test_peak_of_loading_stays_near_the_file(tmp_path: Path) -> None:
     """At most 1.2 times the file, the measurement of the paths and the new layout of int8 weights included."""
     small = save(make_pipeline(layers=1).transformer, tmp_path / "small")

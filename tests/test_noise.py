@@ -26,8 +26,6 @@ from accuquant.recipe import Cache, RecipeError, RFCConfig
 from accuquant.recipe.file import parse_recipe
 from accuquant.session import Session, open_model, prepare
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 STEPS = (0, 3, 5, 9)
 

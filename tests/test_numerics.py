@@ -22,8 +22,6 @@ from accuquant.core.numerics import (
     search_scale,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 INTEGERS = [t for t in QTYPES.values() if t.floating is None]
 every_type = pytest.mark.parametrize("qtype", INTEGERS, ids=lambda t: t.name)
 

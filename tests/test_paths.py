@@ -19,8 +19,6 @@ from accuquant.model.checkpoint import harden_model
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 W8A8 = [
     LayerSpec("int8", "int8"),
     LayerSpec("int8", "int8", activation_symmetric=True),

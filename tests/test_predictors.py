@@ -9,8 +9,6 @@ from torch import Tensor
 
 from accuquant.core.predictors import RFE, Forecast, Memory, Norm, Reuse, Taylor, norm_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EVEN, UNEVEN = [0, 3, 6, 9, 12], [0, 1, 3, 8, 10]
 SCOPES: list[Norm] = ["sample", "token", "channel", "batch"]
 

@@ -15,8 +15,6 @@ from accuquant.core.schedule import interval_steps
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import dump_recipe, load_recipe, parse_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STEPS = 6  # of recipe_tree
 KEYS = ", ".join(Cache.model_fields)
 ONE_OF = "give exactly one of interval, tau, target_nfc, target_seconds or a list of steps as schedule"

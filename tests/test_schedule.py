@@ -13,8 +13,6 @@ from torch import Tensor
 
 from accuquant.core.schedule import RCS, best_steps, dps_steps, interval_steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def gaps(steps: tuple[int, ...], num_steps: int) -> list[int]:
     """Distances between full steps, the end included."""

@@ -25,8 +25,6 @@ from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Sampling
 from accuquant.search import cached, record_grams, search_cache
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 STEPS = 10
 

@@ -23,7 +23,6 @@ from accuquant.model.layers import LayerSpec, QuantizedLayer, quantize_model, qu
 from accuquant.recipe import RecipeError
 from accuquant.recipe.file import parse_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = Reporter(quiet=True)
 READS = {"to_q": 0, "to_k": 0, "to_v": 0, "to_out.0": 1, "ff.net.0.proj": 2, "ff.net.2": 3}  # tensors of one block
 STATIC = LayerSpec("int8", "int8")

@@ -18,8 +18,6 @@ from accuquant.model.rollout import Rollout
 from accuquant.recipe import Sampling
 from accuquant.recipe.file import parse_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_the_rollout_is_the_pipeline(guidance_scale: float) -> None:

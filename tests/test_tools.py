@@ -30,7 +30,7 @@ def recipe(model_folder: Path, tmp_path: Path) -> Path:
 
 
 def run(tool: str, *arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # models this small gain from no more
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / tool), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -29,7 +29,6 @@ from accuquant.recipe import Recipe, RecipeError
 from accuquant.recipe.file import parse_recipe
 from accuquant.session import open_model, prepare
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 REASON = "needs accuquant[torchao]"
 needs_torchao = pytest.mark.skipif(not torchao_installed(), reason=REASON)
 

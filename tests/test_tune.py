@@ -27,8 +27,6 @@ from accuquant.recipe import Cache, RecipeError
 from accuquant.recipe.file import dump_recipe, load_recipe
 from accuquant.tune import tune
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 QUIET = Reporter(quiet=True)
 QUICK: dict[str, Any] = {
     "bit_operations": None,

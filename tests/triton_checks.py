@@ -25,8 +25,6 @@ HALVES = [torch.float16] if DEVICE.type == "cpu" else [torch.float16, torch.bflo
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 OPERATORS: Any = torch.ops.accuquant
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def draw(low: int, high: int, *shape: int) -> Tensor:
     return torch.randint(low, high, shape)
