@@ -122,7 +122,8 @@ def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
     if config.schedule == "dps":
         return num_steps
     trials = TAU_TRIALS if config.schedule == "rcs" else config.trials + len(EMPHASES) + 2
-    chosen = 1 + 2 * config.forecast_order if config.estimation == "auto" else 0
+    kinds = 2 * config.forecast_order * (2 if config.noise_aware else 1)
+    chosen = 1 + kinds if config.estimation == "auto" else 0
     samples = trials * SEARCH_SAMPLES + chosen * CHOICE_SAMPLES
     return round((config.target_nfc or num_steps) * samples / batch_size)
 
