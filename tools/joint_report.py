@@ -27,7 +27,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 
 def draw_runs(rows: list[dict[str, Any]], path: Path) -> None:
-    """Error over full computations for each pair of types, mean and range over seeds; and orders against bit width."""
+    """Error over full computations for each pair of types, mean and range over seeds."""
     runs = [row for row in rows if row["part"] == "run" and row["nfc"]]
     ticks = sorted({row["nfc"] for row in runs})
     panels = list(dict.fromkeys(row["types"] for row in runs))
