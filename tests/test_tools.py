@@ -66,6 +66,22 @@ def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) ->
     for seed, error in ((0, 0.2), (1, 0.3)):
         key = {"part": "run", "types": "W4A4", "seed": seed, "nfc": 14, "method": "(d) tuner"}
         rows.append(key | {"relative_l2": error})
+    methods = {
+        "order 0": 0.3,
+        "order 1": 0.2,
+        "order 2": 0.1,
+        "RFE 1": 0.4,
+        "RFE 2": 0.5,
+        "auto": 0.2,
+        "auto, learned": 0.05,
+    }
+    for seed, nfc in ((0, 7), (1, 7)):
+        key = {"part": "orders", "types": "W8A8", "seed": seed, "nfc": nfc, "E_q": 0.1, "cache": "taylor 1"}
+        begun = list(methods.items())[: 7 if seed == 0 else 3]  # the other is still running
+        rows += [
+            key | {"method": m, "relative_l2": e, "each": [e - 0.02, e + (0.02 if m == "auto" else 0)]}
+            for m, e in begun
+        ]
     (tmp_path / "results-0-1.jsonl").write_text("".join(json.dumps(row | figures) + "\n" for row in rows))
     times = {"float32": [2.0, 2.2, 1.9], "quantized": [1.0, 1.0, 3.0]}
     (tmp_path / "latency.json").write_text(json.dumps({"threads": 2, "seconds": {"W4A4": times}}))
@@ -74,6 +90,7 @@ def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) ->
     assert "### W4A4: E_qc in %" in table
     assert "E_q 10.00 ± 0.00 %" in table
     assert "| (d) tuner | 25.00 ± 7.07 / 40.0 ± 0.0 / 1.0 ± 0.0 |" in table
+    assert "| W8A8 | 7 | taylor 1 | 11.00 ± 1.00 | -5.00 ± 0.00 |" in table  # behind the best, with its standard error
     run("bench_joint.py", "plot", "--out", tmp_path)
     assert (tmp_path / "joint.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -84,11 +84,12 @@ def print_choice(rows: list[dict[str, Any]]) -> None:
     In points of E_qc for each seed, with the standard error of the difference over samples; below 0 it is ahead.
     """
     found = {(r["types"], r["nfc"], r["seed"], r["method"]): r for r in rows if r["part"] == "orders"}
+    whole = [key[:3] for key in found if key[3] == "auto, learned"]  # the last that a run writes
     print(
         "\n### auto\n\n| types | NFC | taken, by seed | behind the best | with learned shares |\n|---|---|---|---|---|"
     )
-    for types, nfc in dict.fromkeys(key[:2] for key in found):
-        seeds = sorted({key[2] for key in found if key[:2] == (types, nfc)})
+    for types, nfc in dict.fromkeys(key[:2] for key in whole):
+        seeds = sorted(key[2] for key in whole if key[:2] == (types, nfc))
         cells = []
         for method in ("auto", "auto, learned"):
             behind = []
