@@ -89,18 +89,13 @@ def print_choice(rows: list[dict[str, Any]]) -> None:
         "\n### auto\n\n| types | NFC | taken, by seed | behind the best | with learned shares |\n|---|---|---|---|---|"
     )
     for types, nfc in dict.fromkeys(key[:2] for key in whole):
-        seeds = sorted(key[2] for key in whole if key[:2] == (types, nfc))
-        cells = []
-        for method in ("auto", "auto, learned"):
-            behind = []
-            for seed in seeds:
-                mine = {name: found[types, nfc, seed, name] for name in (*CHOSEN_FROM, method)}
-                best = min((mine[name] for name in CHOSEN_FROM), key=lambda row: row["relative_l2"])
-                gaps = [100 * (a - b) for a, b in zip(mine[method]["each"], best["each"], strict=True)]
-                behind.append(f"{statistics.mean(gaps):.2f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}")
-            cells.append(", ".join(behind))
-        taken = ", ".join(found[types, nfc, seed, "auto"]["cache"] for seed in seeds)
-        print(f"| {types} | {nfc} | {taken} | {' | '.join(cells)} |")
+        cells: tuple[list[str], ...] = ([], [], [])
+        for seed in sorted(key[2] for key in whole if key[:2] == (types, nfc)):
+            best = min((found[types, nfc, seed, name] for name in CHOSEN_FROM), key=lambda row: row["relative_l2"])
+            auto, learned = (found[types, nfc, seed, name] for name in ("auto", "auto, learned"))
+            for cell, text in zip(cells, (auto["cache"], _behind(auto, best), _behind(learned, best)), strict=True):
+                cell.append(text)
+        print(f"| {types} | {nfc} | {' | '.join(', '.join(cell) for cell in cells)} |")
 
 
 def print_latency(path: Path) -> None:
@@ -117,6 +112,11 @@ def print_latency(path: Path) -> None:
 
 def _knows_e_q(row: dict[str, Any]) -> bool:
     return row["method"] == "E_q" or "E_q" in row
+
+
+def _behind(row: dict[str, Any], best: dict[str, Any]) -> str:
+    gaps = [100 * (a - b) for a, b in zip(row["each"], best["each"], strict=True)]
+    return f"{statistics.mean(gaps):.2f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2f}"
 
 
 def _spread(values: list[float], digits: int) -> str:
