@@ -242,7 +242,7 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     alone = objective.iterations * (2 * m - 1)
     if objective.target == "blocks" and objective.iterations:
         alone, _ = block_costs(rollout, planned, recipe)
-    updates = (tried + 1) * (alone + stages * objective.cached_iterations * whole)
+    updates = tried * (alone + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
     calls = rollouts * (nfc + (steps - nfc) / 6) + fits * (steps + nfc) + 3.5 * updates + sampling
     return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates, "seconds": call * calls}

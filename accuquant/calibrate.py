@@ -140,13 +140,8 @@ def calibrate_alone(
         )
         objective = equal_cost(objective, steps)
     tuner = session.tuner(objective, steps)
-    if resume and state.is_file():
-        tuner.load(state)
-        reporter.say(f"resuming at update {len(tuner.history)} of {tuner.updates}")
     what = f"calibrating, M = {steps}" if tuner.blocks is None else f"reconstructing {len(tuner.blocks.blocks)} blocks"
-    with reporter.bar(what, tuner.updates, len(tuner.history)) as advance:
-        tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
-    tuner.save(state)
+    _update(tuner, what, reporter, state, resume)
     return tuner, tried
 
 
@@ -162,14 +157,23 @@ def calibrate_cached(
     if "forecast" in learn:  # learned by less than the whole trajectory, forecasts get worse: errors add up (measured)
         steps, changes = session.rollout.num_steps, changes | {"gradient": "exact"}
     tuner = session.tuner(objective.model_copy(update=changes), steps, cache)
-    if resume and state.is_file():
-        tuner.load(state)
-    with reporter.bar("calibrating with the cache on", objective.cached_iterations, len(tuner.history)) as advance:
-        tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
-    tuner.save(state)
+    _update(tuner, "calibrating with the cache on", reporter, state, resume)
     if tuner.learned is not None:
         tuner.learned.settled()
     return tuner
+
+
+def _update(tuner: Tuner, what: str, reporter: Reporter, state: Path, resume: bool) -> None:
+    """Make the updates that ``state`` does not keep yet."""
+    if resume and state.is_file():
+        tuner.load(state)
+        if len(tuner.history) == tuner.updates:
+            reporter.say(f"{what}: all {tuner.updates} updates are kept")
+            return
+        reporter.say(f"{what}: resuming at update {len(tuner.history)} of {tuner.updates}")
+    with reporter.bar(what, tuner.updates, len(tuner.history)) as advance:
+        tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
+    tuner.save(state)
 
 
 def counted_on(history: list[dict[str, Any]], alone: Tuner) -> list[dict[str, Any]]:

@@ -9,8 +9,9 @@ For each combination of types, the most promising by tables first (`budget.py`):
     fewer full steps, for the Pareto front
 
 Tables choose nothing: every candidate is confirmed by a rollout of the quantized, cached model, on noise that neither
-calibration nor evaluation uses. What was chosen becomes a recipe, and `calibrate` makes the export from it, as anybody
-can again. What was tried is kept line by line in `<output>.tuning`; an interrupted run goes on from there.
+calibration nor evaluation uses. What was chosen becomes a recipe; `calibrate` makes the export from it and from what
+the search has calibrated already, and makes the same, bit for bit, from the recipe alone. What was tried is kept line
+by line in `<output>.tuning`; an interrupted run goes on from there.
 """
 
 from __future__ import annotations
@@ -70,10 +71,11 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
     best = min(bests, key=lambda row: worse_error(row, naive))
     name = f" ({best['rival']})" if best["rival"] else ""
     reporter.say(f"chosen: {best['types']}; {best['cache']}{name}; NFC {best['nfc']:g}, E_qc {best['E_qc']:.4f}")
-    final = chosen_recipe(next(c.recipe for c in combinations if c.name == best["types"]), best)
-    if not (begun := resume and _says(partial / "recipe.yaml", final)):
-        shutil.rmtree(partial, ignore_errors=True)  # of another choice, before it was interrupted
-    folder = calibrate(final, reporter, begun, overwrite, record(section, tried.rows, best))
+    combination = next(c for c in combinations if c.name == best["types"])
+    final = chosen_recipe(combination.recipe, best)
+    if not _says(partial / "recipe.yaml", final):
+        hand_over(final, best, work, kept_in(work, combination), partial)
+    folder = calibrate(final, reporter, True, overwrite, record(section, tried.rows, best))
     shutil.rmtree(work)
     return folder
 
@@ -83,7 +85,7 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
 
     None where seconds do not suffice. What is cheaper may be better too: more full steps are not always nearer.
     """
-    folder = work / f"types-{'-'.join(map(str, combination.picks)) or 'as-given'}"
+    folder = kept_in(work, combination)
     folder.mkdir(exist_ok=True)
     session = open_session(combination, work, reporter)
     alone, _ = calibrate_alone(session, reporter, folder, resume=True)
@@ -124,7 +126,7 @@ def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
 
 def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: Path) -> Cache:
     """Have the model, as calibrated alone, learn with the best cache on; updates that are kept are not made again."""
-    recipe, state = place.combination.recipe, folder / f"{nfc}-{what}"
+    recipe, state = place.combination.recipe, learned_in(folder, nfc, what)
     state.mkdir(exist_ok=True)
     objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
     config = as_cache(place.best_uncorrected(nfc))
@@ -148,6 +150,28 @@ def chosen_recipe(recipe: Recipe, row: Row) -> Recipe:
     changes = {"cached_learn": learnable(recipe, what)} if what else {"cached_iterations": 0, "cached_learn": None}
     objective = recipe.objective.model_copy(update=changes)
     return recipe.model_copy(update={"cache": cache, "objective": objective})
+
+
+def hand_over(final: Recipe, best: Row, work: Path, folder: Path, partial: Path) -> None:
+    """What the search has sampled and calibrated for the chosen point, for `calibrate` to go on from."""
+    shutil.rmtree(partial, ignore_errors=True)  # of another choice, before it was interrupted
+    partial.mkdir()
+    kept = [work / "reference.safetensors", folder / "state.safetensors"]
+    if (folder / "auto.json").is_file():
+        kept.append(folder / "auto.json")
+    if what := learned_of(best):
+        kept.append(learned_in(folder, best["asked_nfc"], what) / "state-cached.safetensors")
+    for path in kept:
+        shutil.copyfile(path, partial / path.name)
+    (partial / "recipe.yaml").write_text(dump_recipe(final), encoding="utf-8")  # last: it says that all is there
+
+
+def kept_in(work: Path, combination: Combination) -> Path:
+    return work / f"types-{'-'.join(map(str, combination.picks)) or 'as-given'}"
+
+
+def learned_in(folder: Path, nfc: int, what: str) -> Path:
+    return folder / f"{nfc}-{what}"
 
 
 def record(section: Tune, rows: list[Row], best: Row) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from accuquant.core.schedule import filled_interval_steps
 from accuquant.model.caching import controller_of
 from accuquant.model.families import load_pipeline
 from accuquant.model.rollout import Rollout
-from accuquant.recipe import Cache, RecipeError
+from accuquant.optimise import Tuner
+from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe, load_recipe
-from accuquant.tune import tune
+from accuquant.tune import chosen_recipe, hand_over, kept_in, tune
 
 QUIET = Reporter(quiet=True)
 QUICK: dict[str, Any] = {
@@ -167,6 +169,46 @@ def test_the_written_recipe_makes_the_same_export(tuned: Path, tmp_path: Path) -
         json.loads((f / "transformer" / "config.json").read_text())["quantization_config"] for f in (tuned, folder)
     ]
     assert configs[0] == configs[1]
+
+
+@pytest.fixture(scope="module")
+def searched(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A search that was stopped when all was tried; its folder is still there."""
+    recipe = tune_recipe(model_folder, tmp_path_factory.mktemp("searched") / "out", combinations=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "calibrate", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tune(recipe, QUIET)
+    return recipe, Path(f"{recipe.export.output}.tuning")
+
+
+@pytest.mark.parametrize("calibrated", ["alone", LEARNED["forecast"], LEARNED["both"]])
+def test_what_the_search_has_calibrated_is_what_the_recipe_calibrates(
+    searched: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: str
+) -> None:
+    recipe, work = searched
+    rows = [row for row in Tried(work / "tried.jsonl").rows if row["calibrated"] == calibrated and not row["rival"]]
+    row = min((row for row in rows if row["asked_nfc"] == max(r["asked_nfc"] for r in rows)), key=lambda r: r["E_qc"])
+    combination = next(c for c in type_combinations(recipe) if c.name == row["types"])
+    final = chosen_recipe(combination.recipe, row)
+    finals = [
+        final.model_copy(update={"export": final.export.model_copy(update={"output": str(tmp_path / name)})})
+        for name in ("afresh", "handed")
+    ]
+    hand_over(finals[1], row, work, kept_in(work, combination), tmp_path / "handed.partial")
+    afresh = calibrate(finals[0], QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tuner, "_update", Mock(side_effect=AssertionError("an update was made again")))
+        handed = calibrate(finals[1], QUIET, resume=True)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    first, second = load_file(afresh / name), load_file(handed / name)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    counted = [json.loads((f / "calibration.json").read_text())["calibration"]["history"] for f in (afresh, handed)]
+    assert [{k: v for k, v in entry.items() if k != "seconds"} for entry in counted[0]] == [
+        {k: v for k, v in entry.items() if k != "seconds"} for entry in counted[1]
+    ]
+    assert len(counted[0]) == (4 if calibrated == "alone" else 6)
 
 
 # ---- what it is given
