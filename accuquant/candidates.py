@@ -20,7 +20,7 @@ from accuquant.calibrate import searched
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import filled_interval_steps
-from accuquant.correct import fit_correction
+from accuquant.correct import Targets, fit_correction
 from accuquant.model.cache_state import CacheError, Correction
 from accuquant.model.caching import cached, cached_features
 from accuquant.noise import measure_noise
@@ -83,6 +83,7 @@ class Place:
     calibrated: str = ALONE
     learned: Correction | None = None
     noises: dict[tuple[str, int], Any] = field(default_factory=dict)  # as calibrated, by gap
+    targets: Targets = field(default_factory=Targets)
 
     def try_forecasts(self, nfc: int) -> None:
         """Every forecast under every schedule, with lists of full steps as they are found without refining."""
@@ -168,7 +169,7 @@ class Place:
         if of_forecasts or of_full_steps:
             wanted = {"corrected": of_forecasts, "corrected_quantization": of_full_steps}
             config = config.model_copy(update=wanted)
-            config, correction = fit_correction(self.session, config, Reporter(quiet=True), self.learned)
+            config, correction = fit_correction(self.session, config, Reporter(quiet=True), self.learned, self.targets)
         with cached(self.session.rollout.denoiser, config, correction) as controller:
             finals, counts = [], []
             size = 1 if config.tau else self.session.recipe.evaluation.batch_size

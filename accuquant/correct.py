@@ -25,13 +25,38 @@ from accuquant.recipe import Cache
 from accuquant.session import Session, watched
 
 CORRECTION_SAMPLES = 16
+KEPT_BYTES = 1 << 30  # of what full precision gives, for the other fits of a session
 
 Fitted = dict[str, dict[float, Tensor]]  # module -> timestep -> (2, C)
 
 
+class Targets:
+    """What cached modules give in full precision along a session's reference, kept between fits as far as it fits."""
+
+    def __init__(self) -> None:
+        self.kept, self.bytes = dict[tuple[str, ...], dict[int, dict[str, Tensor]]](), 0
+
+    def at(self, session: Session, controller: Controller, i: int, reference: Reference) -> dict[str, Tensor]:
+        """Module -> output at step i."""
+        of_these = self.kept.setdefault(tuple(controller.modules), {})
+        if i in of_these:
+            return of_these[i]
+        seen = _look(session, controller, i, reference.latents[i], reference.conditions, full_precision=True)
+        outputs = {module: output for module, (_, output) in seen.items()}
+        size = sum(output.nbytes for output in outputs.values())
+        if self.bytes + size <= KEPT_BYTES:
+            of_these[i] = outputs
+            self.bytes += size
+        return outputs
+
+
 @torch.no_grad()
 def fit_correction(
-    session: Session, config: Cache, reporter: Reporter, learned: Correction | None = None
+    session: Session,
+    config: Cache,
+    reporter: Reporter,
+    learned: Correction | None = None,
+    targets: Targets | None = None,
 ) -> tuple[Cache, Correction]:
     """Slope and intercept of every channel of every cached module: at skipped steps, at full ones, or at both.
 
@@ -39,6 +64,7 @@ def fit_correction(
 
     Args:
         learned: weights of the forecasts, where the config has learned some; they are kept.
+        targets: of earlier fits of this session.
 
     Returns:
         the config, with the corrected timesteps and channels written into it, and the tensors.
@@ -48,8 +74,11 @@ def fit_correction(
         reporter.bar("correction of the cached modules", session.rollout.num_steps) as advance,
         cached(session.rollout.denoiser, config.uncorrected, learned) as controller,
     ):
-        fit = _fit_as_published if config.measured_on == "full_precision" else _fit_on_own_trajectory
-        fit(session, session.reference.first(CORRECTION_SAMPLES), config, controller, forecasts, computed, advance)
+        given = (session, session.reference.first(CORRECTION_SAMPLES), config, controller, forecasts, computed, advance)
+        if config.measured_on == "full_precision":
+            _fit_as_published(*given)
+        else:
+            _fit_on_own_trajectory(*given, targets or Targets())
     skipped, full = (
         sorted(next(iter(fitted.values())), reverse=True) if fitted else [] for fitted in (forecasts, computed)
     )
@@ -74,23 +103,23 @@ def _fit_on_own_trajectory(
     forecasts: Fitted,
     computed: Fitted,
     advance: Advance,
+    targets: Targets,
 ) -> None:
     """The model walks its own trajectory, quantized and cached and corrected so far."""
     rollout, conditions = session.rollout, reference.conditions
     x, predictions = {0: conditions.noise}, dict[int, Tensor]()
-    targets: dict[str, Tensor] = {}
+    true: dict[str, Tensor] = {}
 
     def correct(module: str, output: Tensor, is_computed: bool) -> Tensor:
         if not (config.corrected_quantization if is_computed else config.corrected):
             return output
-        found = fit_affine(output, targets[module])
+        found = fit_affine(output, true[module])
         (computed if is_computed else forecasts).setdefault(module, {})[controller.timestep] = found
         return apply_affine(found, output)
 
     controller.correct = correct
     for i in range(rollout.num_steps):
-        true = _look(session, controller, i, reference.latents[i], conditions, full_precision=True)
-        targets |= {module: output for module, (_, output) in true.items()}
+        true |= targets.at(session, controller, i, reference)
         predictions[i] = rollout.predict(i, x[i], conditions)
         x[i + 1] = rollout.solver.step(i, x, predictions)
         advance("")
