@@ -226,7 +226,8 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     conditions = rollout.conditions(samples.inputs, samples.seeds)
     call = call_seconds(rollout, conditions)
     steps = recipe.sampling.num_inference_steps
-    tried = min(section.combinations, sum(n >= LEAST_NFC for _, n, _ in rows))
+    paid = [n for _, n, _ in rows if n >= LEAST_NFC]
+    tried, nfc = min(section.combinations, len(paid)), statistics.mean(paid)
     forecasts = sum(1 if e == "reuse" else len(section.orders) * len(section.noise_aware) for e in section.estimations)
     proposals = forecasts * len(section.schedules) + 5 * len(section.estimations)
     stages = len(section.learning) * bool(objective.cached_iterations)  # of calibration with the cache on
@@ -234,15 +235,13 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     rollouts = tried * (proposals * len(section.levels) + refined)
     fitted = len(set(section.corrections) - {"none"})
     fits = tried * ((fitted + len(section.estimations) - 1) * len(section.levels) + fitted * stages)
-    nfc = max((n for _, n, _ in rows), default=0)
     m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
-    whole = (
-        2 * nfc if {"forecast", "both"} & set(section.learning) else 2 * m
-    )  # forecasts learn from whole trajectories
+    # forecasts learn from whole trajectories
+    whole = 2 * nfc if {"forecast", "both"} & set(section.learning) else 2 * m
     alone = objective.iterations * (2 * m - 1)
     if objective.target == "blocks" and objective.iterations:
         alone, _ = block_costs(rollout, planned, recipe)
     updates = tried * (alone + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
-    calls = rollouts * (nfc + (steps - nfc) / 6) + fits * (steps + nfc) + 3.5 * updates + sampling
+    calls = rollouts * (nfc + (steps - nfc) / 4) + fits * steps + 3.5 * updates + sampling
     return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates, "seconds": call * calls}

@@ -271,7 +271,7 @@ def _print_tuning_plan(recipe: Recipe) -> None:
     out.print(f"\n{'budget':26} {shown}")
     if recipe.tune.seconds:
         out.print(f"{'':26} seconds are measured when the search begins, and may pay for fewer full steps than above")
-    out.print(f"{'calibrated':26} {costs['combinations']} of {len(rows)} combinations of types, the chosen one twice")
+    out.print(f"{'calibrated':26} {costs['combinations']} of {len(rows)} combinations of types")
     out.print(f"{'rollouts':26} about {costs['rollouts']:.0f}")
     out.print(f"{'estimated time':26} about {_duration(costs['seconds'])}")
     out.print(f"{'output':26} {recipe.export.output}")
