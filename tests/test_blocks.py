@@ -1,11 +1,13 @@
 """Block reconstruction: what a block is, what it is given and compared with, and that it does what it is for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipeline, make_pixart, make_stable_diffusion, recipe_tree
+from safetensors.torch import load_file
 from torch import nn
 
 from accuquant.calibrate import calibrate, describe
@@ -18,7 +20,7 @@ from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, quantize_model
 from accuquant.model.rollout import Rollout
 from accuquant.optimise import Tuner
-from accuquant.recipe import Recipe, RecipeError, Sampling
+from accuquant.recipe import Cache, Recipe, RecipeError, Sampling
 from accuquant.recipe.file import parse_recipe
 from accuquant.session import Session, open_model, prepare, validation_error
 
@@ -219,12 +221,38 @@ def test_blocks_of_a_unet_come_as_they_run() -> None:
         ({"target": "blocks", "gradient": "exact", "loss": "dense"}, "leave gradient and loss out"),
         ({"target": "blocks", "inputs": "quantized", "steps_per_group": 1}, "leave inputs out"),
         ({"target": "blocks", "steps_per_group": "auto"}, r"leave steps_per_group out \(steps_per_group: 1\)"),
-        ({"target": "blocks", "cached_iterations": 3}, "leave cached_iterations out"),
     ],
 )
 def test_settings_of_the_other_target_are_refused(tmp_path: Path, objective: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_recipe(recipe_tree("bundled:digits-dit", tmp_path / "out", objective=objective), "test")
+
+
+def test_updates_with_the_cache_on_follow_the_trajectory_from_what_blocks_have_learned(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """What `calibrate` makes in one go, made by hand: blocks, then the cached objective, which knows none."""
+    learn = ["weight", "weight_scale", "activation_scale", "forecast"]
+    recipe = block_recipe(model_folder, tmp_path / "out", iterations=4, cached_iterations=3, cached_learn=learn)
+    recipe = recipe.model_copy(update={"cache": Cache(interval=2, estimation="taylor", order=1)})
+    folder = calibrate(recipe, QUIET)
+    history = json.loads((folder / "calibration.json").read_text())["calibration"]["history"]
+    kinds = ["cached" if entry.get("cached") else entry["block"] for entry in history]
+    assert kinds == ["transformer_blocks.0"] * 4 + ["transformer_blocks.1"] * 4 + ["cached"] * 3
+    evaluations = [entry["network_evaluations"] for entry in history]
+    assert evaluations == sorted(evaluations) and evaluations[-1] > evaluations[7]
+
+    session = prepared(recipe)
+    session.tuner(recipe.objective, 1).run()
+    changes = {"target": "trajectory", "gradient": "exact", "iterations": 3, "learn": tuple(learn)}
+    assert recipe.cache is not None
+    by_hand = session.tuner(recipe.objective.model_copy(update=changes), session.rollout.num_steps, recipe.cache)
+    assert by_hand.blocks is None
+    by_hand.run()
+    saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, layer in session.layers.items():
+        assert torch.equal(layer.harden().weight, saved[f"{name}.weight"])
+        assert torch.equal(layer.harden().weight_scale, saved[f"{name}.weight_scale"])
 
 
 def test_export_and_report_say_how(model_folder: Path, tmp_path: Path) -> None:

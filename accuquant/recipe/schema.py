@@ -86,7 +86,8 @@ class Objective(Section):
     target: Literal["trajectory", "blocks"] = Field(
         "trajectory",
         description="what full precision is followed in: the latents M steps on (AccuQuant), or what each block gives "
-        "out, block after block, with `iterations` updates each (block reconstruction, the baseline)",
+        "out, block after block, with `iterations` updates each (block reconstruction, the baseline); "
+        "`cached_iterations` follow the trajectory after either",
     )
     steps_per_group: StepsOrAuto = Field(
         1, description="M, the denoising steps simulated together; `auto` tries 1, 2, 5 and keeps the best"
@@ -117,8 +118,6 @@ class Objective(Section):
         if self.cached_learn is not None and not self.cached_iterations:
             raise ValueError("cached_learn: needs cached_iterations, for example cached_iterations: 60")
         if self.target == "blocks":
-            if self.cached_iterations:
-                raise ValueError("target: blocks is a rival that knows no cache; leave cached_iterations out")
             defaults = {k: field.default for k, field in type(self).model_fields.items()}
             steps = ("steps_per_group", "gradient", "loss", "inputs", "warmup_fraction")
             wrong = [k for k in steps if getattr(self, k) != defaults[k]]
