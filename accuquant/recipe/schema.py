@@ -103,7 +103,8 @@ class Objective(Section):
         None,
         min_length=1,
         description="what these learn, if not what `learn` says; forecast: how much of the last output and of its "
-        "change a forecast takes, by module and gap; M is the whole trajectory then, and the gradient exact",
+        "change a forecast takes, by module and gap; M is the whole trajectory then, and the gradient exact; after "
+        "`target: blocks` forecast alone is best",
     )
     warmup_fraction: Number = Field(0.0, ge=0, le=1, description="first share of the updates, made with M = 1")
     batch_size: int = Field(8, ge=1)
