@@ -13,6 +13,7 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
+from accuquant import correct
 from accuquant.calibrate import calibrate
 from accuquant.console import Reporter
 from accuquant.core.correction import apply_affine, fit_affine
@@ -77,6 +78,34 @@ def test_a_constant_channel_keeps_the_slope_one() -> None:
 
 
 # ---- on a model
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 200_000, 1 << 30])
+def test_fits_that_share_their_targets_find_what_fits_alone_find(
+    session: Session, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    """Of the same modules, of others, and with the model calibrated on in between."""
+    configs = [CACHE, {**CACHE, "interval": 2, "corrected_quantization": True}, {**CACHE, "modules": r".*\.ff"}]
+    looks, look, start = list[int](), correct._look, session.snapshot()
+    monkeypatch.setattr(correct, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(correct, "_look", lambda *args, **kwargs: (looks.append(args[2]), look(*args, **kwargs))[1])
+    shared, counts = correct.Targets(), list[int]()
+    for config in (*configs, configs[0]):
+        looks.clear()
+        _, together = fit_correction(session, Cache(**config), QUIET, targets=shared)
+        counts.append(len(looks))
+        _, alone = fit_correction(session, Cache(**config), QUIET)
+        first, second = alone.state_dict(), together.state_dict()
+        assert first and first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        for layer in session.layers.values():
+            layer.log_weight_scale.data += 0.05
+    session.restore(start)
+    steps = session.rollout.num_steps
+    assert counts[0] == counts[2] == steps  # the third has other modules
+    assert shared.bytes <= kept_bytes
+    assert counts[1] == counts[3] == {0: steps, 1 << 30: 0}.get(kept_bytes, counts[1])
+    assert kept_bytes != 200_000 or 0 < counts[1] < steps
 
 
 def test_it_lowers_the_error_of_the_cached_trajectory(session: Session) -> None:
