@@ -16,6 +16,7 @@ from diffusers import (
     FluxTransformer2DModel,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file
 
 from accuquant.optimise import Tuner
 from accuquant.recipe import Recipe
@@ -278,3 +279,10 @@ def tune_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
     objective = {"iterations": 4, "cached_iterations": 2, "batch_size": 2}
     sampling = {"num_inference_steps": 8, "guidance_scale": 1.5}
     return parse_recipe(recipe_tree(model, output, tune=given, objective=objective, sampling=sampling), "test")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Two exports' denoisers, to the last bit."""
+    expected, found = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (one, other))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import recipe_tree
+from conftest import assert_same_weights, recipe_tree
 from diffusers import DiTPipeline
-from safetensors.torch import load_file
 
 from accuquant.calibrate import calibrate
 from accuquant.console import Reporter
@@ -179,9 +178,7 @@ def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "resuming at update" in done.stderr
-    name = "transformer/diffusion_pytorch_model.safetensors"
-    expected, found = load_file(whole / name), load_file(output / name)
-    assert all(torch.equal(expected[k], found[k]) for k in expected)
+    assert_same_weights(whole, output)
 
 
 def test_resume_of_a_changed_recipe_is_refused(model_folder: Path, tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import interrupt_cached_update, recipe_tree
-from safetensors.torch import load_file
+from conftest import assert_same_weights, interrupt_cached_update, recipe_tree
 
 from accuquant.calibrate import calibrate
 from accuquant.cli import app
@@ -155,9 +154,7 @@ def test_an_interruption_while_the_cache_is_on_resumes_to_the_same_result(
         with pytest.raises(KeyboardInterrupt):
             calibrate(recipe, QUIET)
     folder = calibrate(recipe, QUIET, resume=True)
-    name = "transformer/diffusion_pytorch_model.safetensors"
-    expected, found = load_file(export / name), load_file(folder / name)
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert_same_weights(export, folder)
 
 
 def test_without_a_cache_section_there_is_nothing_to_calibrate_with(model_folder: Path, tmp_path: Path) -> None:

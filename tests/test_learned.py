@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import interrupt_cached_update, recipe_tree
+from conftest import assert_same_weights, interrupt_cached_update, recipe_tree
 from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
 from test_cached_objective import STEPS, setting, taken
@@ -155,10 +155,7 @@ def test_an_interrupted_run_learns_the_same(
         with pytest.raises(KeyboardInterrupt):
             calibrate(recipe, QUIET)
     folder = calibrate(recipe, QUIET, resume=True)
-    name = "transformer/diffusion_pytorch_model.safetensors"
-    expected, found = load_file(export / name), load_file(folder / name)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert_same_weights(export, folder)
 
 
 # ---- the export
@@ -292,6 +289,4 @@ def test_an_interrupt_in_the_middle_of_a_step_saves_nothing_half(
         with pytest.raises(KeyboardInterrupt):
             calibrate(recipe, QUIET)
     folder = calibrate(recipe, QUIET, resume=True)
-    name = "transformer/diffusion_pytorch_model.safetensors"
-    expected, found = load_file(export / name), load_file(folder / name)
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert_same_weights(export, folder)

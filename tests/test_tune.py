@@ -8,10 +8,8 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
-from conftest import TYPES, tune_recipe
+from conftest import TYPES, assert_same_weights, tune_recipe
 from diffusers import DiTPipeline
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from accuquant import tune as tuning
@@ -161,10 +159,7 @@ def test_the_written_recipe_makes_the_same_export(tuned: Path, tmp_path: Path) -
     again = load_recipe(tuned / "recipe.yaml", [f"export.output={tmp_path / 'again'}"])
     assert again.tune is None
     folder = calibrate(again, QUIET)
-    name = "transformer/diffusion_pytorch_model.safetensors"
-    first, second = load_file(tuned / name), load_file(folder / name)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert_same_weights(tuned, folder)
     configs = [
         json.loads((f / "transformer" / "config.json").read_text())["quantization_config"] for f in (tuned, folder)
     ]
@@ -200,10 +195,7 @@ def test_what_the_search_has_calibrated_is_what_the_recipe_calibrates(
     with monkeypatch.context() as patch:
         patch.setattr(Tuner, "_update", Mock(side_effect=AssertionError("an update was made again")))
         handed = calibrate(finals[1], QUIET, resume=True)
-    name = "transformer/diffusion_pytorch_model.safetensors"
-    first, second = load_file(afresh / name), load_file(handed / name)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert_same_weights(afresh, handed)
     counted = [json.loads((f / "calibration.json").read_text())["calibration"]["history"] for f in (afresh, handed)]
     assert [{k: v for k, v in entry.items() if k != "seconds"} for entry in counted[0]] == [
         {k: v for k, v in entry.items() if k != "seconds"} for entry in counted[1]
