@@ -6,12 +6,12 @@ Importing the package makes diffusers' `from_pretrained` understand the checkpoi
 __version__ = "0.1.0"
 
 import accuquant.quiet  # noqa: F401 (before all that imports diffusers)
-from accuquant.enable import cache_stats, compile_cached, disable_cache, enable_cache
-from accuquant.model.cache_state import CacheError, CacheStats
-from accuquant.model.checkpoint import AccuQuantConfig, CheckpointError, register
-from accuquant.model.layers import set_arithmetic
+from accuquant.caching.enable import cache_stats, compile_cached, disable_cache, enable_cache
+from accuquant.calibration.layers import set_arithmetic
 from accuquant.recipe import Cache, FORAConfig, Recipe, RecipeError, RFCConfig, TaylorSeerConfig
 from accuquant.recipe.file import load_recipe
+from accuquant.runtime.cache.controller import CacheError, CacheStats
+from accuquant.runtime.checkpoint import AccuQuantConfig, CheckpointError, register
 
 register()
 

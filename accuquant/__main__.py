@@ -1,3 +1,3 @@
-from accuquant.cli import main
+from accuquant.cli.main import main
 
 main()

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from accuquant.optimise import Tuner
+from accuquant.calibration.loop import Tuner
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
 

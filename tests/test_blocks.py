@@ -10,19 +10,25 @@ from conftest import make_pipeline, make_pixart, make_stable_diffusion, recipe_t
 from safetensors.torch import load_file
 from torch import nn
 
-from accuquant.calibrate import calibrate, describe
+from accuquant.calibration.layers import LayerSpec, quantize_model
+from accuquant.calibration.loop import Tuner
+from accuquant.calibration.objectives import blocks
+from accuquant.calibration.objectives.blocks import (
+    LEAST_CALLS,
+    Reconstruction,
+    block_of,
+    evaluations_made,
+    spread_calls,
+)
+from accuquant.calibration.session import Session, open_model, prepare, validation_error
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
-from accuquant.data import Samples
-from accuquant.model import blocks
-from accuquant.model.blocks import LEAST_CALLS, Reconstruction, block_of, evaluations_made, spread_calls
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import LayerSpec, quantize_model
 from accuquant.model.rollout import Rollout
-from accuquant.optimise import Tuner
+from accuquant.pipeline.data import Samples
+from accuquant.programs.calibrate import calibrate, describe
 from accuquant.recipe import Cache, Recipe, RecipeError, Sampling
 from accuquant.recipe.file import parse_recipe
-from accuquant.session import Session, open_model, prepare, validation_error
+from accuquant.runtime.clock import StepClock
 
 QUIET = Reporter(quiet=True)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import INT8, tune_recipe
 
-from accuquant.budget import LEAST_NFC, describe_tuning, error_tables, ordered, type_combinations
 from accuquant.console import Reporter
+from accuquant.programs.tune import tune
 from accuquant.recipe import RecipeError
 from accuquant.recipe.file import load_recipe
-from accuquant.tune import tune
+from accuquant.tuning.budget import LEAST_NFC, describe_tuning, error_tables, ordered, type_combinations
 
 QUIET = Reporter(quiet=True)
 

@@ -11,14 +11,14 @@ from conftest import make_pipeline
 from diffusers import DiTPipeline
 from test_rollout import decoder_input
 
-from accuquant.calibrate import describe
-from accuquant.measure import cost_metrics
-from accuquant.model.digit_classifier import DigitClassifier
+from accuquant.calibration.session import open_model
+from accuquant.evaluation.digit_classifier import DigitClassifier
+from accuquant.evaluation.measure import cost_metrics
 from accuquant.model.families import BUNDLED
 from accuquant.model.rollout import Rollout
+from accuquant.programs.calibrate import describe
 from accuquant.recipe import Sampling
 from accuquant.recipe.file import list_shipped, load_recipe
-from accuquant.session import open_model
 
 FOLDER = BUNDLED / "digits-dit"
 

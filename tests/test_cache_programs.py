@@ -16,16 +16,16 @@ from conftest import recipe_tree
 from diffusers import DiTPipeline
 from typer.testing import CliRunner, Result
 
-import accuquant.calibrate
+import accuquant.programs.calibrate
 from accuquant import CheckpointError, cache_stats, disable_cache
-from accuquant.calibrate import calibrate
-from accuquant.cli import app
+from accuquant.calibration.plan import count_macs
+from accuquant.calibration.session import open_model
+from accuquant.cli.main import app
 from accuquant.console import Reporter
 from accuquant.core.schedule import interval_steps
-from accuquant.model.plan import count_macs
+from accuquant.programs.calibrate import calibrate
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import parse_recipe
-from accuquant.session import open_model
 
 QUIET = Reporter(quiet=True)
 CONFIG = Path("transformer/config.json")
@@ -284,7 +284,7 @@ def interrupted(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def interrupt() -> Recipe:
         recipe = make_recipe(model_folder, tmp_path / "out", TARGET)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(accuquant.calibrate, "evaluate", stop)
+            patch.setattr(accuquant.programs.calibrate, "evaluate", stop)
             calibrate(recipe, QUIET)
         assert not (tmp_path / "out").exists()
         return recipe

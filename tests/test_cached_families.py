@@ -20,9 +20,9 @@ from diffusers import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from accuquant.model.cache_state import CacheStats
-from accuquant.model.caching import attach_cache, controller_of, detach_cache
 from accuquant.recipe import Cache
+from accuquant.runtime.cache.controller import CacheStats
+from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
 
 TIMESTEPS = (900.0, 700.0, 400.0, 100.0)
 

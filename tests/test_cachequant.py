@@ -13,19 +13,19 @@ from conftest import make_pipeline, make_unet, recipe_tree
 from diffusers import DiTPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from accuquant.calibrate import calibrate, searched
+from accuquant.caching.correct import fit_correction
+from accuquant.caching.search import record_features, search_cache
+from accuquant.calibration.session import Session, open_model, prepare, watched
 from accuquant.console import Reporter
 from accuquant.core.correction import fit_affine
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import dps_steps
-from accuquant.correct import fit_correction
-from accuquant.model.cache_state import CacheError
-from accuquant.model.caching import attach_cache, cached, detach_cache, in_cache
 from accuquant.model.rollout import Rollout
+from accuquant.programs.calibrate import calibrate, searched
 from accuquant.recipe import Cache, RecipeError, Sampling
 from accuquant.recipe.file import parse_recipe
-from accuquant.search import record_features, search_cache
-from accuquant.session import Session, open_model, prepare, watched
+from accuquant.runtime.cache.controller import CacheError
+from accuquant.runtime.cache.hooks import attach_cache, cached, detach_cache, in_cache
 
 QUIET = Reporter(quiet=True)
 BLOCKS = {"feature": "blocks", "estimation": "reuse"}

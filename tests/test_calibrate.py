@@ -16,13 +16,13 @@ import yaml
 from conftest import assert_same_weights, recipe_tree
 from diffusers import DiTPipeline
 
-from accuquant.calibrate import calibrate
+from accuquant.calibration.layers import quantized_layers, set_arithmetic
+from accuquant.calibration.session import open_model, prepare
 from accuquant.console import Reporter
-from accuquant.model.layers import quantized_layers, set_arithmetic
 from accuquant.model.rollout import Rollout
+from accuquant.programs.calibrate import calibrate
 from accuquant.recipe import Recipe, RecipeError
 from accuquant.recipe.file import parse_recipe
-from accuquant.session import open_model, prepare
 
 QUIET = Reporter(quiet=True)
 
@@ -68,7 +68,7 @@ def test_loads_with_plain_diffusers_and_generates(export: Path) -> None:
 
 def test_loaded_model_equals_the_one_before_saving(model_folder: Path, tmp_path: Path) -> None:
     """Latents of the calibrated model, of the hardened one and of the loaded one: torch.equal with the reference."""
-    from accuquant.model.checkpoint import harden_model
+    from accuquant.runtime.checkpoint import harden_model
 
     recipe = make_recipe(model_folder, tmp_path / "out")
     rollout, planned, split = open_model(recipe)
@@ -101,7 +101,7 @@ def test_existing_output_is_not_touched(export: Path, model_folder: Path) -> Non
 
 def test_tuning_lowers_the_group_loss(model_folder: Path, tmp_path: Path) -> None:
     """The claim, not the shape: the error of whole trajectories falls on noise that calibration never saw."""
-    from accuquant.session import validation_error
+    from accuquant.calibration.session import validation_error
 
     recipe = make_recipe(
         model_folder, tmp_path / "out", objective={"iterations": 60, "batch_size": 4, "steps_per_group": 1}
@@ -155,7 +155,8 @@ def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path
     command = [
         sys.executable,
         "-c",
-        "import accuquant.optimise as o; o.SAVE_EVERY_SECONDS = 0.3; from accuquant.cli import main; main()",
+        "import accuquant.calibration.loop as o; o.SAVE_EVERY_SECONDS = 0.3\n"
+        "from accuquant.cli.main import main; main()",
         "calibrate",
         str(recipe),
     ]

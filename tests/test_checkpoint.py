@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accuquant import CheckpointError, set_arithmetic
-from accuquant.model.checkpoint import AccuQuantConfig, harden_model
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import LayerSpec, quantize_model, quantized_layers
+from accuquant.calibration.layers import LayerSpec, quantize_model, quantized_layers
+from accuquant.runtime.checkpoint import AccuQuantConfig, harden_model
+from accuquant.runtime.clock import StepClock
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLOCK = "transformer_blocks.0"

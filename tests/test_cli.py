@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from accuquant import __version__
-from accuquant.cli import app
+from accuquant.cli.main import app
 from accuquant.console import Reporter
 from accuquant.recipe.file import list_shipped
 

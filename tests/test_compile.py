@@ -13,11 +13,11 @@ from torch import Tensor
 
 import accuquant
 from accuquant import Cache, CacheError
-from accuquant.model.caching import controller_of
-from accuquant.model.checkpoint import harden_model
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import LayerSpec, quantize_model
-from accuquant.model.quantized import quantized_layers
+from accuquant.calibration.layers import LayerSpec, quantize_model
+from accuquant.runtime.cache.hooks import controller_of
+from accuquant.runtime.checkpoint import harden_model
+from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import quantized_layers
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -13,21 +13,21 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accuquant import correct
-from accuquant.calibrate import calibrate
+from accuquant.caching import correct
+from accuquant.caching.correct import fit_correction
+from accuquant.calibration.session import Session, open_model, prepare
 from accuquant.console import Reporter
 from accuquant.core.correction import apply_affine, fit_affine
 from accuquant.core.metrics import relative_l2
-from accuquant.correct import fit_correction
-from accuquant.evaluate import load_export, recipe_of
-from accuquant.measure import held_out_reference
-from accuquant.model.cache_state import CacheError
-from accuquant.model.caching import attach_cache, cached
+from accuquant.evaluation.measure import held_out_reference
 from accuquant.model.families import denoiser_of, load_pipeline
 from accuquant.model.rollout import Rollout
+from accuquant.programs.calibrate import calibrate
+from accuquant.programs.evaluate import load_export, recipe_of
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import parse_recipe
-from accuquant.session import Session, open_model, prepare
+from accuquant.runtime.cache.controller import CacheError
+from accuquant.runtime.cache.hooks import attach_cache, cached
 
 QUIET = Reporter(quiet=True)
 CACHE: dict[str, Any] = {"interval": 3, "estimation": "reuse", "corrected": True}

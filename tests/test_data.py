@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from accuquant.data import Split, calibration_samples, draw, held_out_samples, load_split
+from accuquant.pipeline.data import Split, calibration_samples, draw, held_out_samples, load_split
 from accuquant.recipe import Data, RecipeError
 
 

@@ -13,14 +13,14 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accuquant.calibrate import calibrate
+from accuquant.calibration.layers import quantized_layers
 from accuquant.console import Reporter
-from accuquant.data import load_split
-from accuquant.evaluate import evaluate, load_export, recipe_of
-from accuquant.measure import image_metrics, latent_metrics
-from accuquant.model.digit_classifier import DigitClassifier
-from accuquant.model.layers import quantized_layers
+from accuquant.evaluation.digit_classifier import DigitClassifier
+from accuquant.evaluation.measure import image_metrics, latent_metrics
 from accuquant.model.rollout import Rollout
+from accuquant.pipeline.data import load_split
+from accuquant.programs.calibrate import calibrate
+from accuquant.programs.evaluate import evaluate, load_export, recipe_of
 from accuquant.recipe import RecipeError
 from accuquant.recipe.file import parse_recipe
 

@@ -16,15 +16,15 @@ from safetensors import safe_open
 from test_layers import make_input, make_layer, relative
 from torch import Tensor, nn
 
-from accuquant.calibrate import calibrate
+from accuquant.calibration.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model, quantized_layers
 from accuquant.console import Reporter
 from accuquant.core import kernels
 from accuquant.core.numerics import QTYPES, dequantize, fake_quantize, quantize, search_scale
-from accuquant.model.checkpoint import harden_model
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model, quantized_layers
+from accuquant.programs.calibrate import calibrate
 from accuquant.recipe import RecipeError
 from accuquant.recipe.file import parse_recipe
+from accuquant.runtime.checkpoint import harden_model
+from accuquant.runtime.clock import StepClock
 
 FP8 = QTYPES["fp8"]
 STATIC = LayerSpec("fp8", "fp8", activation_symmetric=True)

@@ -11,19 +11,19 @@ import pytest
 import torch
 from conftest import assert_same_weights, interrupt_cached_update, recipe_tree
 
-from accuquant.calibrate import calibrate
-from accuquant.cli import app
+from accuquant.calibration.session import Session, open_model, prepare
+from accuquant.cli.main import app
 from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
-from accuquant.evaluate import evaluate, load_export, recipe_of
-from accuquant.measure import held_out_reference
-from accuquant.model.caching import attach_cache, cached
+from accuquant.evaluation.measure import held_out_reference
+from accuquant.evaluation.report import percent
 from accuquant.model.families import denoiser_of, load_pipeline
 from accuquant.model.rollout import Rollout
+from accuquant.programs.calibrate import calibrate
+from accuquant.programs.evaluate import evaluate, load_export, recipe_of
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe, parse_recipe
-from accuquant.report import percent
-from accuquant.session import Session, open_model, prepare
+from accuquant.runtime.cache.hooks import attach_cache, cached
 
 QUIET = Reporter(quiet=True)
 CACHE = {"schedule": [0, 1, 4], "order": 1}

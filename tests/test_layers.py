@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from conftest import make_pipeline
 from torch import Tensor, nn
 
+from accuquant.calibration.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model, set_arithmetic
 from accuquant.core.numerics import QTYPES, quantize
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model, set_arithmetic
+from accuquant.runtime.clock import StepClock
 
 MODULES = {
     "linear": lambda: nn.Linear(24, 10),

@@ -13,21 +13,21 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
 from test_cached_objective import STEPS, setting, taken
 
-from accuquant.calibrate import calibrate, calibrate_alone, calibrate_cached
+from accuquant.caching.correct import fit_correction
+from accuquant.calibration.objectives.cached_steps import CachedSteps
+from accuquant.calibration.session import open_model, prepare, validation_error
 from accuquant.console import Reporter
 from accuquant.core.cached_objective import cached_group_gradient, full_cached_gradient
+from accuquant.core.forecasts import RFE, Reuse, Taylor, weighted
 from accuquant.core.metrics import relative_l2
-from accuquant.core.predictors import RFE, Reuse, Taylor, weighted
-from accuquant.correct import fit_correction
-from accuquant.evaluate import load_export, recipe_of
-from accuquant.model.cache_state import CacheError, Correction
-from accuquant.model.cached_steps import CachedSteps
-from accuquant.model.caching import attach_cache, cached, controller_of
 from accuquant.model.families import denoiser_of
 from accuquant.model.rollout import Rollout
+from accuquant.programs.calibrate import calibrate, calibrate_alone, calibrate_cached
+from accuquant.programs.evaluate import load_export, recipe_of
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import parse_recipe
-from accuquant.session import open_model, prepare, validation_error
+from accuquant.runtime.cache.controller import CacheError, Correction
+from accuquant.runtime.cache.hooks import attach_cache, cached, controller_of
 
 QUIET = Reporter(quiet=True)
 CACHE = {"schedule": [0, 1, 4], "order": 1}

@@ -12,9 +12,9 @@ from conftest import make_pipeline
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from accuquant.model.checkpoint import harden_model
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import LayerSpec, quantize_model
+from accuquant.calibration.layers import LayerSpec, quantize_model
+from accuquant.runtime.checkpoint import harden_model
+from accuquant.runtime.clock import StepClock
 
 LOAD = """
 import sys

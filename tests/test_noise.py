@@ -12,19 +12,19 @@ import torch
 from conftest import make_pipeline, recipe_tree
 from torch import Tensor
 
-from accuquant.calibrate import calibrate, searched
+from accuquant.caching.enable import cache_stats, enable_cache
+from accuquant.caching.noise import measure_noise
+from accuquant.calibration.session import Session, open_model, prepare
 from accuquant.console import Reporter
+from accuquant.core.forecasts import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor, change_weights
 from accuquant.core.metrics import relative_l2
-from accuquant.core.predictors import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor, change_weights
-from accuquant.enable import cache_stats, enable_cache
-from accuquant.evaluate import load_export, recipe_of
-from accuquant.model.cache_state import CacheError, forecast_of
-from accuquant.model.caching import attach_cache, cached, controller_of
 from accuquant.model.families import denoiser_of
-from accuquant.noise import measure_noise
+from accuquant.programs.calibrate import calibrate, searched
+from accuquant.programs.evaluate import load_export, recipe_of
 from accuquant.recipe import Cache, RecipeError, RFCConfig
 from accuquant.recipe.file import parse_recipe
-from accuquant.session import Session, open_model, prepare
+from accuquant.runtime.cache.controller import CacheError, forecast_of
+from accuquant.runtime.cache.hooks import attach_cache, cached, controller_of
 
 QUIET = Reporter(quiet=True)
 STEPS = (0, 3, 5, 9)

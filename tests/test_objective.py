@@ -7,12 +7,12 @@ import torch
 from conftest import make_pipeline
 from torch import Tensor
 
+from accuquant.calibration.layers import LayerSpec, quantize_model
 from accuquant.core.objective import Gradient, Loss, full_gradient, group_gradient, groups
-from accuquant.model.clock import StepClock
 from accuquant.model.families import set_scheduler
-from accuquant.model.layers import LayerSpec, quantize_model
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Sampling
+from accuquant.runtime.clock import StepClock
 
 STEPS = 8
 

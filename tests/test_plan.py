@@ -10,10 +10,10 @@ import torch
 from conftest import make_pipeline
 from torch import nn
 
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import LayerSpec, quantize_model
-from accuquant.model.plan import PlannedModule, count_macs, plan_modules
+from accuquant.calibration.layers import LayerSpec, quantize_model
+from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
 from accuquant.recipe import RecipeError, Rule
+from accuquant.runtime.clock import StepClock
 
 BLOCK = "transformer_blocks.0"
 

@@ -7,7 +7,7 @@ import torch
 from conftest import finite_differences
 from torch import Tensor
 
-from accuquant.core.predictors import RFE, Forecast, Memory, Norm, Reuse, Taylor, norm_of
+from accuquant.core.forecasts import RFE, Forecast, Memory, Norm, Reuse, Taylor, norm_of
 
 EVEN, UNEVEN = [0, 3, 6, 9, 12], [0, 1, 3, 8, 10]
 SCOPES: list[Norm] = ["sample", "token", "channel", "batch"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from accuquant import report
+from accuquant.evaluation import report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from test_report import BROWSER, HOSTILE, SECTIONS, bare, pictures, plausible, sections, shown
 
-from accuquant import charts, report
+from accuquant.evaluation import charts, report
 
 TYPES = {"int8/int8": (0.0718, 0.0061), "int4/int8": (0.0412, 0.0124), "int4/int4": (0.0238, 0.031)}
 TAU = 0.15

@@ -14,16 +14,16 @@ from diffusers import DiTPipeline
 from torch import Tensor
 
 from accuquant import CacheError, FORAConfig, RFCConfig, TaylorSeerConfig, cache_stats, disable_cache, enable_cache
+from accuquant.caching.enable import _known_inputs
+from accuquant.caching.search import cached, record_grams, search_cache
 from accuquant.console import Reporter
+from accuquant.core.forecasts import RFE, Forecast, Memory, Reuse, Taylor
 from accuquant.core.metrics import relative_l2
-from accuquant.core.predictors import RFE, Forecast, Memory, Reuse, Taylor
 from accuquant.core.schedule import ForecastErrors, dps_steps, interval_steps
-from accuquant.data import draw
-from accuquant.enable import _known_inputs
-from accuquant.model.caching import cached_modules, controller_of
 from accuquant.model.rollout import Conditions, Rollout
+from accuquant.pipeline.data import draw
 from accuquant.recipe import Cache, Sampling
-from accuquant.search import cached, record_grams, search_cache
+from accuquant.runtime.cache.hooks import cached_modules, controller_of
 
 QUIET = Reporter(quiet=True)
 STEPS = 10

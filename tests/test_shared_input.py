@@ -14,14 +14,14 @@ from conftest import make_pipeline, recipe_tree
 from diffusers import DiTPipeline
 from torch import Tensor, nn
 
-from accuquant.calibrate import calibrate
+from accuquant.calibration.layers import LayerSpec, QuantizedLayer, quantize_model, quantized_layers
 from accuquant.console import Reporter
-from accuquant.model import quantized
-from accuquant.model.checkpoint import harden_model
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import LayerSpec, QuantizedLayer, quantize_model, quantized_layers
+from accuquant.programs.calibrate import calibrate
 from accuquant.recipe import RecipeError
 from accuquant.recipe.file import parse_recipe
+from accuquant.runtime import layer as quantized
+from accuquant.runtime.checkpoint import harden_model
+from accuquant.runtime.clock import StepClock
 
 QUIET = Reporter(quiet=True)
 READS = {"to_q": 0, "to_k": 0, "to_v": 0, "to_out.0": 1, "ff.net.0.proj": 2, "ff.net.2": 3}  # tensors of one block

@@ -17,7 +17,7 @@ import yaml
 from conftest import recipe_tree
 
 from accuquant.core import kernels
-from accuquant.model.torchao import torchao_installed
+from accuquant.export.torchao import torchao_installed
 
 ROOT = Path(__file__).parent.parent
 

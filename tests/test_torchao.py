@@ -17,17 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from accuquant.calibrate import calibrate, describe
+from accuquant.calibration.layers import QuantizedLayer, quantized_layers, set_arithmetic, trainable_layers
+from accuquant.calibration.session import open_model, prepare
+from accuquant.cli.generate import generate
 from accuquant.console import Reporter
-from accuquant.data import load_split
-from accuquant.evaluate import evaluate, load_export, recipe_of
-from accuquant.generate import generate
-from accuquant.model.checkpoint import harden_model
-from accuquant.model.layers import QuantizedLayer, quantized_layers, set_arithmetic, trainable_layers
-from accuquant.model.torchao import DYNAMIC_CLIP, convert_model, input_dimensions, torchao_installed, torchao_layers
+from accuquant.export.torchao import DYNAMIC_CLIP, convert_model, input_dimensions, torchao_installed, torchao_layers
+from accuquant.pipeline.data import load_split
+from accuquant.programs.calibrate import calibrate, describe
+from accuquant.programs.evaluate import evaluate, load_export, recipe_of
 from accuquant.recipe import Recipe, RecipeError
 from accuquant.recipe.file import parse_recipe
-from accuquant.session import open_model, prepare
+from accuquant.runtime.checkpoint import harden_model
 
 REASON = "needs accuquant[torchao]"
 needs_torchao = pytest.mark.skipif(not torchao_installed(), reason=REASON)
@@ -171,11 +171,11 @@ def test_a_stranger_gets_calibrations_integers_and_our_arithmetic(
 @pytest.mark.parametrize("shape", [(6, 48), (2, 5, 48)])
 def test_one_layer_equals_ours(rule: dict[str, Any], shape: tuple[int, ...]) -> None:
     """To float rounding. A token's extreme is at 127.5 steps of a dynamic scale: if positive, both clamp it to 127."""
-    from accuquant.model.clock import StepClock
-    from accuquant.model.layers import quantize_model
-    from accuquant.model.plan import plan_modules
-    from accuquant.model.torchao import adopt_dynamic_scales
+    from accuquant.calibration.layers import quantize_model
+    from accuquant.calibration.plan import plan_modules
+    from accuquant.export.torchao import adopt_dynamic_scales
     from accuquant.recipe import Rule
+    from accuquant.runtime.clock import StepClock
 
     class Alone(nn.Module):
         def __init__(self) -> None:
@@ -272,7 +272,7 @@ def test_evaluating_again_gives_the_same_figures(export: Path) -> None:
 
 
 def test_inspect_and_generate(export: Path, tmp_path: Path) -> None:
-    from accuquant.contents import contents
+    from accuquant.cli.inspect import contents
 
     table, lines = contents(export)
     cells = {row[0]: row[1:] for row in zip(*(column._cells for column in table.columns), strict=True)}
@@ -317,8 +317,8 @@ def test_tensors_at_the_models_root(tmp_path: Path) -> None:
     """PixArt has a table beside its modules, and inputs of two and of three dimensions."""
     from diffusers import PixArtTransformer2DModel
 
-    from accuquant.model.clock import StepClock
-    from accuquant.model.layers import LayerSpec, quantize_model
+    from accuquant.calibration.layers import LayerSpec, quantize_model
+    from accuquant.runtime.clock import StepClock
 
     model = make_pixart().transformer
     spec = LayerSpec("int8", "int8", activation_symmetric=True)
@@ -360,19 +360,19 @@ def test_convolutions_are_refused_before_anything_is_computed(model_folder: Path
 
 
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch, model_folder: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr("accuquant.formats.torchao_installed", lambda: False)
+    monkeypatch.setattr("accuquant.export.formats.torchao_installed", lambda: False)
     with pytest.raises(RecipeError, match=r"pip install 'accuquant\[torchao\]'"):
         calibrate(make_recipe(model_folder, tmp_path / "out", RULES), QUIET)
     (tmp_path / "model_index.json").write_text("{}")
-    monkeypatch.setattr("accuquant.evaluate.torchao_installed", lambda: False)
+    monkeypatch.setattr("accuquant.programs.evaluate.torchao_installed", lambda: False)
     with pytest.raises(RecipeError, match=r"is in torchao's format, .*: pip install 'accuquant\[torchao\]'"):
         load_export(tmp_path, make_recipe(model_folder, tmp_path / "out", RULES))
 
 
 @needs_torchao
 def test_layers_that_torchao_cannot_hold_are_not_written() -> None:
-    from accuquant.model.clock import StepClock
-    from accuquant.model.layers import LayerSpec, quantize_model
+    from accuquant.calibration.layers import LayerSpec, quantize_model
+    from accuquant.runtime.clock import StepClock
 
     for spec in (LayerSpec("int4"), LayerSpec("int8", symmetric=False), LayerSpec("int8", group_size=16)):
         model = make_pipeline().transformer

@@ -12,20 +12,20 @@ from conftest import TYPES, assert_same_weights, tune_recipe
 from diffusers import DiTPipeline
 from typer.testing import CliRunner
 
-from accuquant import tune as tuning
-from accuquant.budget import describe_tuning, open_session, type_combinations
-from accuquant.calibrate import calibrate
-from accuquant.candidates import LEARNED, Place, Tried
-from accuquant.cli import app
+from accuquant.calibration.loop import Tuner
+from accuquant.cli.main import app
 from accuquant.console import Reporter
 from accuquant.core.schedule import filled_interval_steps
-from accuquant.model.caching import controller_of
 from accuquant.model.families import load_pipeline
 from accuquant.model.rollout import Rollout
-from accuquant.optimise import Tuner
+from accuquant.programs import tune as tuning
+from accuquant.programs.calibrate import calibrate
+from accuquant.programs.tune import chosen_recipe, hand_over, kept_in, tune
 from accuquant.recipe import Cache, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe, load_recipe
-from accuquant.tune import chosen_recipe, hand_over, kept_in, tune
+from accuquant.runtime.cache.hooks import controller_of
+from accuquant.tuning.budget import describe_tuning, open_session, type_combinations
+from accuquant.tuning.candidates import LEARNED, Place, Tried
 
 QUIET = Reporter(quiet=True)
 QUICK: dict[str, Any] = {

@@ -30,25 +30,25 @@ import typer
 from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS, pairs_of
 from joint_report import draw_runs, print_choice, print_latency, print_tables, rows_of
 
-from accuquant.budget import Combination, step_times, type_combinations
-from accuquant.calibrate import calibrate_alone, calibrate_cached, searched
-from accuquant.candidates import NAIVE, TUNING_SAMPLES, Place, Tried, as_cache, learned_of, worse_error
+from accuquant.caching.correct import fit_correction
+from accuquant.caching.noise import measure_noise
+from accuquant.calibration.loop import Tuner
+from accuquant.calibration.session import Session, open_model, prepare
 from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
-from accuquant.correct import fit_correction
-from accuquant.measure import HeldOut, held_out_reference, image_metrics
-from accuquant.model.cache_state import Correction
-from accuquant.model.caching import cached
-from accuquant.model.digit_classifier import DigitClassifier
+from accuquant.evaluation.digit_classifier import DigitClassifier
+from accuquant.evaluation.measure import HeldOut, held_out_reference, image_metrics
 from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.noise import measure_noise
-from accuquant.optimise import Tuner
+from accuquant.programs.calibrate import calibrate_alone, calibrate_cached, searched
+from accuquant.programs.tune import calibrate_with, learn
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
-from accuquant.session import Session, open_model, prepare
-from accuquant.tune import calibrate_with, learn
+from accuquant.runtime.cache.controller import Correction
+from accuquant.runtime.cache.hooks import cached
+from accuquant.tuning.budget import Combination, step_times, type_combinations
+from accuquant.tuning.candidates import NAIVE, TUNING_SAMPLES, Place, Tried, as_cache, learned_of, worse_error
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)

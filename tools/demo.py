@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import DiTPipeline
 
-from accuquant.generate import grid  # importing accuquant registers the format with diffusers
+from accuquant.cli.generate import grid  # importing accuquant registers the format with diffusers
 
 CLASSES = list(range(10))
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accuquant.calibration.layers import TrainableLayer
 from accuquant.core import kernels
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import TrainableLayer
-from accuquant.model.spec import LayerSpec
-from accuquant.model.torchao import torchao_installed
+from accuquant.export.torchao import torchao_installed
+from accuquant.runtime.clock import StepClock
+from accuquant.runtime.spec import LayerSpec
 
 Shape = tuple[int, ...]  # M, K, N
 LEAST_SECONDS = 0.02

@@ -20,9 +20,9 @@ from inference_models import Subject
 from safetensors.torch import save_file
 from torch import Tensor
 
-from accuquant.model.checkpoint import harden_model
-from accuquant.model.clock import StepClock
-from accuquant.model.layers import quantize_model
+from accuquant.calibration.layers import quantize_model
+from accuquant.runtime.checkpoint import harden_model
+from accuquant.runtime.clock import StepClock
 
 GROUPS = 10  # of timesteps, as the recipes have
 SAMPLE = 4096  # values kept of an activation; its extremes are among them

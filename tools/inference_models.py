@@ -11,9 +11,9 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel
 from torch import Tensor, nn
 
+from accuquant.calibration.layers import LayerSpec
+from accuquant.calibration.plan import plan_modules
 from accuquant.model.families import resolve
-from accuquant.model.layers import LayerSpec
-from accuquant.model.plan import plan_modules
 from accuquant.recipe import Rule
 from accuquant.recipe.file import load_recipe
 

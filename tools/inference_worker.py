@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import accuquant
-from accuquant.model.quantized import quantized_layers
+from accuquant.runtime.layer import quantized_layers
 
 LEAST_SECONDS = 0.2  # shorter steps are timed several at a time
 LIMIT = 4096  # graphs of one function: every block of a model with hooks has its own

@@ -17,10 +17,10 @@ import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from accuquant.calibration.session import Session, open_model, prepare
 from accuquant.console import Reporter
 from accuquant.core.objective import full_gradient, group_gradient
 from accuquant.recipe.file import load_recipe
-from accuquant.session import Session, open_model, prepare
 
 STEPS = (1, 2, 5, 10, 25, 50)
 MODES = ("identity", "variance", "exact", "full back-propagation")

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from accuquant.model.digit_classifier import WEIGHTS_NAME, DigitClassifier
+from accuquant.evaluation.digit_classifier import WEIGHTS_NAME, DigitClassifier
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -336,7 +336,7 @@ def readme(facts: Facts) -> str:
 A diffusers `DiTPipeline`, trained from nothing by `tools/train_digits.py`: `vae` (AutoencoderKL, 32x32x1 to 16x16x4),
 `transformer` (DiTTransformer2DModel, 6 adaLN-zero blocks of width 128, patch 2, predicts the noise) and `scheduler`
 (DDIM, 1000 linear betas). As in every DiTPipeline the null class is 1000; classes 10 to 999 were never trained.
-`classifier` is an `accuquant.model.digit_classifier.DigitClassifier`, to judge generated images.
+`classifier` is an `accuquant.evaluation.digit_classifier.DigitClassifier`, to judge generated images.
 `samples.png` shows generated digits, one class a column, guidance {GUIDANCE}, {DDIM_STEPS} DDIM steps.
 
 Data: the UCI "Optical Recognition of Handwritten Digits" test set (E. Alpaydin and C. Kaynak, 1998,

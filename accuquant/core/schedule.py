@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from accuquant.core.predictors import Memory, Taylor
+from accuquant.core.forecasts import Memory, Taylor
 
 
 def interval_steps(num_steps: int, interval: int, warmup: int) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""A feature cache fitted to a model: its full steps, its forecasts, what corrects them."""

@@ -1,0 +1,311 @@
+"""Where to compute in full, and by which forecast: the search behind ``target_nfc``, ``target_seconds`` and ``auto``.
+
+A list of full steps (`schedule: best`, the default of a target) is found in three stages, each dearer and nearer to the
+truth than the one before: dynamic programming over forecast errors of one recorded trajectory, for several weightings
+of early against late steps; a sampled trajectory for each of these lists and the fixed interval; moves of single full
+steps, kept where a sampled trajectory gets nearer to the reference: by the geometric mean of the relative errors of
+latents and images, for what is far in one can be near in the other; for the tuner by the worse of the two, each in that
+of the fixed interval. `schedule: rcs` searches tau.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accuquant.console import Reporter
+from accuquant.core.metrics import relative_l2
+from accuquant.core.schedule import ForecastErrors, best_steps, dps_steps, filled_interval_steps
+from accuquant.model.rollout import Conditions, Rollout
+from accuquant.pipeline.data import draw
+from accuquant.recipe import Cache
+from accuquant.runtime.cache.controller import CacheError
+from accuquant.runtime.cache.hooks import cached
+
+EMPHASES = (0.0, 1.0, 2.0)  # of late steps over early ones, for the lists that dynamic programming proposes
+RECORDED_BYTES = 2 << 30  # of features kept for the Gram matrices; with large models only some modules are recorded
+TAU_TOLERANCE, TAU_TRIALS = 0.1, 20
+SEARCH_SAMPLES = 8
+CHOICE_SAMPLES = 64  # between forecasts, half of them for validation: at four bits fewer take the wrong one (measured)
+
+
+def search_on_inputs(rollout: Rollout, inputs: list[Any], first_seed: int, config: Cache, reporter: Reporter) -> Cache:
+    """`search_cache` by samples of these inputs, against the model as it is without a cache."""
+    samples = draw(inputs, CHOICE_SAMPLES if config.estimation == "auto" else SEARCH_SAMPLES, first_seed)
+    conditions = rollout.conditions(samples.inputs, samples.seeds)
+    reference = torch.cat([rollout.trajectory(part)[0] for part in conditions.batches(SEARCH_SAMPLES)], 1)
+    return search_cache(rollout, conditions, reference, config, reporter)
+
+
+def search_cache(
+    rollout: Rollout,
+    conditions: Conditions,
+    reference: Tensor,
+    config: Cache,
+    reporter: Reporter,
+    worse_of_both: bool = False,
+) -> Cache:
+    """Replace the config's target by a list of full timesteps or a tau.
+
+    Args:
+        conditions: of B calibration samples.
+        reference: (T + 1, B, C, H, W), the latents to come near to: those of full precision without a cache.
+        worse_of_both: a list of full steps is judged by its worse error, and not by the mean of both.
+
+    Raises:
+        CacheError: the target cannot be met.
+    """
+    if config.estimation == "auto":
+        listed = config.model_copy(update={"estimation": "taylor"})
+        if listed.searches:
+            few = torch.arange(min(len(conditions), SEARCH_SAMPLES), device=reference.device)
+            given = (conditions.take(few), reference[:, few])
+            listed = search_cache(rollout, *given, listed, reporter, worse_of_both)
+        return _choose_forecast(rollout, conditions, reference, listed, reporter)
+    if config.schedule == "dps":
+        return _dps(rollout, conditions, config, reporter)
+    nfc = config.target_nfc or _nfc_of_seconds(rollout, conditions, config)
+    if nfc > rollout.num_steps:
+        raise CacheError(f"target_nfc: {nfc:g} is more than the {rollout.num_steps} steps there are")
+    if config.schedule == "rcs":
+        return _search_tau(rollout, conditions, config, nfc, reporter)
+    return _search_steps(rollout, conditions, reference, config, int(nfc), reporter, worse_of_both)
+
+
+def _choose_forecast(
+    rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, reporter: Reporter
+) -> Cache:
+    """The forecast whose final latent is nearest, at the same full steps.
+
+    One that knows the noise has to be nearer than the best of the others by two standard errors of the difference:
+    most often it is by chance (measured).
+    """
+    tried: dict[str, tuple[Tensor, Cache]] = {}
+    kinds = [("reuse", 0, False)]
+    for aware in (False, True) if config.noise is not None else (False,):
+        kinds += [(name, order, aware) for order in range(1, config.forecast_order + 1) for name in ("taylor", "rfe")]
+    with reporter.bar("choosing the forecast", len(kinds)) as advance:
+        for name, order, aware in kinds:
+            one = config.model_copy(update={"estimation": name, "order": order, "noise_aware": aware}).uncorrected
+            words = f"{name} {order}{' noise-aware' if aware else ''}"
+            try:
+                with cached(rollout.denoiser, one):
+                    parts = [rollout.trajectory(part)[0][-1] for part in conditions.batches(SEARCH_SAMPLES)]
+                    final = torch.cat(parts)
+            except CacheError as error:  # a U-Net's blocks have no input for rfe
+                reporter.detail(f"{words}: {error}")
+            else:
+                kept = {"corrected": config.corrected, "corrected_quantization": config.corrected_quantization}
+                one = one.model_copy(update=kept | ({} if aware else {"noise": None}))
+                tried[words] = relative_l2(final, reference[-1]), one
+            advance(words)
+    means = {words: float(error.mean()) for words, (error, _) in tried.items()}
+    best = min((words for words, (_, one) in tried.items() if not one.noise_aware), key=means.__getitem__)
+    for words in [words for words, (_, one) in tried.items() if one.noise_aware]:
+        gain = tried[best][0] - tried[words][0]
+        if float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain)):
+            best = words
+    reporter.say(f"cache: {best} ({', '.join(f'{words} {error:.4f}' for words, error in means.items())})")
+    return tried[best][1]
+
+
+def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
+    """Network evaluations, of ``batch_size`` samples each, that a search makes at most; full ones count as one."""
+    if not config.searches:
+        return 0
+    if config.schedule == "dps":
+        return num_steps
+    trials = TAU_TRIALS if config.schedule == "rcs" else config.trials + len(EMPHASES) + 2
+    kinds = 2 * config.forecast_order * (2 if config.noise_aware else 1)
+    chosen = 1 + kinds if config.estimation == "auto" else 0
+    samples = trials * SEARCH_SAMPLES + chosen * CHOICE_SAMPLES
+    return round((config.target_nfc or num_steps) * samples / batch_size)
+
+
+def _search_steps(
+    rollout: Rollout,
+    conditions: Conditions,
+    reference: Tensor,
+    config: Cache,
+    nfc: int,
+    reporter: Reporter,
+    worse_of_both: bool,
+) -> Cache:
+    """The best list of ``nfc`` full steps that was found."""
+    num_steps, warmup = rollout.num_steps, min(config.warmup, rollout.num_steps)
+    measured: dict[tuple[int, ...], tuple[float, float]] = {}
+    errors: dict[tuple[int, ...], float] = {}
+    images = rollout.decode(reference[-1])
+
+    def measure(steps: tuple[int, ...]) -> tuple[float, float]:
+        if steps not in measured:
+            with cached(rollout.denoiser, _with(config, schedule=steps)):
+                final = rollout.trajectory(conditions)[0][-1]
+            image_error = float(relative_l2(rollout.decode(final), images).mean())
+            measured[steps] = float(relative_l2(final, reference[-1]).mean()), image_error
+        return measured[steps]
+
+    # proposals: the fixed interval that comes nearest from below, and dynamic programming
+    fixed = filled_interval_steps(num_steps, nfc, warmup)
+    proposals = {fixed}
+
+    def error(steps: tuple[int, ...]) -> float:
+        latent, image = measure(steps)
+        if worse_of_both:
+            errors[steps] = max(a / max(b, 1e-30) for a, b in zip((latent, image), measure(fixed), strict=True))
+        else:
+            errors[steps] = math.sqrt(latent * image)
+        return errors[steps]
+
+    longest = config.max_gap or max(
+        8, math.ceil(4 * num_steps / nfc), math.ceil((num_steps - warmup + 1) / (nfc - warmup + 1))
+    )
+    inputs, outputs = record_grams(rollout, conditions, config)
+    for emphasis in EMPHASES:
+        table = ForecastErrors(inputs, outputs, config.forecast_order, config.estimation == "rfe", emphasis)
+        proposals.add(best_steps(table.cost, num_steps, nfc, warmup, longest))
+    best = min(sorted(proposals), key=error)
+
+    # moves of single full steps, in random order, until none helps or the trials are used up
+    rng, left, moved = random.Random(0), config.trials, True
+    with reporter.bar(f"searching {nfc} full steps", config.trials) as advance:
+        while moved and left > 0:
+            moved = False
+            moves = [(k, by) for k in range(min(warmup, len(best)), len(best)) for by in (-1, 1)]
+            rng.shuffle(moves)
+            for k, by in moves:
+                tried = (*best[:k], best[k] + by, *best[k + 1 :])
+                if left == 0 or tried in errors or len(set(tried)) < len(tried) or tried[-1] >= num_steps:
+                    continue
+                left -= 1
+                if error(tried) < errors[best]:
+                    best, moved = tried, True
+                advance(f"{errors[best]:.4f}")
+    timesteps = tuple(float(rollout.timesteps[i]) for i in best)
+    reporter.say(f"cache: {len(best)} full steps of {num_steps}, error {errors[best]:.4f} on calibration samples")
+    return _with(config, full_timesteps=timesteps, measured_nfc=(float(len(best)), 0.0))
+
+
+def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: float, reporter: Reporter) -> Cache:
+    """RCS's threshold, by bisection; each sample is a trajectory of its own, as its NFC is."""
+    singles, low, high = conditions.batches(1), 1e-4, 100.0
+    best: Cache | None = None
+    with reporter.bar(f"searching tau for NFC {nfc:g}", TAU_TRIALS) as advance:
+        for _ in range(TAU_TRIALS):
+            tau, counts = math.sqrt(low * high), []
+            for single in singles:
+                with cached(rollout.denoiser, _with(config, tau=tau)) as controller:
+                    rollout.trajectory(single)
+                    counts.append(float(controller.stats().nfc))
+            mean, std = torch.tensor(counts).mean().item(), torch.tensor(counts).std(correction=0).item()
+            if best is None or best.measured_nfc is None or abs(mean - nfc) < abs(best.measured_nfc[0] - nfc):
+                best = _with(config, tau=tau, measured_nfc=(mean, std))
+            advance(f"tau {tau:.4g}: {mean:.2f}")
+            if abs(mean - nfc) <= TAU_TOLERANCE:
+                break
+            low, high = (tau, high) if mean > nfc else (low, tau)
+    assert best is not None and best.measured_nfc is not None
+    if abs(best.measured_nfc[0] - nfc) > TAU_TOLERANCE:
+        raise CacheError(
+            f"target_nfc: no tau gives {nfc:g} on these {len(singles)} samples, the nearest gives "
+            f"{best.measured_nfc[0]:.2f}; ask for that, or leave schedule: rcs out"
+        )
+    reporter.say(f"cache: tau {best.tau:.4g}, NFC {best.measured_nfc[0]:.2f} ± {best.measured_nfc[1]:.2f}")
+    return best
+
+
+def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Reporter) -> Cache:
+    """CacheQuant's list of full steps, from cached modules' outputs along a trajectory of the model as it is."""
+    distances = torch.zeros(rollout.num_steps, rollout.num_steps, dtype=torch.float64)
+    for pairs in record_features(rollout, conditions, config, config.dps_feature or ".*").values():
+        outputs = torch.stack([output.flatten() for _, output in pairs])
+        distances += torch.cdist(outputs, outputs, p=1).double()
+    try:
+        steps = dps_steps(distances, config.interval or rollout.num_steps / (config.target_nfc or 1))
+    except ValueError as error:
+        raise CacheError(f"cache.{'interval' if config.interval else 'target_nfc'}: {error}") from error
+    reporter.say(f"cache: {len(steps)} full steps of {rollout.num_steps}")
+    timesteps = tuple(float(rollout.timesteps[i]) for i in steps)
+    return _with(config, full_timesteps=timesteps, measured_nfc=(float(len(steps)), 0.0))
+
+
+def record_grams(rollout: Rollout, conditions: Conditions, config: Cache) -> tuple[Tensor, Tensor]:
+    """Inner products of the cached modules' inputs and outputs over one full trajectory, each (modules, B, T, T)."""
+    grams, kept = [], record_features(rollout, conditions, config)
+    for side in (0, 1):
+        stacked = [torch.stack([pair[side] for pair in pairs]).double() for pairs in kept.values()]
+        grams.append(torch.stack([torch.einsum("ibd,jbd->bij", x, x) for x in stacked]))
+    return grams[0], grams[1]
+
+
+@torch.no_grad()
+def record_features(
+    rollout: Rollout, conditions: Conditions, config: Cache, pattern: str = ".*"
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Input and output (B, ...) of cached modules at every step of one full trajectory, of two samples.
+
+    Raises:
+        CacheError: ``pattern``, the config's dps_feature, matches no cached module.
+    """
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    taken = conditions.take(torch.arange(min(2, len(conditions)), device=conditions.noise.device))
+    probe = _with(config, schedule=tuple(range(rollout.num_steps)))
+    with cached(rollout.denoiser, probe) as controller:
+        names, remember, every = [n for n in controller.modules if re.fullmatch(pattern, n)], controller.remember, 0
+        if not names:
+            raise CacheError(f"dps_feature: {pattern!r} matches none of {', '.join(controller.modules)}")
+
+        def record(module: str, inputs: tuple[Tensor, ...], output: Any) -> None:
+            nonlocal every
+            tensor = output[0] if isinstance(output, tuple) else output
+            if every == 0:
+                each = 2 * rollout.num_steps * tensor.numel() * tensor.element_size()
+                every = math.ceil(len(names) / max(1, RECORDED_BYTES // each))
+            if module in names and names.index(module) % every == 0:
+                kept.setdefault(module, []).append((inputs[0].flatten(1).cpu(), tensor.flatten(1).cpu()))
+            remember(module, inputs, output)
+
+        controller.remember = record  # type: ignore[method-assign]
+        rollout.trajectory(taken)
+    return kept
+
+
+def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache) -> float:
+    """NFC at which one trajectory takes the asked time, from the times of all steps full and of the fewest."""
+    fewest = min(rollout.num_steps, max(config.warmup, config.forecast_order + 1))
+    seconds = []
+    for full in (rollout.num_steps, fewest):
+        with cached(rollout.denoiser, _with(config, schedule=tuple(range(full)))):
+            times = []
+            for _ in range(3):
+                started = time.perf_counter()
+                rollout.trajectory(conditions)
+                if conditions.noise.is_cuda:
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - started)
+        seconds.append(sorted(times)[1])
+    assert config.target_seconds is not None
+    if seconds[0] <= config.target_seconds:  # without skipping anything
+        return rollout.num_steps
+    if not seconds[1] < config.target_seconds:
+        raise CacheError(
+            f"target_seconds: {config.target_seconds:g} s cannot be met; {len(conditions)} samples take "
+            f"{seconds[1]:.2f} s with {fewest} full steps and {seconds[0]:.2f} s with all"
+        )
+    share = (config.target_seconds - seconds[1]) / max(seconds[0] - seconds[1], 1e-9)
+    return min(rollout.num_steps, fewest + math.floor(share * (rollout.num_steps - fewest)))
+
+
+def _with(config: Cache, **changes: Any) -> Cache:
+    """The config with what a search found, or tries, in the place of its target."""
+    if "schedule" in changes or "tau" in changes:
+        # the correction is fitted to the list that is found
+        plain = {"corrected": False, "corrected_quantization": False}
+        changes = {"target_nfc": None, "target_seconds": None, "interval": None} | plain | changes
+    return config.model_copy(update=changes)

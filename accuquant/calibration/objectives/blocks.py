@@ -1,0 +1,228 @@
+"""Block reconstruction, the baseline: block after block learns to give what it gave in full precision.
+
+Of the two papers it follows, BRECQ (Li et al. 2021, arXiv 2102.05426) takes the block as the unit and its inputs from
+the network whose earlier blocks are quantized already; Q-Diffusion (Li et al. 2023, arXiv 2302.04304) takes these
+inputs at timesteps spread over the full-precision trajectory. The error is squared and not weighed by gradients, as in
+the published code of the latter. Its budget is another: 20000 updates of a block, from thousands of inputs. Here a
+recipe says how many, and each batch of inputs serves about ten of them. Nothing knows where an error goes in the steps
+that follow: that is what `accuquant.core.objective` is compared with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accuquant.calibration.layers import TrainableLayer, full_precision, trainable_layers
+from accuquant.core.rounding import decided
+from accuquant.model.rollout import Conditions, Rollout
+from accuquant.runtime.clock import StepClock
+
+# of a transformer, or of one inside a U-Net, and a U-Net's residual blocks
+BLOCK = re.compile(r"(?:.*?\.)?(?:transformer_blocks|single_transformer_blocks|blocks|resnets)\.\d+(?=\.)")
+LEAST_CALLS = 10  # of a block, whose inputs and outputs are kept
+UPDATES_PER_CALL = 10
+
+
+def block_of(layer: str) -> str:
+    """The block a layer belongs to; one outside of all blocks is reconstructed by itself."""
+    found = BLOCK.match(layer)
+    return found[0] if found else layer
+
+
+def spread_calls(groups: list[int], iterations: int) -> list[int]:
+    """Steps at which a block's inputs are taken, ascending; where there are more than steps, some come again.
+
+    Args:
+        groups: timestep group of each step, ascending. All have as many calls: each has scales to learn.
+    """
+    found, wanted = list[int](), max(LEAST_CALLS, iterations // UPDATES_PER_CALL)
+    count = -(-wanted // len(set(groups)))
+    for group in sorted(set(groups)):
+        members = [i for i, g in enumerate(groups) if g == group]
+        found += [members[(2 * k + 1) * len(members) // (2 * count)] for k in range(count)]
+    return found
+
+
+def evaluations_made(updates: int, iterations: int, calls: int, parts: Collection[tuple[float, float]]) -> int:
+    """Forward calls of the network behind so many updates.
+
+    Args:
+        parts: `parts_of` the blocks; up to its end the network is run twice for each of ``calls`` inputs and outputs of
+            a block, and an update runs the block alone.
+    """
+    total = 0.0
+    for index, (reached, share) in enumerate(parts):
+        made = min(updates - index * iterations, iterations)
+        if made > 0:
+            total += 2 * calls * reached + made * share
+    return round(total)
+
+
+def parts_of(macs: dict[str, int], learning: Collection[str]) -> dict[str, tuple[float, float]]:
+    """Blocks with something to learn, in the order in which layers run: shares of the network up to it, and in it."""
+    names, total, parts = list(macs), sum(macs.values()), {}
+    for block in dict.fromkeys(block_of(name) for name in names if name in learning):
+        own = [k for k, name in enumerate(names) if block_of(name) == block]
+        reached, alone = sum(macs[n] for n in names[: own[-1] + 1]), sum(macs[names[k]] for k in own)
+        parts[block] = (reached / total, alone / total)
+    return parts
+
+
+@dataclass
+class Call:
+    """One call of a block: the step it was made at, what it was given, what it has to give, and how far that is."""
+
+    step: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: list[Tensor]
+    scales: list[Tensor]
+
+
+class Reconstruction:
+    """The blocks of a network in the order in which they run, each with ``iterations`` updates.
+
+    Args:
+        learning: layer -> its parameters that are tuned; what else is quantized is part of the blocks as it is. One
+            that layers of several blocks share learns with the block it is listed under.
+        latents: (T + 1, B, C, H, W) of full-precision trajectories, whose blocks' outputs are the targets.
+        batch: samples of the n-th batch, as an index into ``conditions``.
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        clock: StepClock,
+        learning: dict[str, list[nn.Parameter]],
+        latents: Tensor,
+        conditions: Conditions,
+        iterations: int,
+        batch: Callable[[int], Tensor],
+    ) -> None:
+        self.rollout, self.clock, self.latents, self.conditions = rollout, clock, latents, conditions
+        self.iterations, self.batch = iterations, batch
+        self.layers = trainable_layers(rollout.denoiser)
+        self.parts = parts_of(self._macs(), learning)
+        self.blocks = list(self.parts)
+        self.learning = {
+            b: [p for name in learning if block_of(name) == b for p in learning[name]] for b in self.blocks
+        }
+        self.steps = spread_calls(clock.groups(rollout.timesteps), iterations)
+        self.gathered: int | None = None
+        self.calls: list[Call] = []
+
+    @property
+    def updates(self) -> int:
+        return self.iterations * len(self.blocks)
+
+    def place(self, update: int) -> tuple[int, int]:
+        """Number of the block that is learning, and how many updates it has had."""
+        return divmod(update, self.iterations)
+
+    def evaluations(self, updates: int) -> int:
+        return evaluations_made(updates, self.iterations, len(self.steps), self.parts.values())
+
+    def gradient(self, update: int, pick: Callable[[int, int], int]) -> float:
+        """Add the gradient of one call's squared error to the block's parameters; returns the error.
+
+        The error is relative to the squared change that the block makes to its input.
+
+        Args:
+            pick: of the n-th update of a block, which of so many calls.
+        """
+        index, position = self.place(update)
+        if index != self.gathered:
+            self._gather(index)
+        call, parameters = self.calls[pick(position, len(self.calls))], self.learning[self.blocks[index]]
+        self.clock.set(self.rollout.timesteps[call.step])
+        outputs = _tensors(self._module(index)(*call.args, **call.kwargs))
+        known = zip(outputs, call.targets, call.scales, strict=True)
+        loss = torch.stack([(o - t).float().square().mean() / scale for o, t, scale in known]).mean()
+        count = sum(target.numel() for target in call.targets)  # float16 has no room for the gradients of a mean
+        (loss * count).backward()
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= count
+        if update == self.updates - 1:
+            self.calls, self.gathered = [], None
+        return float(loss.detach())
+
+    def _module(self, index: int) -> nn.Module:
+        return self.rollout.denoiser.get_submodule(self.blocks[index])
+
+    @torch.no_grad()
+    def _gather(self, index: int) -> None:
+        """A batch at each step: inputs with all that is quantized so far, outputs in full precision."""
+        finished = self.blocks[:index]
+        for name, layer in self.layers.items():
+            if layer.rounding_logits is not None and block_of(name) in finished:
+                layer.rounding_logits.copy_(decided(layer.rounding_logits))
+        for block, parameters in self.learning.items():
+            for parameter in parameters:
+                parameter.requires_grad_(block == self.blocks[index])
+        module, calls = self._module(index), []
+        self.calls = []
+        for k, step in enumerate(self.steps):
+            samples = self.batch(index * len(self.steps) + k)
+            given = (step, self.latents[step, samples], self.conditions.take(samples))
+            with full_precision(self.layers.values()):
+                targets = _tensors(self._stopped_after(module, *given)[2])
+            args, kwargs, _ = self._stopped_after(module, *given)
+            entered = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+            scales = [_displacement(module, entered, target) for target in targets]
+            calls.append(Call(step, args, kwargs, targets, scales))
+        self.gathered, self.calls = index, calls
+
+    def _stopped_after(self, module: nn.Module, step: int, x: Tensor, conditions: Conditions) -> tuple[Any, ...]:
+        """Arguments, keyword arguments and output of the module's call; what comes after it is not computed."""
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            raise _Reached(args, kwargs, output)
+
+        handle = module.register_forward_hook(stop, with_kwargs=True)
+        try:
+            self.rollout.predict(step, x, conditions)
+        except _Reached as reached:
+            return reached.args
+        finally:
+            handle.remove()
+        raise AssertionError("a layer that ran before does not run now")
+
+    @torch.no_grad()
+    def _macs(self) -> dict[str, int]:
+        """Of each quantized layer, in the order in which they run; a U-Net's modules are listed in another."""
+        found: dict[str, int] = {}
+
+        def count(layer: TrainableLayer, tokens: Tensor) -> None:
+            found[layer.name] = found.get(layer.name, 0) + tokens.numel() * layer.out_features
+
+        for layer in self.layers.values():
+            layer.observer = count
+        try:
+            first = self.batch(0)[:1]
+            self.rollout.predict(0, self.latents[0, first], self.conditions.take(first))
+        finally:
+            for layer in self.layers.values():
+                layer.observer = None
+        return found
+
+
+class _Reached(Exception):
+    """Carries what was wanted out of a forward pass whose rest is not."""
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+
+
+def _displacement(module: nn.Module, given: Tensor | None, target: Tensor) -> Tensor:
+    """Mean square of what a block adds to its input; of the output, where that is another tensor altogether."""
+    if given is not None and given.shape == target.shape and not isinstance(module, TrainableLayer):
+        target = target - given
+    return target.float().square().mean().clamp_min(1e-20)

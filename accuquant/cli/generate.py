@@ -1,0 +1,95 @@
+"""Sample from an export with its own pipeline and lay the images out in one PNG."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from accuquant.calibration.layers import set_arithmetic
+from accuquant.console import Reporter
+from accuquant.model.families import denoiser_of, family_of
+from accuquant.pipeline.data import load_split
+from accuquant.programs.evaluate import load_export, recipe_of
+from accuquant.recipe import RecipeError
+
+MIN_TILE = 96  # pixels; smaller images are enlarged by whole factors, so that a person can see them
+DEFAULT_IMAGES = 10
+
+
+def generate(
+    folder: Path,
+    inputs: list[str],
+    seed: int,
+    target: Path,
+    reference: bool,
+    reporter: Reporter,
+    overrides: list[str] | None = None,
+) -> None:
+    """Write a grid of one image for each input to ``target``.
+
+    Args:
+        inputs: class ids or prompts as text; empty takes the first ones of the recipe's data.
+        reference: compute in float on the dequantized values instead of integers.
+
+    Raises:
+        RecipeError: the folder is no export, this model has no such class, or ``target`` is no name of a PNG.
+    """
+    if target.suffix.lower() != ".png":
+        raise RecipeError(f"--output {target}: the grid is a PNG; give a file name that ends in .png")
+    recipe = recipe_of(folder, overrides)
+    pipeline = load_export(folder, recipe, reporter)
+    family = family_of(pipeline)
+    if reference:
+        if recipe.export.format == "torchao":
+            raise RecipeError(
+                "--reference: is the arithmetic of accuquant's own format; this export computes in torchao"
+            )
+        set_arithmetic(denoiser_of(pipeline), "reference")
+    conditions: list[Any] = list(inputs)
+    if family.condition == "class_id":
+        conditions = [_class_id(text, pipeline) for text in inputs]
+    if not conditions:
+        split = load_split(recipe.data, family.condition)
+        conditions = sorted(split.calibration + split.held_out)[:DEFAULT_IMAGES]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    reporter.say(f"sampling {len(conditions)} image(s), {recipe.sampling.num_inference_steps} steps")
+    pipeline.set_progress_bar_config(disable=reporter.quiet or None)  # None: on terminals only
+    images = pipeline(
+        conditions,
+        guidance_scale=recipe.sampling.guidance_scale,
+        num_inference_steps=recipe.sampling.num_inference_steps,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(conditions))],
+    ).images
+    grid(images).save(target)
+
+
+def grid(images: list[Image.Image]) -> Image.Image:
+    """Images of one size on a near-square sheet."""
+    width, height = images[0].size
+    factor = max(1, math.ceil(MIN_TILE / max(width, height)))
+    columns = min(len(images), max(1, math.ceil(math.sqrt(2 * len(images)))))
+    rows = math.ceil(len(images) / columns)
+    step = (width * factor + 4, height * factor + 4)
+    sheet = Image.new("RGB", (columns * step[0] - 4, rows * step[1] - 4), "white")
+    for i, image in enumerate(images):
+        tile = image.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        sheet.paste(tile, ((i % columns) * step[0], (i // columns) * step[1]))
+    return sheet
+
+
+def _class_id(text: str, pipeline: Any) -> int:
+    """A label of the model, or the number of a class it was trained on."""
+    labels = pipeline.labels
+    known = sorted(set(labels.values())) or range(int(pipeline.transformer.config.num_embeds_ada_norm))
+    if text in labels:
+        return int(labels[text])
+    if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) in known:
+        return int(text)
+    close = difflib.get_close_matches(text, labels, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise RecipeError(f"--class {text[:60]!r}: this model has the classes {known[0]} to {known[-1]}{hint}")

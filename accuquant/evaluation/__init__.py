@@ -1,0 +1,1 @@
+"""What was lost against full precision, and the report that says so."""

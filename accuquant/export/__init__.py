@@ -1,0 +1,1 @@
+"""Finished folders: written, put in place, loaded."""

@@ -1,0 +1,218 @@
+"""How much was lost, and where: an export against full precision, on the same noise and held-out classes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from accuquant import __version__
+from accuquant.caching.search import search_on_inputs
+from accuquant.calibration.layers import quantized_layers
+from accuquant.calibration.plan import count_macs, plan_modules
+from accuquant.console import Reporter
+from accuquant.evaluation.digit_classifier import DigitClassifier
+from accuquant.evaluation.measure import (
+    HeldOut,
+    cache_metrics,
+    cost_metrics,
+    decompose,
+    held_out_reference,
+    image_metrics,
+    input_errors,
+    latent_metrics,
+    module_errors,
+    module_row,
+    sample,
+    step_seconds,
+)
+from accuquant.evaluation.report import write_report
+from accuquant.export.torchao import INSTALL_TORCHAO, stored_tensors, torchao_installed, torchao_layers
+from accuquant.model.families import denoiser_of, family_of, load_pipeline, pick_device, resolve
+from accuquant.model.rollout import Rollout
+from accuquant.pipeline.data import load_split
+from accuquant.recipe import Cache, Recipe, RecipeError
+from accuquant.recipe.file import load_recipe
+from accuquant.runtime.cache.controller import CacheStats
+from accuquant.runtime.cache.hooks import CORRECTION, attach_cache, controller_of, detach_cache, uncached
+
+NAIVE_LATENTS = "naive.safetensors"
+
+
+def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut | None = None) -> dict[str, Any]:
+    """Compare the export in ``folder`` with the recipe's full-precision model; write metrics.json and report.html.
+
+    Args:
+        held_out: reference trajectories, if they were sampled before.
+
+    Raises:
+        RecipeError: the folder is no export.
+    """
+    full_pipeline = load_pipeline(recipe.model)
+    quantized_pipeline = load_export(folder, recipe, reporter)
+    # the export carries the scheduler it was calibrated for; both sides use it
+    full_pipeline.register_modules(scheduler=quantized_pipeline.scheduler)
+    full, quantized = Rollout(full_pipeline, recipe.sampling), Rollout(quantized_pipeline, recipe.sampling)
+    held_out = held_out or held_out_reference(full, recipe, reporter)
+    controller, traces = controller_of(quantized.denoiser), list[CacheStats]()
+    latents = sample(
+        quantized,
+        held_out.conditions,
+        recipe,
+        reporter,
+        f"held-out, quantized{' and cached' if controller else ''}",
+        lambda: traces.append(controller.stats()) if controller else None,
+    )
+
+    first = held_out.conditions.batches(recipe.evaluation.batch_size)[0]
+    planned = count_macs(
+        full.denoiser,
+        plan_modules(full.denoiser, recipe.quantization.rules),
+        lambda: full.predict(0, first.noise, first),
+        len(first),
+    )
+    with uncached(quantized.denoiser):  # a pattern may cache the very layers that are looked at
+        layers = exported_layers(quantized.denoiser)
+        errors = module_errors(full, layers, getattr(quantized.denoiser, "step_clock", None), held_out)
+    sizes = {name: sum(t.numel() * t.element_size() for t in stored_tensors(layer)) for name, layer in layers.items()}
+    metrics: dict[str, Any] = {
+        "accuquant": __version__,
+        "model": recipe.model.id,
+        "scheduler": type(quantized_pipeline.scheduler).__name__,
+        "num_inference_steps": recipe.sampling.num_inference_steps,
+        "guidance_scale": recipe.sampling.guidance_scale,
+        "num_samples": len(held_out.inputs),
+        "held_out": sorted(set(held_out.inputs)),
+        **latent_metrics(latents, held_out.latents),
+        **cost_metrics(planned, full.denoiser, sizes),
+        "modules": [module_row(p, errors.get(p.name), sizes.get(p.name)) for p in planned],
+    }
+    if controller:
+        # RCS has kept those that it decided by
+        errors_of_input = list(traces[0].input_errors) or input_errors(full, held_out, controller, traces[0].full_steps)
+        learned = getattr(quantized.denoiser, CORRECTION, None) if controller.config.learned_timesteps else None
+        metrics |= cache_metrics(controller, traces, planned, step_seconds(quantized, first), errors_of_input, learned)
+    full_images, quantized_images = None, None
+    if recipe.evaluation.reconstruct:
+        full_images, quantized_images = (
+            torch.cat([full.decode(part) for part in final.split(recipe.evaluation.batch_size)])
+            for final in (held_out.latents[-1], latents[-1])
+        )
+        with torch.no_grad():
+            metrics |= image_metrics(
+                quantized_images, full_images, held_out.inputs, _classifier(recipe, full_images.device)
+            )
+    rows, others, made = recipe.evaluation.num_images, dict[str, Tensor](), recipe_of(folder)
+    # what was measured when the export was made counts only for the same trajectories
+    same_samples = (recipe.sampling, recipe.evaluation.num_samples) == (made.sampling, made.evaluation.num_samples)
+    same_cache = recipe.cache == made.cache
+    if controller:
+        figures, finals = decompose(full, quantized, latents, held_out, recipe, reporter)
+        metrics |= figures
+        if same_samples and same_cache and (folder / NAIVE_LATENTS).is_file():
+            kept = load_file(folder / NAIVE_LATENTS, device=str(pick_device(recipe.model.device)))
+            finals["naive both"] = kept["latents"]
+        others = (
+            {name: full.decode(final[:rows]).cpu() for name, final in finals.items()} if full_images is not None else {}
+        )
+    calibration = folder / "calibration.json"
+    if calibration.is_file():
+        record = json.loads(calibration.read_text(encoding="utf-8"))
+        if not same_samples:
+            record["initial"] = None
+        if not same_samples or not same_cache:
+            record["naive"] = None
+        metrics |= {key: value for key, value in record.items() if value is not None}
+    naive = metrics.pop("naive", None)
+    if controller:
+        metrics["E_naive"] = naive["relative_l2_per_step"][-1] if naive else None
+        metrics["decomposition"]["E_naive"] = naive["relative_l2_per_step"] if naive else None
+    tuning = folder / "tuning.json"
+    if tuning.is_file() and same_cache:
+        metrics["tuning"] = json.loads(tuning.read_text(encoding="utf-8"))
+    _write(folder / "metrics.json", json.dumps(metrics, indent=2))
+    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    write_report(
+        folder,
+        metrics,
+        text,
+        None if full_images is None else full_images[:rows].cpu(),
+        None if quantized_images is None else quantized_images[:rows].cpu(),
+        others or None,
+    )
+    return metrics
+
+
+def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) -> DiffusionPipeline:
+    """Load an export with plain diffusers onto the recipe's device, with its cache, or the recipe's where that differs.
+
+    Raises:
+        RecipeError: the folder is no export of this package.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise RecipeError(f"{folder} is no export: it has no model_index.json")
+    if recipe.export.format == "torchao" and not torchao_installed():
+        raise RecipeError(f"{folder} is in torchao's format, and torchao is not installed: {INSTALL_TORCHAO}")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=getattr(torch, recipe.model.dtype))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{folder} cannot be loaded: {error}") from error
+    if not exported_layers(denoiser_of(pipeline)):
+        raise RecipeError(f"{folder} holds no quantized layer: it was not written by accuquant")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(pick_device(recipe.model.device))
+    if recipe.cache != recipe_of(folder).cache:
+        denoiser = denoiser_of(pipeline)
+        if controller_of(denoiser) is not None:
+            detach_cache(denoiser)
+        if recipe.cache is not None:
+            if recipe.cache.fits:
+                key = "cache.corrected" if recipe.cache.corrected else "cache.corrected_quantization"
+                raise RecipeError(
+                    f"{key}: the correction belongs to the cache that this export was calibrated with; "
+                    f"another one needs --set {key}=false"
+                )
+            attach_cache(denoiser, _searched(recipe.cache, pipeline, recipe, reporter or Reporter(quiet=True)))
+    return pipeline
+
+
+def exported_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """The quantized modules of a loaded export, of whichever format."""
+    return {**quantized_layers(denoiser), **torchao_layers(denoiser)}
+
+
+def _searched(config: Cache, pipeline: DiffusionPipeline, recipe: Recipe, reporter: Reporter) -> Cache:
+    """A target given on the command line: searched on calibration samples, against the export without a cache."""
+    if not config.searches:
+        return config
+    rollout, split = Rollout(pipeline, recipe.sampling), load_split(recipe.data, family_of(pipeline).condition)
+    return search_on_inputs(rollout, split.calibration, recipe.data.seed * 100_000, config, reporter)
+
+
+def recipe_of(folder: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe an export was made with.
+
+    Raises:
+        RecipeError: there is none in the folder.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{folder} is no export: it has no recipe.yaml")
+    return load_recipe(folder / "recipe.yaml", overrides)
+
+
+def _classifier(recipe: Recipe, device: torch.device) -> DigitClassifier | None:
+    """The judge that lies beside the bundled model; other models have none."""
+    folder = Path(resolve(recipe.model.id)) / "classifier"
+    return DigitClassifier.from_folder(folder).to(device).eval() if folder.is_dir() else None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

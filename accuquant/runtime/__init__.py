@@ -1,0 +1,1 @@
+"""All that a loaded export needs, and nothing of calibration."""

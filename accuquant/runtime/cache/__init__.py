@@ -1,0 +1,1 @@
+"""Feature caches while a model samples."""

@@ -1,0 +1,400 @@
+"""Feature caching as diffusers hooks: attention and MLP of every block are computed at full steps and forecast between.
+
+One `Controller` for each denoiser decides which steps are full. A hook on the denoiser tells it of every call; hooks on
+the cached modules ask it whether to compute, so at the other steps nothing of attention and MLP runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import StateManager
+from torch import Tensor, nn
+
+from accuquant.recipe import Cache
+from accuquant.runtime.cache.controller import CacheError, Controller, Correction
+
+HOOK = "accuquant_cache"
+CORRECTION = "cache_correction"  # the denoiser's submodule that holds a fitted one, to be saved with the weights
+BLOCKS = r"(transformer_blocks|blocks|.*attentions\.\d+\.transformer_blocks)\.\d+"
+MODULES = BLOCKS + r"\.(attn\d?|ff|ffn|ff_context|img_mlp|txt_mlp)"
+FUSED = r"single_transformer_blocks\.\d+"  # attention and MLP side by side, and one projection of both
+
+_eager: Callable[[Any], Any] = torch.compiler.disable(recursive=False)  # what a hook calls is compiled all the same
+
+
+class Hook(ModelHook):
+    """What ours have in common."""
+
+    wrapper: Any = None  # the module's forward once the hook is on
+    compiled: Any = None  # what computes in place of the module's own
+
+    def __init__(self, controller: Controller, name: str = "") -> None:
+        super().__init__()
+        self.controller, self.name = controller, name
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled or self.fn_ref.original_forward)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        raise CacheError("a copy of a cached model would run the original's weights; call disable_cache before copying")
+
+
+class Calls(Hook):
+    """On the denoiser: tells the controller of each call, and of a pipeline's reset.
+
+    Calls are followed by a pre-hook of torch's: offloading puts back forward methods as it found them.
+    """
+
+    _is_stateful = True
+    handle: Any = None  # of the pre-hook
+
+    def __init__(self, controller: Controller) -> None:
+        super().__init__(controller)
+        self.contexts = StateManager(dict)
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.names = list(inspect.signature(module.forward).parameters)
+        return module
+
+    @_eager
+    def follow(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = dict(zip(self.names[: len(args)], args, strict=True)) | kwargs
+        timestep, latent = given["timestep"], given["hidden_states" if "hidden_states" in given else "sample"]
+        # the largest: image-to-video models give frames that are known already the timestep 0
+        value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
+        context = self.contexts._context
+        self.controller.enter(context.name if context else None, value, latent)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """A pipeline is done."""
+        stats, order = self.controller.stats(), self.controller.config.forecast_order
+        if self.controller.step >= 0 and stats.nfc <= order and stats.nfc < stats.num_steps:
+            warnings.warn(
+                f"order {order} needs {order + 1} full computations, this trajectory of {stats.num_steps} steps had "
+                f"{stats.nfc}: a lower order was used. Lower order or interval",
+                stacklevel=2,
+            )
+        self.controller.reset()
+        self.contexts._context = None
+        return module
+
+
+class Cached(Hook):
+    """On a cached module: computes and remembers, or forecasts.
+
+    Args:
+        tap: name of the fused block whose normalised input stands for this module's own.
+    """
+
+    def __init__(self, controller: Controller, name: str, tap: str | None = None) -> None:
+        super().__init__(controller, name)
+        self.tap = tap
+
+    @_eager
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.controller.paused:
+            return self.compute(*args, **kwargs)
+        inputs = _inputs(args, kwargs)
+        if self.tap:
+            inputs = (self.controller.tapped.pop(self.tap),)
+        if not self.controller.computes(self.name, inputs[0]):
+            return self.controller.predict(self.name, inputs)
+        output = self.controller.corrected(self.name, self.compute(*args, **kwargs))
+        self.controller.remember(self.name, inputs, output)
+        return output
+
+
+class Deviation(Hook):
+    """On the last of a run of blocks: what they add to the hidden states is the feature (CacheQuant's DiT variant)."""
+
+    @_eager
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.controller.paused:
+            return self.compute(*args, **kwargs)
+        hidden = _inputs(args, kwargs)[0]
+        if not self.controller.computes(self.name, hidden):  # then the blocks before have passed their input on
+            return hidden + self.controller.predict(self.name, (hidden,))
+        output = self.compute(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            raise CacheError(f"feature: blocks: {self.name} gives {type(output).__name__}; use feature: modules")
+        first = self.controller.tapped.pop(self.name, hidden)
+        computed = output - first
+        deviation = self.controller.corrected(self.name, computed)
+        self.controller.remember(self.name, (first,), deviation)
+        return output if deviation is computed else first + deviation
+
+
+class Bypassed(Hook):
+    """On a block that only the cached block ``feature`` reads: at skipped steps it passes its input on.
+
+    Args:
+        first: its input is where the feature's deviation begins.
+    """
+
+    def __init__(self, controller: Controller, feature: str, first: bool) -> None:
+        super().__init__(controller, feature)
+        self.first = first
+
+    @_eager
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden = _inputs(args, kwargs)[0]
+        if self.controller.paused or self.controller.computes(self.name, hidden):
+            if self.first:
+                self.controller.tapped[self.name] = hidden
+            return self.compute(*args, **kwargs)
+        if hasattr(module, "downsamplers"):  # a U-Net counts what it is given for its skip connections
+            return hidden, (hidden,) * (len(module.resnets) + len(module.downsamplers or ()))  # type: ignore[arg-type]
+        return hidden
+
+
+class Tap(Hook):
+    """On the norm of the fused block ``name``: keeps its output, which is the input of attention and MLP both."""
+
+    @_eager
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.controller.tapped[self.name] = output[0] if isinstance(output, tuple) else output
+        return output
+
+
+class Skipped(Hook):
+    """On attention and MLP projection of the fused block ``name``: nothing is computed where proj_out is forecast."""
+
+    @_eager
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tapped = self.controller.tapped[self.name]
+        if self.controller.paused or self.controller.computes(f"{self.name}.proj_out", tapped):
+            return self.compute(*args, **kwargs)
+        inputs = _inputs(args, kwargs)
+        if hasattr(module, "out_features"):  # right in shape, and never read
+            return inputs[0].new_zeros(()).expand(*inputs[0].shape[:-1], int(module.out_features))  # type: ignore[arg-type]
+        return inputs if len(inputs) > 1 else inputs[0]
+
+
+def attach_cache(denoiser: nn.Module, config: Cache, correction: Correction | None = None) -> Controller:
+    """Put a cache on a denoiser.
+
+    Args:
+        correction: of its forecasts, where the config asks for one; by default that of the loaded checkpoint.
+
+    Raises:
+        CacheError: it has one already, no module matches, or the config asks for a search that has to be made first.
+    """
+    if controller_of(denoiser) is not None or getattr(denoiser, "is_cache_enabled", False):
+        raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
+    if config.searches:
+        raise CacheError("target_nfc, target_seconds, dps and auto need a search: give enable_cache the whole pipeline")
+    modules, fused, bypassed, begins = cached_features(denoiser, config)
+    if config.noise_aware and (unknown := [name for name in modules if name not in (config.noise or {})]):
+        raise CacheError(f"noise_aware: no noise was measured for {', '.join(unknown[:3])}; `accuquant calibrate` does")
+    controller = Controller(config, modules, bypassed, begins)
+    found = correction or getattr(denoiser, CORRECTION, None)
+    if config.fits:
+        if found is None:
+            raise CacheError("corrected: nothing was fitted for this model; `accuquant calibrate` does")
+        asked = {True: config.corrected_quantization, False: config.corrected}
+
+        def correct(module: str, output: Tensor, computed: bool) -> Tensor:
+            return found.correct(module, output, controller.timestep, computed) if asked[computed] else output
+
+        controller.correct = correct
+    if config.learned_timesteps:
+        if found is None or not set(modules) <= set(found.learned_modules):
+            raise CacheError("learned_timesteps: nothing was learned for this model; `accuquant calibrate` does")
+        controller.weigh = lambda module, output, last: found.weigh(module, output, last, controller.timestep)
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    calls = Calls(controller)
+    _hook(denoiser, calls)
+    calls.handle = denoiser.register_forward_pre_hook(calls.follow, with_kwargs=True)
+    for name in modules[: len(modules) - len(fused)]:
+        _hook(denoiser.get_submodule(name), Deviation(controller, name) if begins else Cached(controller, name))
+    for name in bypassed:
+        _hook(denoiser.get_submodule(name), Bypassed(controller, modules[0], name in begins.values()))
+    for block in fused:
+        _hook(denoiser.get_submodule(f"{block}.norm"), Tap(controller, block))
+        _hook(denoiser.get_submodule(f"{block}.proj_mlp"), Skipped(controller, block))
+        _hook(denoiser.get_submodule(f"{block}.attn"), Skipped(controller, block))
+        _hook(denoiser.get_submodule(f"{block}.proj_out"), Cached(controller, f"{block}.proj_out", tap=block))
+    registry.invalidate_child_registries_cache()
+    if hasattr(denoiser, "_cache_config"):
+        denoiser._cache_config = config  # type: ignore[assignment]  # so that diffusers' own caches refuse to join
+    if not hasattr(denoiser, "_reset_stateful_cache"):  # pipelines call it where it exists; DiT, PixArt, SD3 lack it
+        denoiser._reset_stateful_cache = registry.reset_stateful_hooks
+    return controller
+
+
+def detach_cache(denoiser: nn.Module) -> None:
+    """Take the cache off; nothing of it stays.
+
+    Raises:
+        CacheError: there is none.
+    """
+    if controller_of(denoiser) is None:
+        raise CacheError(f"{type(denoiser).__name__} has no cache of accuquant")
+    for module in denoiser.modules():
+        if (hook := hook_of(module)) is None:
+            continue
+        registry: Any = module._diffusers_hook
+        if isinstance(hook, Calls):
+            hook.handle.remove()
+        outer, last = vars(module)["forward"], registry._hook_order[-1] == HOOK
+        on_top = last and outer is not hook.wrapper and vars(module).get("_old_forward") is hook.wrapper
+        registry.remove_hook(HOOK, recurse=False)
+        if on_top:  # accelerate came later and called ours
+            module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+        elif last and outer is not hook.wrapper:  # ours is gone already: accelerate has put back what it had found
+            module.forward = outer
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
+            del module.forward
+        if not registry.hooks:
+            del module._diffusers_hook
+    if "_cache_config" in vars(denoiser):
+        del denoiser._cache_config
+    vars(denoiser).pop("_reset_stateful_cache", None)
+    if "_diffusers_hook" in vars(denoiser):
+        denoiser._diffusers_hook.invalidate_child_registries_cache()  # type: ignore[union-attr, operator]
+
+
+@contextmanager
+def cached(denoiser: nn.Module, config: Cache, correction: Correction | None = None) -> Iterator[Controller]:
+    """A cache for as long as the block runs."""
+    controller = attach_cache(denoiser, config, correction)
+    try:
+        yield controller
+    finally:
+        detach_cache(denoiser)
+
+
+@contextmanager
+def uncached(denoiser: nn.Module) -> Iterator[None]:
+    """Without its cache, if it has one, for as long as the block runs."""
+    controller = controller_of(denoiser)
+    if controller is not None:
+        detach_cache(denoiser)
+    try:
+        yield
+    finally:
+        if controller is not None:
+            attach_cache(denoiser, controller.config)
+
+
+def controller_of(denoiser: nn.Module) -> Controller | None:
+    hook = hook_of(denoiser)
+    return hook.controller if isinstance(hook, Calls) else None
+
+
+def hook_of(module: nn.Module) -> Hook | None:
+    registry = vars(module).get("_diffusers_hook")
+    return registry.get_hook(HOOK) if registry is not None else None
+
+
+def cached_features(
+    denoiser: nn.Module, config: Cache
+) -> tuple[tuple[str, ...], list[str], tuple[str, ...], dict[str, str]]:
+    """Names of what is forecast, of the fused blocks at its end, of what is bypassed, and where deviations begin.
+
+    Raises:
+        CacheError: see `cached_modules` and `cached_blocks`.
+    """
+    if config.feature == "blocks":
+        modules, bypassed, begins = cached_blocks(denoiser, config)
+        return modules, [], bypassed, begins
+    names, fused = cached_modules(denoiser, config.modules)
+    return (*names, *(f"{block}.proj_out" for block in fused)), fused, (), {}
+
+
+def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[list[str], list[str]]:
+    """Names of the modules a cache takes, and of the fused blocks.
+
+    Raises:
+        CacheError: the pattern, or ours, matches none.
+    """
+    names = [name for name, _ in denoiser.named_modules() if name]
+    try:
+        re.compile(pattern or MODULES)
+    except re.error as error:
+        raise CacheError(f"cache.modules: {pattern!r} is no regular expression: {error}") from error
+    found = list[str]()
+    for name in names:  # a module inside one that is cached already never runs alone
+        if re.fullmatch(pattern or MODULES, name) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    fused = [
+        name
+        for name in names
+        if re.fullmatch(FUSED, name)
+        and all(hasattr(denoiser.get_submodule(name), part) for part in ("norm", "attn", "proj_mlp", "proj_out"))
+        and re.fullmatch(pattern or ".*", f"{name}.proj_out")
+    ]
+    # attention with the MLP in it (Flux2) is a cached module like any other; parts of fused blocks are not
+    singles = [f"{name}.attn" for name in names if re.fullmatch(FUSED, name) and name not in fused]
+    found += [name for name in singles if name in names and re.fullmatch(pattern or ".*", name) and name not in found]
+    found = [name for name in found if not any(name == block or name.startswith(f"{block}.") for block in fused)]
+    if not found and not fused:
+        shown = ", ".join(name for name in names if name.count(".") == 2) or ", ".join(names[:8])
+        raise CacheError(
+            f"no module of {type(denoiser).__name__} matches {pattern or MODULES!r}, the cache would do nothing; "
+            f"its modules include {shown[:200]}"
+        )
+    return found, fused
+
+
+def cached_blocks(denoiser: nn.Module, config: Cache) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """CacheQuant's variants: the one cached block, those bypassed with it, and where its deviation begins (DiT).
+
+    Of a U-Net the feature is the input of the last up-block, that is the output of the one before it (DeepCache's
+    branch); all between the first down-block and it is bypassed.
+
+    Raises:
+        CacheError: there are no such blocks, or the forecast needs what is not there at skipped steps.
+    """
+    name = type(denoiser).__name__
+    if isinstance(ups := getattr(denoiser, "up_blocks", None), nn.ModuleList):
+        downs: Any = denoiser.down_blocks
+        if config.blocks is not None:
+            raise CacheError(f"blocks: of {name}, a U-Net, the last up-block's input is cached; leave blocks out")
+        if config.estimation == "rfe":
+            raise CacheError(
+                "estimation: rfe needs an input that a U-Net does not compute at skipped steps; use taylor"
+            )
+        if len(ups) < 2:
+            raise CacheError(f"feature: blocks: {name} has one up-block, there is nothing to skip before it")
+        before = [f"down_blocks.{i}" for i in range(1, len(downs))] + ["mid_block"] * (denoiser.mid_block is not None)
+        return (f"up_blocks.{len(ups) - 2}",), (*before, *(f"up_blocks.{i}" for i in range(len(ups) - 2))), {}
+    found = next(((n, b) for n in ("transformer_blocks", "blocks") if (b := getattr(denoiser, n, None))), None)
+    if found is None:
+        raise CacheError(f"feature: blocks: {name} has neither transformer_blocks nor up_blocks; use feature: modules")
+    prefix, count = found[0], len(found[1])
+    first, last = config.blocks or ((1, count - 2) if count > 2 else (0, count - 1))
+    if last >= count:
+        raise CacheError(f"blocks: {name} has blocks 0 to {count - 1} (found {[first, last]})")
+    names = tuple(f"{prefix}.{i}" for i in range(first, last + 1))
+    return names[-1:], names[:-1], {names[-1]: names[0]}
+
+
+def in_cache(name: str, cached: tuple[str, ...]) -> bool:
+    """Whether a module does not run where the cached ones are forecast: it is inside one, or fused into its input."""
+    for outer in cached:
+        block = outer.removesuffix(".proj_out")
+        if name == outer or name.startswith(f"{outer}.") or name.startswith((f"{block}.proj_mlp", f"{block}.attn.")):
+            return True
+    return False
+
+
+def _hook(module: nn.Module, hook: Hook) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    hook.wrapper = module.forward
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """hidden_states and, of joint attention, encoder_hidden_states: the inputs of its two outputs."""
+    hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+    return tuple(t for t in (hidden, other) if isinstance(t, Tensor))

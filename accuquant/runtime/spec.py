@@ -1,0 +1,154 @@
+"""What a quantized layer is, before it is trainable or fixed: types, groups, geometry.
+
+A Conv2d is a Linear over its unfolded patches: weights are kept as (O, I) with I = in_channels * kh * kw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from accuquant.core.numerics import QTYPES, QType
+from accuquant.runtime.clock import StepClock
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one module is quantized to; stored per module in the export's config.json."""
+
+    weight: str
+    activation: str = "float"
+    group_size: int | None = None
+    symmetric: bool = True
+    activation_scale: str = "static"
+    activation_symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (self.weight, *([] if self.activation == "float" else [self.activation])):
+            if name not in QTYPES:
+                raise ValueError(f"unknown type {name!r}; known types: {', '.join(QTYPES)}")
+        self._check_floats()
+        if self.activation_scale not in ("static", "dynamic"):
+            raise ValueError(f"activation_scale must be 'static' or 'dynamic', found {self.activation_scale!r}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be positive, found {self.group_size}")
+
+    def _check_floats(self) -> None:
+        """Small floats are multiplied with each other only, and have no zero point."""
+        name = next((n for n in (self.weight, self.activation) if n in QTYPES and QTYPES[n].floating), None)
+        if name is None:
+            return
+        if self.weight != name or self.activation not in (name, "float"):
+            raise ValueError(
+                f"{name} is multiplied with {name} or with float (found {self.weight} x {self.activation})"
+            )
+        if not self.symmetric or (self.activation == name and not self.activation_symmetric):
+            raise ValueError(f"{name} has no zero point: it needs symmetric and activation_symmetric: true")
+
+    @property
+    def weight_type(self) -> QType:
+        return QTYPES[self.weight]
+
+    @property
+    def activation_type(self) -> QType | None:
+        return QTYPES.get(self.activation)
+
+    @property
+    def static(self) -> bool:
+        return self.activation != "float" and self.activation_scale == "static"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def num_groups(self, columns: int, name: str = "module") -> int:
+        """Weight scales per row.
+
+        Raises:
+            ValueError: the group size does not divide the row.
+        """
+        if self.group_size is None:
+            return 1
+        if columns % self.group_size:
+            fits = [s for s in (128, 64, 32, 16, 8) if columns % s == 0]
+            raise ValueError(
+                f"group_size {self.group_size} does not divide the {columns} inputs of {name}; would fit: {fits}"
+            )
+        return columns // self.group_size
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Geometry of a Conv2d."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> Conv | None:
+        if not isinstance(module, nn.Conv2d):
+            return None
+        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            raise ValueError(f"{name}: grouped or specially padded convolutions stay float; give them weight: float")
+        pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
+        return cls(*((int(a), int(b)) for a, b in pairs))
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, L, C * kh * kw), L output positions."""
+        return F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride).transpose(1, 2)
+
+    def fold(self, y: Tensor, x: Tensor) -> Tensor:
+        """(B, L, O) -> (B, O, H', W')."""
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        height, width = ((x.shape[2 + i] + 2 * self.padding[i] - reach[i]) // self.stride[i] + 1 for i in (0, 1))
+        return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], height, width)
+
+
+class Layer(nn.Module):
+    """What both kinds share: the spec, the geometry and the clock."""
+
+    def __init__(
+        self, spec: LayerSpec, columns: int, rows: int, conv: Conv | None, clock: StepClock, name: str
+    ) -> None:
+        super().__init__()
+        self.spec, self.conv, self.clock, self.name = spec, conv, clock, name
+        self.in_features, self.out_features = columns, rows
+        self.groups = spec.num_groups(columns, name)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, weight={self.spec.weight}, activation={self.spec.activation}"
+
+
+def share_grids(layers: Iterable[Layer], scale: str, zero_point: str) -> int:
+    """Layers whose inputs' scales and zero points are the same to the last bit get the same tensors.
+
+    Those that read one tensor find the same scales; what is known to be the same is then computed once.
+
+    Args:
+        scale, zero_point: names of the attributes.
+
+    Returns:
+        How many layers have another's.
+    """
+    first, shared = dict[Any, Layer](), 0
+    for layer in layers:
+        tensors = [getattr(layer, name) for name in (scale, zero_point)]
+        if tensors[0] is None:
+            continue
+        spec = (layer.spec.activation, layer.spec.activation_scale, layer.spec.activation_symmetric)
+        values = [None if t is None else (t.device, tuple(t.tolist())) for t in tensors]
+        other = first.setdefault((*spec, *values), layer)
+        shared += other is not layer
+        for name in (scale, zero_point):
+            setattr(layer, name, getattr(other, name))
+    return shared
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

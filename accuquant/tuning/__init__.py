@@ -1,0 +1,1 @@
+"""Bit widths and cache chosen together under a budget."""

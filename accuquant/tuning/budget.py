@@ -1,0 +1,247 @@
+"""What a budget pays for: the costs of every combination of types, and the order in which they are worth trying."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accuquant.calibration.plan import count_macs, plan_modules
+from accuquant.calibration.session import Session, block_costs, open_model, prepare, validation_error
+from accuquant.console import Reporter
+from accuquant.core.schedule import filled_interval_steps
+from accuquant.evaluation.measure import call_seconds, step_seconds
+from accuquant.pipeline.data import draw
+from accuquant.recipe import Cache, Recipe, RecipeError, Rule, Tune
+from accuquant.runtime.cache.hooks import cached, in_cache
+
+LEAST_NFC = 3
+TIMED_SAMPLES = 8
+TABLE_NFC = (25, 14, 10, 7, 4)
+KEPT = ("norm", "differences", "modules", "feature", "blocks", "factors_dtype", "factors_device", "warmup")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One choice of types for each class of modules.
+
+    Attributes:
+        picks: index into `choose` of each class.
+        recipe: with these types' rules and without the section `tune`.
+        operations: bit-operations of each module at one step, over float32's of all.
+        cached: names of the modules and blocks that the recipe's cache skips.
+    """
+
+    name: str
+    picks: tuple[int, ...]
+    recipe: Recipe
+    operations: dict[str, float]
+    cached: tuple[str, ...]
+
+    @property
+    def inside(self) -> float:
+        """Of what runs at full steps only."""
+        return sum(share for name, share in self.operations.items() if in_cache(name, self.cached))
+
+    @property
+    def outside(self) -> float:
+        """Of what runs at every step."""
+        return sum(self.operations.values()) - self.inside
+
+    def bit_operations(self, nfc: float, cached: tuple[str, ...] | None = None) -> float:
+        """Of a trajectory, as a fraction of float32 without a cache; ``cached`` where another cache skips others."""
+        one = self if cached is None else replace(self, cached=cached)
+        return one.outside + one.inside * nfc / self.recipe.sampling.num_inference_steps
+
+    def full_steps(self, tune: Tune, seconds: tuple[float, float] | None = None) -> int:
+        """As many as all budgets pay for; ``seconds`` are those of a full and of a skipped step, where known."""
+        steps = self.recipe.sampling.num_inference_steps
+        most = [float(steps)] + ([float(tune.nfc)] if tune.nfc else [])
+        if tune.bit_operations:
+            most.append((tune.bit_operations - self.outside) / self.inside * steps)
+        if tune.seconds and seconds:
+            full, skipped = seconds
+            most.append((tune.seconds - steps * skipped) / max(full - skipped, 1e-9))
+        return max(0, math.floor(min(most) + 1e-9))
+
+
+def base_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's own cache says of every candidate."""
+    return {} if recipe.cache is None else {k: getattr(recipe.cache, k) for k in KEPT}
+
+
+def type_combinations(recipe: Recipe) -> list[Combination]:
+    """Every choice of a rule for each class; these come before the recipe's own rules.
+
+    Raises:
+        RecipeError: a class's pattern matches no module, or one of its rules does not fit its modules.
+    """
+    assert recipe.tune is not None
+    plain, found = recipe.model_copy(update={"tune": None}), list[Combination]()
+    rollout, planned, split = open_model(plain)
+    one = rollout.conditions(split.calibration[:1], [0])
+    planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, one.noise, one), 1)
+    macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
+    with cached(rollout.denoiser, Cache(**base_settings(recipe), estimation="reuse", interval=1)) as controller:
+        skipped = (*controller.modules, *controller.bypassed)
+    for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
+        chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
+        rules = (*chosen, *recipe.quantization.rules)
+        deciding = {next((i for i, rule in enumerate(rules) if matches(rule, p.name)), None) for p in planned}
+        kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in deciding)  # the rest is outdone
+        modules = [replace(p, macs=macs[p.name]) for p in plan_modules(rollout.denoiser, kept)]
+        operations = {p.name: p.bit_operations / float32 for p in modules}
+        quantization, objective = recipe.quantization.model_copy(update={"rules": kept}), recipe.objective
+        if not any(rule.tune and rule.activation != "float" for rule in kept):  # no such scale is there to be learned
+            learn = tuple(kind for kind in objective.learn if kind != "activation_scale")
+            objective = objective.model_copy(update={"learn": learn or objective.learn})
+        with_types = plain.model_copy(update={"quantization": quantization, "objective": objective})
+        name = " + ".join(_words(rule) for rule in chosen or kept[:1])
+        found.append(Combination(name, picks, with_types, operations, skipped))
+    return found
+
+
+def ordered(recipe: Recipe, combinations: list[Combination], work: Path, reporter: Reporter) -> list[Combination]:
+    """Those that the budget leaves enough full steps for, the most promising first."""
+    section = recipe.tune
+    assert section is not None
+    found = affordable(section, combinations)
+    if len(found) == 1:
+        return found
+    kept = work / "tables.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(error_tables(section, combinations, work, reporter)), encoding="utf-8")
+    tables = json.loads(kept.read_text(encoding="utf-8"))
+
+    def predicted(combination: Combination) -> float:
+        """Independent errors add in squares: good enough to order by."""
+        nfc = combination.full_steps(section)
+        known, error = min(tables["cache"], key=lambda pair: abs(math.log(pair[0] / nfc)))
+        own = [tables["types"][i][k] for i, k in enumerate(combination.picks)]
+        return math.hypot(error * known / nfc, *own)
+
+    return sorted(found, key=predicted)
+
+
+def affordable(section: Tune, combinations: list[Combination]) -> list[Combination]:
+    """Those that the budget, but for seconds, leaves enough full steps for.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    found = [c for c in combinations if c.full_steps(section) >= LEAST_NFC]
+    if found:
+        return found
+    least = min(combinations, key=lambda c: c.bit_operations(LEAST_NFC))
+    if (steps := least.recipe.sampling.num_inference_steps) < LEAST_NFC:
+        raise RecipeError(f"sampling.num_inference_steps: {steps} are fewer than the {LEAST_NFC} full steps of a cache")
+    raise RecipeError(
+        f"tune.bit_operations: {section.bit_operations} pays for fewer than {LEAST_NFC} full steps; the cheapest "
+        f"types ({least.name}) take {least.bit_operations(LEAST_NFC):.4f} with that many"
+    )
+
+
+def error_tables(section: Tune, combinations: list[Combination], work: Path, reporter: Reporter) -> dict[str, Any]:
+    """Final error of each class at each of its types, all else in full precision; and of a cache, nothing quantized."""
+    types: list[list[float]] = [[math.nan] * len(c.choose) for c in section.types]
+    for k in range(max(map(len, types))):
+        picks = tuple(min(k, len(errors) - 1) for errors in types)
+        session = open_session(next(c for c in combinations if c.picks == picks), work, reporter)
+        for i, each in enumerate(section.types):
+            for name, layer in session.layers.items():
+                layer.quantized = matches(each.choose[0], name)
+            types[i][picks[i]] = validation_error(session)
+    steps, cache, settings = session.rollout.num_steps, list[tuple[int, float]](), base_settings(combinations[0].recipe)
+    for nfc in [n for n in TABLE_NFC if n < steps] or [steps]:
+        full_steps = filled_interval_steps(steps, nfc, 2)
+        config = Cache(**(settings | {"warmup": 2}), estimation="taylor", order=1, schedule=full_steps)
+        with session.full_precision(), cached(session.rollout.denoiser, config) as controller:
+            error = validation_error(session)
+            cache.append((controller.stats().nfc, error))
+    return {"types": types, "cache": cache}
+
+
+def open_session(combination: Combination, work: Path, reporter: Reporter) -> Session:
+    """The model with these types and initial scales; the reference trajectories are sampled once for all."""
+    recipe = combination.recipe
+    return prepare(recipe, *open_model(recipe), reporter, work / "reference.safetensors")
+
+
+def step_times(session: Session, combination: Combination, section: Tune, kept: Path) -> tuple[float, float]:
+    """Median seconds of a full and of a skipped step of eight samples, of the layers as they will be exported.
+
+    With the dearest of the forecasts that may be chosen: what is chosen then takes no longer.
+    """
+    if not kept.is_file():
+        settings = base_settings(combination.recipe)
+        kinds = ("taylor", "reuse") if settings.get("feature") == "blocks" else ("rfe", "taylor", "reuse")
+        dearest: Any = next((kind for kind in kinds if kind in section.estimations), "reuse")
+        order = 0 if dearest == "reuse" else min(max(section.orders), (session.rollout.num_steps - 1) // 2)
+        config = Cache(**settings, estimation=dearest, order=order, interval=2)
+        eight = session.reference.conditions.batches(TIMED_SAMPLES)[0]
+        with session.hardened(), cached(session.rollout.denoiser, config) as controller:
+            session.rollout.trajectory(eight)
+            times = step_seconds(session.rollout, eight)
+            full_steps = set(controller.stats().full_steps)
+        sides = [[t for i, t in enumerate(times) if (i in full_steps) == full] for full in (True, False)]
+        kept.write_text(json.dumps([statistics.median(side) for side in sides]), encoding="utf-8")
+    full, skipped = json.loads(kept.read_text(encoding="utf-8"))
+    return full, skipped
+
+
+def matches(rule: Rule, name: str) -> bool:
+    return re.fullmatch(rule.modules, name) is not None
+
+
+def _words(rule: Rule) -> str:
+    """Different for different rules: what was tried is found again by it."""
+    group = f" in groups of {rule.group_size}" if rule.group_size else ""
+    others = {
+        "asymmetric": not rule.symmetric,
+        "dynamic": rule.activation_scale == "dynamic",
+        "not tuned": not rule.tune,
+        "symmetric activations": rule.static and rule.activation_symmetric is True,
+        "asymmetric activations": rule.static and rule.activation_symmetric is False,
+    }
+    return f"{rule.weight}/{rule.activation}{group}" + "".join(f" {word}" for word, true in others.items() if true)
+
+
+def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[str, float]]:
+    """What `--dry-run` prints: (types, affordable full steps, bit-operations with them) of each combination, and costs.
+
+    The time is extrapolated from a measured call of the denoiser, and so is rough.
+    """
+    section, objective = recipe.tune, recipe.objective
+    assert section is not None
+    combinations = type_combinations(recipe)
+    affordable(section, combinations)
+    rows = [(c.name, n := c.full_steps(section), c.bit_operations(n)) for c in combinations]
+    rollout, planned, split = open_model(recipe)
+    samples = draw(split.calibration, recipe.data.validation_samples, 0)
+    conditions = rollout.conditions(samples.inputs, samples.seeds)
+    call = call_seconds(rollout, conditions)
+    steps = recipe.sampling.num_inference_steps
+    paid = [n for _, n, _ in rows if n >= LEAST_NFC]
+    tried, nfc = min(section.combinations, len(paid)), statistics.mean(paid)
+    forecasts = sum(1 if e == "reuse" else len(section.orders) * len(section.noise_aware) for e in section.estimations)
+    proposals = forecasts * len(section.schedules) + 5 * len(section.estimations)
+    stages = len(section.learning) * bool(objective.cached_iterations)  # of calibration with the cache on
+    refined = (section.trials + 5) * section.finalists
+    rollouts = tried * (proposals * len(section.levels) + refined)
+    fitted = len(set(section.corrections) - {"none"})
+    fits = tried * ((fitted + len(section.estimations) - 1) * len(section.levels) + fitted * stages)
+    m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
+    # forecasts learn from whole trajectories
+    whole = 2 * nfc if {"forecast", "both"} & set(section.learning) else 2 * m
+    alone = objective.iterations * (2 * m - 1)
+    if objective.target == "blocks" and objective.iterations:
+        alone, _ = block_costs(rollout, planned, recipe)
+    updates = tried * (alone + stages * objective.cached_iterations * whole)
+    sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
+    calls = rollouts * (nfc + (steps - nfc) / 4) + fits * steps + 3.5 * updates + sampling
+    return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates, "seconds": call * calls}
