@@ -3,15 +3,15 @@
 Importing the package makes diffusers' `from_pretrained` understand the checkpoints it exports.
 """
 
-__version__ = "0.1.0"
-
 import accuquant.quiet  # noqa: F401 (before all that imports diffusers)
 from accuquant.caching.enable import cache_stats, compile_cached, disable_cache, enable_cache
-from accuquant.calibration.layers import set_arithmetic
-from accuquant.recipe import Cache, FORAConfig, Recipe, RecipeError, RFCConfig, TaylorSeerConfig
+from accuquant.errors import CacheError, CheckpointError, RecipeError
+from accuquant.recipe import Cache, FORAConfig, Recipe, RFCConfig, TaylorSeerConfig
 from accuquant.recipe.file import load_recipe
-from accuquant.runtime.cache.controller import CacheError, CacheStats
-from accuquant.runtime.checkpoint import AccuQuantConfig, CheckpointError, register
+from accuquant.runtime.cache.stats import CacheStats
+from accuquant.runtime.checkpoint import AccuQuantConfig, register
+from accuquant.runtime.layer import set_arithmetic
+from accuquant.version import __version__
 
 register()
 

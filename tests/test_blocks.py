@@ -10,7 +10,7 @@ from conftest import make_pipeline, make_pixart, make_stable_diffusion, recipe_t
 from safetensors.torch import load_file
 from torch import nn
 
-from accuquant.calibration.layers import LayerSpec, quantize_model
+from accuquant.calibration.layers import quantize_model
 from accuquant.calibration.loop import Tuner
 from accuquant.calibration.objectives import blocks
 from accuquant.calibration.objectives.blocks import (
@@ -21,14 +21,16 @@ from accuquant.calibration.objectives.blocks import (
     spread_calls,
 )
 from accuquant.calibration.session import Session, open_model, prepare, validation_error
-from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
+from accuquant.errors import RecipeError
 from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import Samples
 from accuquant.programs.calibrate import calibrate, describe
-from accuquant.recipe import Cache, Recipe, RecipeError, Sampling
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Recipe, Sampling
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.spec import LayerSpec
 
 QUIET = Reporter(quiet=True)
 

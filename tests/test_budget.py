@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import INT8, tune_recipe
 
-from accuquant.console import Reporter
+from accuquant.errors import RecipeError
 from accuquant.programs.tune import tune
-from accuquant.recipe import RecipeError
+from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe
 from accuquant.tuning.budget import LEAST_NFC, describe_tuning, error_tables, ordered, type_combinations
 

@@ -12,8 +12,8 @@ from diffusers import DiTPipeline
 from test_rollout import decoder_input
 
 from accuquant.calibration.session import open_model
+from accuquant.evaluation.costs import cost_metrics
 from accuquant.evaluation.digit_classifier import DigitClassifier
-from accuquant.evaluation.measure import cost_metrics
 from accuquant.model.families import BUNDLED
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import describe

@@ -13,12 +13,15 @@ from conftest import images, make_pipeline, sampled
 from diffusers import DiTPipeline
 from torch._dynamo.backends.registry import lookup_backend
 
-from accuquant.calibration.layers import LayerSpec, TrainableLayer, quantize_model, quantized_layers
+from accuquant.calibration.layers import TrainableLayer, quantize_model
+from accuquant.export.native import harden_model
 from accuquant.recipe import Cache
-from accuquant.runtime.cache.controller import Correction
-from accuquant.runtime.cache.hooks import CORRECTION, attach_cache, cached_modules, controller_of, detach_cache
-from accuquant.runtime.checkpoint import harden_model
+from accuquant.runtime.cache.features import cached_modules
+from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.hooks import CORRECTION, attach_cache, controller_of, detach_cache
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import quantized_layers
+from accuquant.runtime.spec import LayerSpec
 
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7
 

@@ -21,9 +21,9 @@ from accuquant import CheckpointError, cache_stats, disable_cache
 from accuquant.calibration.plan import count_macs
 from accuquant.calibration.session import open_model
 from accuquant.cli.main import app
-from accuquant.console import Reporter
 from accuquant.core.schedule import interval_steps
 from accuquant.programs.calibrate import calibrate
+from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import parse_recipe
 

@@ -13,10 +13,12 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, HeunDiscreteScheduler
 from torch import Tensor
 
 from accuquant.core.schedule import RCS
+from accuquant.errors import CacheError
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Cache, Sampling
-from accuquant.runtime.cache.controller import CacheError, CacheStats, Controller
+from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.hooks import attach_cache, detach_cache
+from accuquant.runtime.cache.stats import CacheStats
 
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7
 CONFIGS = [

@@ -10,7 +10,7 @@ from conftest import make_pipeline
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from accuquant.calibration.layers import LayerSpec, quantize_model
+from accuquant.calibration.layers import quantize_model
 from accuquant.calibration.objectives.cached_steps import CachedSteps
 from accuquant.core.cached_objective import cached_group_gradient, cached_groups, full_cached_gradient
 from accuquant.core.objective import group_gradient
@@ -18,6 +18,7 @@ from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Sampling
 from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.spec import LayerSpec
 
 STEPS = (0, 1, 4, 6, 9)  # of 12
 FORECASTS = [

@@ -14,18 +14,19 @@ from diffusers import DiTPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from accuquant.caching.correct import fit_correction
-from accuquant.caching.search import record_features, search_cache
+from accuquant.caching.search import record_features, search_cache, searched
 from accuquant.calibration.session import Session, open_model, prepare, watched
-from accuquant.console import Reporter
 from accuquant.core.correction import fit_affine
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import dps_steps
+from accuquant.errors import CacheError, RecipeError
 from accuquant.model.rollout import Rollout
-from accuquant.programs.calibrate import calibrate, searched
-from accuquant.recipe import Cache, RecipeError, Sampling
+from accuquant.programs.calibrate import calibrate
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.cache.controller import CacheError
-from accuquant.runtime.cache.hooks import attach_cache, cached, detach_cache, in_cache
+from accuquant.runtime.cache.features import in_cache
+from accuquant.runtime.cache.hooks import attach_cache, cached, detach_cache
 
 QUIET = Reporter(quiet=True)
 BLOCKS = {"feature": "blocks", "estimation": "reuse"}

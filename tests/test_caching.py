@@ -12,8 +12,8 @@ from diffusers import DiTPipeline, FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from accuquant.errors import CacheError
 from accuquant.recipe import Cache
-from accuquant.runtime.cache.controller import CacheError
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
 
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7

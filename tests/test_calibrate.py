@@ -16,13 +16,14 @@ import yaml
 from conftest import assert_same_weights, recipe_tree
 from diffusers import DiTPipeline
 
-from accuquant.calibration.layers import quantized_layers, set_arithmetic
 from accuquant.calibration.session import open_model, prepare
-from accuquant.console import Reporter
+from accuquant.errors import RecipeError
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
-from accuquant.recipe import Recipe, RecipeError
+from accuquant.progress import Reporter
+from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
+from accuquant.runtime.layer import quantized_layers, set_arithmetic
 
 QUIET = Reporter(quiet=True)
 
@@ -68,7 +69,7 @@ def test_loads_with_plain_diffusers_and_generates(export: Path) -> None:
 
 def test_loaded_model_equals_the_one_before_saving(model_folder: Path, tmp_path: Path) -> None:
     """Latents of the calibrated model, of the hardened one and of the loaded one: torch.equal with the reference."""
-    from accuquant.runtime.checkpoint import harden_model
+    from accuquant.export.native import harden_model
 
     recipe = make_recipe(model_folder, tmp_path / "out")
     rollout, planned, split = open_model(recipe)

@@ -18,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accuquant import CheckpointError, set_arithmetic
-from accuquant.calibration.layers import LayerSpec, quantize_model, quantized_layers
-from accuquant.runtime.checkpoint import AccuQuantConfig, harden_model
+from accuquant.calibration.layers import quantize_model
+from accuquant.export.native import harden_model
+from accuquant.runtime.checkpoint import AccuQuantConfig
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import quantized_layers
+from accuquant.runtime.spec import LayerSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLOCK = "transformer_blocks.0"

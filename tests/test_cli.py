@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from accuquant import __version__
 from accuquant.cli.main import app
-from accuquant.console import Reporter
+from accuquant.progress import Reporter
 from accuquant.recipe.file import list_shipped
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

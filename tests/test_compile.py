@@ -13,11 +13,12 @@ from torch import Tensor
 
 import accuquant
 from accuquant import Cache, CacheError
-from accuquant.calibration.layers import LayerSpec, quantize_model
+from accuquant.calibration.layers import quantize_model
+from accuquant.export.native import harden_model
 from accuquant.runtime.cache.hooks import controller_of
-from accuquant.runtime.checkpoint import harden_model
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import quantized_layers
+from accuquant.runtime.spec import LayerSpec
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

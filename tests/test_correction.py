@@ -16,17 +16,17 @@ from torch import Tensor
 from accuquant.caching import correct
 from accuquant.caching.correct import fit_correction
 from accuquant.calibration.session import Session, open_model, prepare
-from accuquant.console import Reporter
 from accuquant.core.correction import apply_affine, fit_affine
 from accuquant.core.metrics import relative_l2
+from accuquant.errors import CacheError, RecipeError
 from accuquant.evaluation.measure import held_out_reference
+from accuquant.export.load import load_export, recipe_of
 from accuquant.model.families import denoiser_of, load_pipeline
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
-from accuquant.programs.evaluate import load_export, recipe_of
-from accuquant.recipe import Cache, Recipe, RecipeError
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.cache.controller import CacheError
 from accuquant.runtime.cache.hooks import attach_cache, cached
 
 QUIET = Reporter(quiet=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from accuquant.errors import RecipeError
 from accuquant.pipeline.data import Split, calibration_samples, draw, held_out_samples, load_split
-from accuquant.recipe import Data, RecipeError
+from accuquant.recipe import Data
 
 
 def write(path: Path, values: list[Any], key: str = "class_id") -> Path:

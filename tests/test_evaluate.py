@@ -13,16 +13,18 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accuquant.calibration.layers import quantized_layers
-from accuquant.console import Reporter
+from accuquant.errors import RecipeError
 from accuquant.evaluation.digit_classifier import DigitClassifier
-from accuquant.evaluation.measure import image_metrics, latent_metrics
+from accuquant.evaluation.images import image_metrics
+from accuquant.evaluation.measure import latent_metrics
+from accuquant.export.load import load_export, recipe_of
 from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import load_split
 from accuquant.programs.calibrate import calibrate
-from accuquant.programs.evaluate import evaluate, load_export, recipe_of
-from accuquant.recipe import RecipeError
+from accuquant.programs.evaluate import evaluate
+from accuquant.progress import Reporter
 from accuquant.recipe.file import parse_recipe
+from accuquant.runtime.layer import quantized_layers
 
 QUIET = Reporter(quiet=True)
 

@@ -16,15 +16,17 @@ from safetensors import safe_open
 from test_layers import make_input, make_layer, relative
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model, quantized_layers
-from accuquant.console import Reporter
+from accuquant.calibration.layers import TrainableLayer, quantize_model
 from accuquant.core import kernels
 from accuquant.core.numerics import QTYPES, dequantize, fake_quantize, quantize, search_scale
+from accuquant.errors import RecipeError
+from accuquant.export.native import harden_model
 from accuquant.programs.calibrate import calibrate
-from accuquant.recipe import RecipeError
+from accuquant.progress import Reporter
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.checkpoint import harden_model
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import QuantizedLayer, quantized_layers
+from accuquant.runtime.spec import LayerSpec
 
 FP8 = QTYPES["fp8"]
 STATIC = LayerSpec("fp8", "fp8", activation_symmetric=True)

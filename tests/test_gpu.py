@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from accuquant.calibration.layers import LayerSpec, QuantizedLayer, TrainableLayer, set_arithmetic
-from accuquant.console import Reporter
+from accuquant.calibration.layers import TrainableLayer
 from accuquant.core import cuda
 from accuquant.core.kernels import integer_product
+from accuquant.export.load import load_export
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
-from accuquant.programs.evaluate import load_export
+from accuquant.progress import Reporter
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.layer import GRID
-from accuquant.runtime.spec import share_grids
+from accuquant.runtime.layer import GRID, QuantizedLayer, set_arithmetic
+from accuquant.runtime.spec import LayerSpec, share_grids
 
 pytestmark = [
     pytest.mark.gpu,

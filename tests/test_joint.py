@@ -13,15 +13,17 @@ from conftest import assert_same_weights, interrupt_cached_update, recipe_tree
 
 from accuquant.calibration.session import Session, open_model, prepare
 from accuquant.cli.main import app
-from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
+from accuquant.errors import RecipeError
 from accuquant.evaluation.measure import held_out_reference
 from accuquant.evaluation.report import percent
+from accuquant.export.load import load_export, recipe_of
 from accuquant.model.families import denoiser_of, load_pipeline
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
-from accuquant.programs.evaluate import evaluate, load_export, recipe_of
-from accuquant.recipe import Cache, Recipe, RecipeError
+from accuquant.programs.evaluate import evaluate
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import dump_recipe, parse_recipe
 from accuquant.runtime.cache.hooks import attach_cache, cached
 

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from conftest import make_pipeline
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model, set_arithmetic
+from accuquant.calibration.layers import TrainableLayer, quantize_model
 from accuquant.core.numerics import QTYPES, quantize
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import QuantizedLayer, set_arithmetic
+from accuquant.runtime.spec import LayerSpec
 
 MODULES = {
     "linear": lambda: nn.Linear(24, 10),

@@ -16,17 +16,18 @@ from test_cached_objective import STEPS, setting, taken
 from accuquant.caching.correct import fit_correction
 from accuquant.calibration.objectives.cached_steps import CachedSteps
 from accuquant.calibration.session import open_model, prepare, validation_error
-from accuquant.console import Reporter
 from accuquant.core.cached_objective import cached_group_gradient, full_cached_gradient
 from accuquant.core.forecasts import RFE, Reuse, Taylor, weighted
 from accuquant.core.metrics import relative_l2
+from accuquant.errors import CacheError, RecipeError
+from accuquant.export.load import load_export, recipe_of
 from accuquant.model.families import denoiser_of
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate, calibrate_alone, calibrate_cached
-from accuquant.programs.evaluate import load_export, recipe_of
-from accuquant.recipe import Cache, Recipe, RecipeError
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.cache.controller import CacheError, Correction
+from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import attach_cache, cached, controller_of
 
 QUIET = Reporter(quiet=True)

@@ -12,9 +12,10 @@ from conftest import make_pipeline
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-from accuquant.calibration.layers import LayerSpec, quantize_model
-from accuquant.runtime.checkpoint import harden_model
+from accuquant.calibration.layers import quantize_model
+from accuquant.export.native import harden_model
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.spec import LayerSpec
 
 LOAD = """
 import sys

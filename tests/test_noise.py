@@ -14,16 +14,18 @@ from torch import Tensor
 
 from accuquant.caching.enable import cache_stats, enable_cache
 from accuquant.caching.noise import measure_noise
+from accuquant.caching.search import searched
 from accuquant.calibration.session import Session, open_model, prepare
-from accuquant.console import Reporter
 from accuquant.core.forecasts import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor, change_weights
 from accuquant.core.metrics import relative_l2
+from accuquant.errors import CacheError, RecipeError
+from accuquant.export.load import load_export, recipe_of
 from accuquant.model.families import denoiser_of
-from accuquant.programs.calibrate import calibrate, searched
-from accuquant.programs.evaluate import load_export, recipe_of
-from accuquant.recipe import Cache, RecipeError, RFCConfig
+from accuquant.programs.calibrate import calibrate
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, RFCConfig
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.cache.controller import CacheError, forecast_of
+from accuquant.runtime.cache.controller import forecast_of
 from accuquant.runtime.cache.hooks import attach_cache, cached, controller_of
 
 QUIET = Reporter(quiet=True)

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from test_layers import MODULES, every_module, make_input, make_layer, oracle, relative, specs
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model
+from accuquant.calibration.layers import TrainableLayer, quantize_model
 from accuquant.core import kernels
+from accuquant.export.native import harden_model
 from accuquant.runtime import layer as quantized
-from accuquant.runtime.checkpoint import harden_model
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import QuantizedLayer
+from accuquant.runtime.spec import LayerSpec
 
 W8A8 = [
     LayerSpec("int8", "int8"),

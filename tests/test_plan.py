@@ -10,10 +10,12 @@ import torch
 from conftest import make_pipeline
 from torch import nn
 
-from accuquant.calibration.layers import LayerSpec, quantize_model
+from accuquant.calibration.layers import quantize_model
 from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
-from accuquant.recipe import RecipeError, Rule
+from accuquant.errors import RecipeError
+from accuquant.recipe import Rule
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.spec import LayerSpec
 
 BLOCK = "transformer_blocks.0"
 

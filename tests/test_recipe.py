@@ -10,7 +10,8 @@ import pytest
 import yaml
 from conftest import recipe_tree
 
-from accuquant.recipe import Recipe, RecipeError
+from accuquant.errors import RecipeError
+from accuquant.recipe import Recipe
 from accuquant.recipe.file import dump_recipe, find_shipped, list_shipped, load_recipe, parse_recipe
 
 OBJECTIVE_KEYS = (

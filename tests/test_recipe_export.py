@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from conftest import recipe_tree
 
-from accuquant.recipe import Recipe, RecipeError
+from accuquant.errors import RecipeError
+from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
 
 STATIC = {"modules": r".*attn1\..*", "weight": "int8", "activation": "int8"}

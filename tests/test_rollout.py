@@ -9,9 +9,10 @@ import torch
 from conftest import make_pipeline, make_pixart
 from torch import Tensor
 
+from accuquant.errors import RecipeError
 from accuquant.model.families import set_scheduler
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.recipe import RecipeError, Sampling
+from accuquant.recipe import Sampling
 
 
 def decoder_input(pipeline: Any, labels: list[int], seeds: list[int], sampling: Sampling) -> Tensor:

@@ -16,14 +16,15 @@ from torch import Tensor
 from accuquant import CacheError, FORAConfig, RFCConfig, TaylorSeerConfig, cache_stats, disable_cache, enable_cache
 from accuquant.caching.enable import _known_inputs
 from accuquant.caching.search import cached, record_grams, search_cache
-from accuquant.console import Reporter
 from accuquant.core.forecasts import RFE, Forecast, Memory, Reuse, Taylor
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import ForecastErrors, dps_steps, interval_steps
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import draw
+from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
-from accuquant.runtime.cache.hooks import cached_modules, controller_of
+from accuquant.runtime.cache.features import cached_modules
+from accuquant.runtime.cache.hooks import controller_of
 
 QUIET = Reporter(quiet=True)
 STEPS = 10

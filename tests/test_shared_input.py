@@ -14,14 +14,16 @@ from conftest import make_pipeline, recipe_tree
 from diffusers import DiTPipeline
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import LayerSpec, QuantizedLayer, quantize_model, quantized_layers
-from accuquant.console import Reporter
+from accuquant.calibration.layers import quantize_model
+from accuquant.errors import RecipeError
+from accuquant.export.native import harden_model
 from accuquant.programs.calibrate import calibrate
-from accuquant.recipe import RecipeError
+from accuquant.progress import Reporter
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime import layer as quantized
-from accuquant.runtime.checkpoint import harden_model
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import QuantizedLayer, quantized_layers
+from accuquant.runtime.spec import LayerSpec
 
 QUIET = Reporter(quiet=True)
 READS = {"to_q": 0, "to_k": 0, "to_v": 0, "to_out.0": 1, "ff.net.0.proj": 2, "ff.net.2": 3}  # tensors of one block

@@ -10,13 +10,13 @@ import torch
 from conftest import make_stable_diffusion, recipe_tree
 from diffusers import StableDiffusionPipeline
 
-from accuquant.calibration.layers import quantized_layers
-from accuquant.console import Reporter
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
+from accuquant.progress import Reporter
 from accuquant.recipe import Sampling
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.cache.hooks import controller_of
+from accuquant.runtime.layer import quantized_layers
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

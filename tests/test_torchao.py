@@ -17,17 +17,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from accuquant.calibration.layers import QuantizedLayer, quantized_layers, set_arithmetic, trainable_layers
+from accuquant.calibration.layers import DYNAMIC_CLIP, trainable_layers
 from accuquant.calibration.session import open_model, prepare
 from accuquant.cli.generate import generate
-from accuquant.console import Reporter
-from accuquant.export.torchao import DYNAMIC_CLIP, convert_model, input_dimensions, torchao_installed, torchao_layers
+from accuquant.errors import RecipeError
+from accuquant.export.load import load_export, recipe_of
+from accuquant.export.native import harden_model
+from accuquant.export.torchao import convert_model, input_dimensions, torchao_installed, torchao_layers
 from accuquant.pipeline.data import load_split
 from accuquant.programs.calibrate import calibrate, describe
-from accuquant.programs.evaluate import evaluate, load_export, recipe_of
-from accuquant.recipe import Recipe, RecipeError
+from accuquant.programs.evaluate import evaluate
+from accuquant.progress import Reporter
+from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.checkpoint import harden_model
+from accuquant.runtime.layer import QuantizedLayer, quantized_layers, set_arithmetic
 
 REASON = "needs accuquant[torchao]"
 needs_torchao = pytest.mark.skipif(not torchao_installed(), reason=REASON)
@@ -171,9 +174,8 @@ def test_a_stranger_gets_calibrations_integers_and_our_arithmetic(
 @pytest.mark.parametrize("shape", [(6, 48), (2, 5, 48)])
 def test_one_layer_equals_ours(rule: dict[str, Any], shape: tuple[int, ...]) -> None:
     """To float rounding. A token's extreme is at 127.5 steps of a dynamic scale: if positive, both clamp it to 127."""
-    from accuquant.calibration.layers import quantize_model
+    from accuquant.calibration.layers import adopt_dynamic_scales, quantize_model
     from accuquant.calibration.plan import plan_modules
-    from accuquant.export.torchao import adopt_dynamic_scales
     from accuquant.recipe import Rule
     from accuquant.runtime.clock import StepClock
 
@@ -317,8 +319,9 @@ def test_tensors_at_the_models_root(tmp_path: Path) -> None:
     """PixArt has a table beside its modules, and inputs of two and of three dimensions."""
     from diffusers import PixArtTransformer2DModel
 
-    from accuquant.calibration.layers import LayerSpec, quantize_model
+    from accuquant.calibration.layers import quantize_model
     from accuquant.runtime.clock import StepClock
+    from accuquant.runtime.spec import LayerSpec
 
     model = make_pixart().transformer
     spec = LayerSpec("int8", "int8", activation_symmetric=True)
@@ -371,8 +374,9 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch, model_folder: Path, tm
 
 @needs_torchao
 def test_layers_that_torchao_cannot_hold_are_not_written() -> None:
-    from accuquant.calibration.layers import LayerSpec, quantize_model
+    from accuquant.calibration.layers import quantize_model
     from accuquant.runtime.clock import StepClock
+    from accuquant.runtime.spec import LayerSpec
 
     for spec in (LayerSpec("int4"), LayerSpec("int8", symmetric=False), LayerSpec("int8", group_size=16)):
         model = make_pipeline().transformer

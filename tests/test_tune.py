@@ -14,14 +14,15 @@ from typer.testing import CliRunner
 
 from accuquant.calibration.loop import Tuner
 from accuquant.cli.main import app
-from accuquant.console import Reporter
 from accuquant.core.schedule import filled_interval_steps
+from accuquant.errors import RecipeError
 from accuquant.model.families import load_pipeline
 from accuquant.model.rollout import Rollout
 from accuquant.programs import tune as tuning
 from accuquant.programs.calibrate import calibrate
 from accuquant.programs.tune import chosen_recipe, hand_over, kept_in, tune
-from accuquant.recipe import Cache, Recipe, RecipeError
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import dump_recipe, load_recipe
 from accuquant.runtime.cache.hooks import controller_of
 from accuquant.tuning.budget import describe_tuning, open_session, type_combinations

@@ -14,11 +14,13 @@ import torch
 from test_layers import MODULES, every_module, make_input, make_layer, oracle, relative, specs
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import LayerSpec, QuantizedLayer, TrainableLayer
+from accuquant.calibration.layers import TrainableLayer
 from accuquant.core import cuda, triton_kernels
 from accuquant.core.numerics import QTYPES, SMALLEST_SCALE, dynamic_scale, quantize
 from accuquant.core.packing import pack
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import QuantizedLayer
+from accuquant.runtime.spec import LayerSpec
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda:0")
 HALVES = [torch.float16] if DEVICE.type == "cpu" else [torch.float16, torch.bfloat16]

@@ -21,13 +21,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from accuquant.calibration.layers import set_arithmetic
 from accuquant.calibration.loop import REFRESHES
 from accuquant.calibration.session import Session, block_costs, open_model, prepare
-from accuquant.console import Reporter
 from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_metrics
+from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
+from accuquant.runtime.layer import set_arithmetic
 
 app = typer.Typer(add_completion=False, help=__doc__)
 

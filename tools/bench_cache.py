@@ -31,18 +31,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from accuquant.caching.search import SEARCH_SAMPLES, search_cache
 from accuquant.calibration.session import open_model
-from accuquant.console import Reporter
 from accuquant.core.forecasts import Differences, Norm
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import RCS, interval_steps
 from accuquant.evaluation.digit_classifier import DigitClassifier
-from accuquant.evaluation.measure import image_metrics
+from accuquant.evaluation.images import image_metrics
 from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import calibration_samples, held_out_samples
+from accuquant.progress import Reporter
 from accuquant.recipe import Cache
 from accuquant.recipe.file import load_recipe
-from accuquant.runtime.cache.hooks import MODULES, cached, cached_modules
+from accuquant.runtime.cache.features import MODULES, cached_modules
+from accuquant.runtime.cache.hooks import cached
 
 app = typer.Typer(add_completion=False, help=__doc__)
 # NFC -> interval, with two leading full steps; 14 to 7 are those of the published table

@@ -30,8 +30,8 @@ from inference_hosts import HOSTS
 from inference_models import BUNDLED, FLUX, MODELS
 from inference_report import machine, summary, write_report
 
-from accuquant.console import Reporter
 from accuquant.model.families import pick_device
+from accuquant.progress import Reporter
 
 WORKER = Path(__file__).parent / "inference_worker.py"
 INTERVALS = {14: 4, 8: 7}  # NFC of 50 steps -> interval, with two leading full steps

@@ -32,20 +32,22 @@ from joint_report import draw_runs, print_choice, print_latency, print_tables, r
 
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.noise import measure_noise
+from accuquant.caching.search import searched
 from accuquant.calibration.loop import Tuner
 from accuquant.calibration.session import Session, open_model, prepare
-from accuquant.console import Reporter
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.evaluation.digit_classifier import DigitClassifier
-from accuquant.evaluation.measure import HeldOut, held_out_reference, image_metrics
+from accuquant.evaluation.images import image_metrics
+from accuquant.evaluation.measure import HeldOut, held_out_reference
 from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.programs.calibrate import calibrate_alone, calibrate_cached, searched
+from accuquant.programs.calibrate import calibrate_alone, calibrate_cached
 from accuquant.programs.tune import calibrate_with, learn
+from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
-from accuquant.runtime.cache.controller import Correction
+from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import cached
 from accuquant.tuning.budget import Combination, step_times, type_combinations
 from accuquant.tuning.candidates import NAIVE, TUNING_SAMPLES, Place, Tried, as_cache, learned_of, worse_error

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accuquant.calibration.layers import quantize_model
-from accuquant.runtime.checkpoint import harden_model
+from accuquant.export.native import harden_model
 from accuquant.runtime.clock import StepClock
 
 GROUPS = 10  # of timesteps, as the recipes have

@@ -11,11 +11,11 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import LayerSpec
 from accuquant.calibration.plan import plan_modules
 from accuquant.model.families import resolve
 from accuquant.recipe import Rule
 from accuquant.recipe.file import load_recipe
+from accuquant.runtime.spec import LayerSpec
 
 BUNDLED, DIT_XL, FLUX = "bundled", "dit-xl", "flux"
 MODELS = (BUNDLED, DIT_XL, FLUX)

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from accuquant.calibration.session import Session, open_model, prepare
-from accuquant.console import Reporter
 from accuquant.core.objective import full_gradient, group_gradient
+from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe
 
 STEPS = (1, 2, 5, 10, 25, 50)

@@ -15,7 +15,7 @@ from bench_cache import DEFAULT_OUT, INTERVALS, Bench, Out, rows_of
 from accuquant.caching.search import record_grams
 from accuquant.core.schedule import ForecastErrors, interval_steps
 from accuquant.recipe import Cache
-from accuquant.runtime.cache.hooks import cached_modules
+from accuquant.runtime.cache.features import cached_modules
 
 
 def main(out: Out = DEFAULT_OUT) -> None:

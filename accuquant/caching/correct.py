@@ -16,12 +16,13 @@ from torch import Tensor
 
 from accuquant.calibration.loop import Reference
 from accuquant.calibration.session import Session, watched
-from accuquant.console import Advance, Reporter
 from accuquant.core.correction import apply_affine, fit_affine
 from accuquant.core.forecasts import Memory
 from accuquant.model.rollout import Conditions
+from accuquant.progress import Advance, Reporter
 from accuquant.recipe import Cache
-from accuquant.runtime.cache.controller import Controller, Correction
+from accuquant.runtime.cache.controller import Controller
+from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import cached
 
 CORRECTION_SAMPLES = 16

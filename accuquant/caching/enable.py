@@ -12,13 +12,14 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from accuquant.caching.search import CHOICE_SAMPLES, search_on_inputs
-from accuquant.console import Reporter
+from accuquant.errors import CacheError
 from accuquant.model.families import FAMILIES, family_of
 from accuquant.model.rollout import Rollout
+from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import shipped_folder
-from accuquant.runtime.cache.controller import CacheError, CacheStats
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache, hook_of
+from accuquant.runtime.cache.stats import CacheStats
 
 
 def enable_cache(

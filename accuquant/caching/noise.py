@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from accuquant.calibration.session import Session, watched
-from accuquant.console import Reporter
-from accuquant.runtime.cache.hooks import cached_modules
+from accuquant.progress import Reporter
+from accuquant.runtime.cache.features import cached_modules
 
 NOISE_SAMPLES = 4
 

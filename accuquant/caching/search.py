@@ -14,18 +14,21 @@ import math
 import random
 import re
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accuquant.console import Reporter
+from accuquant.caching.noise import measure_noise
+from accuquant.calibration.session import Session
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import ForecastErrors, best_steps, dps_steps, filled_interval_steps
+from accuquant.errors import CacheError
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import draw
+from accuquant.progress import Reporter
 from accuquant.recipe import Cache
-from accuquant.runtime.cache.controller import CacheError
 from accuquant.runtime.cache.hooks import cached
 
 EMPHASES = (0.0, 1.0, 2.0)  # of late steps over early ones, for the lists that dynamic programming proposes
@@ -309,3 +312,30 @@ def _with(config: Cache, **changes: Any) -> Cache:
         plain = {"corrected": False, "corrected_quantization": False}
         changes = {"target_nfc": None, "target_seconds": None, "interval": None} | plain | changes
     return config.model_copy(update=changes)
+
+
+TYPICAL_NFC = 14  # for the gap that noise is measured over, where tau or a time leaves it open
+
+
+def searched(
+    config: Cache,
+    session: Session,
+    reporter: Reporter,
+    worse_of_both: bool = False,
+    samples: int = SEARCH_SAMPLES,
+) -> Cache:
+    """The cache with its noise measured, and its target searched for, on the session's model as it is."""
+    num_steps = session.rollout.num_steps
+    if config.noise_aware and config.noise is None:
+        listed = len(config.full_steps or config.full_timesteps or ())
+        gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
+        config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
+    if config.searches:
+        reference, published = session.reference.first(samples), config.measured_on == "full_precision"
+        if config.estimation == "auto":  # by samples too that the weights are not fitted to
+            half = CHOICE_SAMPLES // 2
+            reference = session.reference.first(half).join(session.validation.first(half))
+        given = (session.rollout, reference.conditions, reference.latents)
+        with session.full_precision() if published and config.schedule == "dps" else nullcontext():
+            config = search_cache(*given, config, reporter, worse_of_both)
+    return config

@@ -7,6 +7,7 @@ the other, and both compute the same function (`torch.equal` with the reference 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,22 +20,8 @@ from accuquant.core import rounding
 from accuquant.core.numerics import dequantize, dynamic_scale, fake_quantize, lsq_gradient_scale, quantize, search_scale
 from accuquant.core.packing import pack
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.layer import Arithmetic, QuantizedLayer, quantized_layers, set_arithmetic
-from accuquant.runtime.spec import Conv, Layer, LayerSpec, at_least_float32
-
-__all__ = [
-    "Arithmetic",
-    "Conv",
-    "LayerSpec",
-    "QuantizedLayer",
-    "TrainableLayer",
-    "full_precision",
-    "keep_float32",
-    "quantize_model",
-    "quantized_layers",
-    "set_arithmetic",
-    "trainable_layers",
-]
+from accuquant.runtime.layer import QuantizedLayer
+from accuquant.runtime.spec import Conv, Layer, LayerSpec, at_least_float32, keep_float32
 
 
 class TrainableLayer(Layer):
@@ -218,6 +205,14 @@ def quantize_model(
     return trainable_layers(model)
 
 
-def keep_float32(model: Any, names: Iterable[str]) -> None:
-    """Tell diffusers that these modules' float tensors do not speak for the model's dtype: scales stay float32."""
-    model._keep_in_fp32_modules = [*(getattr(model, "_keep_in_fp32_modules", None) or []), *names]
+# torchao's dynamic scale is max|x| / 127.5, half of the whole range; ours is clip ratio * max|x| / 127. A token's
+# extreme so lies between two integers, and which of them -127.5 becomes depends on the last bit of the scale.
+DYNAMIC_CLIP = 127 / 127.5
+
+
+def adopt_dynamic_scales(layers: Iterable[TrainableLayer]) -> None:
+    """Have dynamic layers compute with torchao's scale, so that calibration sees the arithmetic of the export."""
+    with torch.no_grad():
+        for layer in layers:
+            if layer.spec.activation != "float" and not layer.spec.static:
+                layer.log_activation_scale.fill_(math.log(DYNAMIC_CLIP))

@@ -26,9 +26,10 @@ from accuquant.calibration.objectives.cached_steps import CachedSteps
 from accuquant.core import rounding
 from accuquant.core.cached_objective import cached_group_gradient, cached_groups
 from accuquant.core.objective import group_gradient, groups
+from accuquant.errors import RecipeError
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.recipe import Cache, Objective, RecipeError
-from accuquant.runtime.cache.controller import Correction
+from accuquant.recipe import Cache, Objective
+from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.clock import StepClock
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import Conv, LayerSpec
 from accuquant.core.packing import packed_columns
-from accuquant.recipe import RecipeError, Rule
+from accuquant.errors import RecipeError
+from accuquant.recipe import Rule
+from accuquant.runtime.spec import Conv, LayerSpec
 
 FLOAT_BITS = 32
 

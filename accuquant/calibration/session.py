@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import TrainableLayer, full_precision, quantize_model
+from accuquant.calibration.layers import TrainableLayer, adopt_dynamic_scales, full_precision, quantize_model
 from accuquant.calibration.loop import Reference, Tuner
 from accuquant.calibration.objectives.blocks import evaluations_made, parts_of, spread_calls
 from accuquant.calibration.plan import PlannedModule, plan_modules
-from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
-from accuquant.export.torchao import adopt_dynamic_scales
+from accuquant.errors import RecipeError
 from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import Samples, Split, calibration_samples, draw, load_split
-from accuquant.recipe import Cache, Objective, Recipe, RecipeError
-from accuquant.runtime.cache.hooks import cached_features
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Objective, Recipe
+from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
 

@@ -8,12 +8,12 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import QuantizedLayer
+from accuquant.export.load import exported_layers, load_export, recipe_of
 from accuquant.export.torchao import stored_tensors
 from accuquant.model.families import denoiser_of
-from accuquant.programs.evaluate import exported_layers, load_export, recipe_of
 from accuquant.runtime.cache.hooks import controller_of
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import QuantizedLayer
 
 COLUMNS = ("module", "shape", "weight", "group", "activation", "weight scale", "activation scale", "path", "kB")
 

@@ -8,20 +8,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from diffusers.utils import logging as diffusers_logging
-from rich.console import Console
-from rich.table import Table
 
-from accuquant import __version__
-from accuquant.console import Reporter
-from accuquant.export.run_folder import figures
-from accuquant.recipe import Cache, Recipe, RecipeError
+from accuquant.cli.plan_view import errors, out, print_metrics, print_plan, print_tried, print_tuning_plan
+from accuquant.errors import CheckpointError, RecipeError
+from accuquant.progress import Reporter
+from accuquant.recipe import Recipe
 from accuquant.recipe.file import list_shipped, load_recipe, shipped_folder
-from accuquant.runtime.checkpoint import CheckpointError
+from accuquant.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,10 +29,6 @@ app = typer.Typer(
     "export to a folder that plain diffusers loads.",
     epilog="Start with:\n\naccuquant calibrate dit_w8a8\n\naccuquant generate out/dit_w8a8 --class 3 --class 7",
 )
-# wide, so that names and paths stay in one piece in pipes; folding is the terminal's business
-out = Console(highlight=False, markup=False, emoji=False, width=1000)
-errors = Console(highlight=False, markup=False, emoji=False, width=1000, stderr=True)
-
 CHANGEABLE = ("sampling.num_inference_steps", "sampling.guidance_scale", "model.", "data.path", "evaluation.", "cache")
 CHANGEABLE_WORDS = ", ".join(key + "*" * (key[-1] == ".") for key in CHANGEABLE) + ".*"
 
@@ -92,11 +86,11 @@ def calibrate(
         loaded = load_recipe(recipe, _with_output(overrides, output))
         if dry_run:
             planned, costs = describe(loaded)
-            _print_plan(loaded, planned, costs)
+            print_plan(loaded, planned, costs)
             return
         with _nothing_lost(loaded, ".partial"):
             folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
-        _print_metrics(folder)
+        print_metrics(folder)
         out.print(f"\nexport: {folder}\nreport: {folder / 'report.html'}")
 
 
@@ -121,14 +115,14 @@ def tune(
     with _readable_errors(verbose):
         loaded = load_recipe(recipe, _with_output(overrides, output))
         if dry_run:
-            _print_tuning_plan(loaded)
+            print_tuning_plan(loaded)
             return
         from accuquant.programs.tune import tune as run
 
         with _nothing_lost(loaded, ".tuning"):
             folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
-        _print_tried(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))["tried"])
-        _print_metrics(folder)
+        print_tried(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))["tried"])
+        print_metrics(folder)
         out.print(f"\nexport: {folder}\nrecipe: {folder / 'recipe.yaml'}\nreport: {folder / 'report.html'}")
 
 
@@ -141,11 +135,11 @@ def evaluate(
 ) -> None:
     """Compare an export with full precision on held-out classes and noise; rewrites metrics.json and report.html."""
     with _readable_errors(verbose):
+        from accuquant.export.load import recipe_of
         from accuquant.programs.evaluate import evaluate as run
-        from accuquant.programs.evaluate import recipe_of
 
         run(folder, recipe_of(folder, _changeable(overrides)), Reporter(quiet, verbose))
-        _print_metrics(folder)
+        print_metrics(folder)
         out.print(f"\nreport: {folder / 'report.html'}")
 
 
@@ -198,122 +192,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         out.print(__version__)
         raise typer.Exit
-
-
-def _print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> None:
-    groups = recipe.quantization.timestep_groups
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("module", "kind", "shape", "weight", "activation", "tuned", "float kB", "export kB"):
-        table.add_column(column)
-    for p in planned:
-        weight = "float" if p.spec is None else p.spec.weight + (f"/{p.spec.group_size}" if p.spec.group_size else "")
-        activation = (
-            "float"
-            if p.spec is None or p.spec.activation == "float"
-            else f"{p.spec.activation} {p.spec.activation_scale}"
-        )
-        sizes = (f"{p.float_bytes / 1e3:.1f}", f"{p.quantized_bytes(groups) / 1e3:.1f}")
-        tuned = "yes" if p.tune else ""
-        table.add_row(p.name, p.kind, f"{p.shape[0]}x{p.shape[1]}", weight, activation, tuned, *sizes)
-    out.print(table)
-    inside = [p for p in planned if p.spec]
-    before, after = sum(p.float_bytes for p in planned), sum(p.quantized_bytes(groups) for p in planned)
-    layers = sum(p.quantized_bytes(groups) for p in inside) / sum(p.float_bytes for p in inside)
-    operations = sum(p.bit_operations for p in planned) / max(1, sum(p.macs * 32 * 32 for p in planned))
-    evaluations = costs["network_evaluations"]
-    rows = [
-        ("modules", f"{len(inside)} quantized, {len(planned) - len(inside)} stay float"),
-        (
-            "size of these modules",
-            f"{before / 1e6:.2f} MB -> {after / 1e6:.2f} MB (quantized ones {layers:.3f} of float32)",
-        ),
-        ("bit-operations", f"{operations:.3f} of float32"),
-        *([("cache", _cache_words(recipe.cache))] if recipe.cache else []),
-        ("network evaluations", f"{evaluations['tuning']} tuning + {evaluations['sampling']} sampling"),
-        ("memory beside the model", f"about {costs['memory_bytes'] / 1e9:.2f} GB + one step's activations"),
-        ("estimated time", f"about {_duration(costs['seconds'])}"),
-        ("output", recipe.export.output),
-    ]
-    out.print()
-    for name, value in rows:
-        out.print(f"{name:26} {value}")
-    out.print("\ndry run: nothing was written")
-
-
-def _cache_words(cache: Cache) -> str:
-    """Forecast and schedule, as the recipe has them."""
-    keys = ("interval", "tau", "target_nfc", "target_seconds", "schedule")
-    how = ", ".join(f"{key} {getattr(cache, key)}" for key in keys if getattr(cache, key) is not None)
-    return f"{cache.estimation}, order {cache.forecast_order}, {how}"
-
-
-def _print_metrics(folder: Path) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for row in figures(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))):
-        table.add_row(*row)
-    out.print(table)
-
-
-def _print_tuning_plan(recipe: Recipe) -> None:
-    from accuquant.tuning.budget import describe_tuning
-
-    if recipe.tune is None:
-        raise RecipeError("tune: the recipe has no such section; give it a budget, for example --set tune.nfc=14")
-    rows, costs = describe_tuning(recipe)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("types", "full steps", "bit-operations"):
-        table.add_column(column)
-    for name, nfc, operations in rows:
-        table.add_row(name, str(nfc), f"{operations:.4f}")
-    out.print(table)
-    budget = {key: getattr(recipe.tune, key) for key in ("nfc", "bit_operations", "seconds")}
-    shown = ", ".join(f"{key} {value:g}" for key, value in budget.items() if value is not None)
-    out.print(f"\n{'budget':26} {shown}")
-    if recipe.tune.seconds:
-        out.print(f"{'':26} seconds are measured when the search begins, and may pay for fewer full steps than above")
-    out.print(f"{'calibrated':26} {costs['combinations']} of {len(rows)} combinations of types")
-    out.print(f"{'rollouts':26} about {costs['rollouts']:.0f}")
-    out.print(f"{'estimated time':26} about {_duration(costs['seconds'])}")
-    out.print(f"{'output':26} {recipe.export.output}")
-    out.print("\ndry run: nothing was written")
-
-
-def _print_tried(rows: list[dict[str, Any]]) -> None:
-    """The Pareto front of what was tried, the chosen point, and the rivals."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in (
-        "",
-        "types",
-        "cache",
-        "calibrated",
-        "NFC",
-        "bit-operations",
-        "seconds",
-        "E_qc",
-        "images",
-        "tried in",
-    ):
-        table.add_column(column)
-    for row in sorted(rows, key=lambda row: float(row["E_qc"])):
-        mark = "chosen" if row["chosen"] else "front" if row["front"] else row["rival"] or ""
-        if mark:
-            costs = (
-                f"{row['nfc']:g}",
-                f"{row['bit_operations']:.4f}",
-                f"{row['seconds']:.2f}",
-                f"{row['E_qc']:.4f}",
-                f"{row['image_error']:.4f}",
-            )
-            table.add_row(mark, row["types"], row["cache"], row["calibrated"], *costs, f"{row['elapsed']:.1f} s")
-    out.print(table)
-    out.print("chosen by the worse of both errors, latents (E_qc) and images, each in that of the best naive stacking")
-    out.print(f"{len(rows)} candidates were tried; the report shows them all\n")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _with_output(overrides: list[str] | None, output: Path | None) -> list[str]:

@@ -7,11 +7,12 @@ from torch import nn
 
 from accuquant.calibration.plan import PlannedModule
 from accuquant.calibration.session import Session
+from accuquant.errors import RecipeError
+from accuquant.export.native import harden_model
 from accuquant.export.torchao import INSTALL_TORCHAO, convert_model, input_dimensions, torchao_installed
 from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import Split, calibration_samples
-from accuquant.recipe import Recipe, RecipeError
-from accuquant.runtime.checkpoint import harden_model
+from accuquant.recipe import Recipe
 
 
 def check_format(recipe: Recipe, rollout: Rollout, planned: list[PlannedModule], split: Split) -> dict[str, int]:

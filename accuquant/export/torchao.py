@@ -8,7 +8,6 @@ torchao is optional, so it is imported where it is used.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -20,26 +19,15 @@ from diffusers import TorchAoConfig
 from diffusers.quantizers.torchao import TorchAoHfQuantizer
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import QuantizedLayer, TrainableLayer, trainable_layers
+from accuquant.calibration.layers import DYNAMIC_CLIP, trainable_layers
+from accuquant.runtime.layer import QuantizedLayer
 
 TORCHAO_VERSIONS = "0.18"  # that this format is tested with; its place in torchao is torchao.prototype
 INSTALL_TORCHAO = "pip install 'accuquant[torchao]'"
 
-# torchao's dynamic scale is max|x| / 127.5, half of the whole range; ours is clip ratio * max|x| / 127. A token's
-# extreme so lies between two integers, and which of them -127.5 becomes depends on the last bit of the scale.
-DYNAMIC_CLIP = 127 / 127.5
-
 
 def torchao_installed() -> bool:
     return find_spec("torchao") is not None
-
-
-def adopt_dynamic_scales(layers: Iterable[TrainableLayer]) -> None:
-    """Have dynamic layers compute with torchao's scale, so that calibration sees the arithmetic of the export."""
-    with torch.no_grad():
-        for layer in layers:
-            if layer.spec.activation != "float" and not layer.spec.static:
-                layer.log_activation_scale.fill_(math.log(DYNAMIC_CLIP))
 
 
 def input_dimensions(model: nn.Module, names: Iterable[str], run: Callable[[], object]) -> dict[str, int]:

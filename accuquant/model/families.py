@@ -14,7 +14,8 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from accuquant.recipe import Model, RecipeError
+from accuquant.errors import RecipeError
+from accuquant.recipe import Model
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 

@@ -16,8 +16,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from accuquant.core.solver import LinearSolver, NotLinear, Step, probe
+from accuquant.errors import RecipeError
 from accuquant.model.families import denoiser_of, family_of
-from accuquant.recipe import RecipeError, Sampling
+from accuquant.recipe import Sampling
 
 
 @dataclass(frozen=True)

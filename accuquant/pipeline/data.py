@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from accuquant.recipe import Data, RecipeError
+from accuquant.errors import RecipeError
+from accuquant.recipe import Data
 from accuquant.recipe.file import find_shipped
 
 HELD_OUT_SEED_OFFSET = 1_000_000  # keeps held-out noise apart from calibration noise

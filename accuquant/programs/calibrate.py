@@ -17,24 +17,25 @@ import yaml
 from safetensors.torch import save_file
 
 from accuquant.caching.correct import fit_correction
-from accuquant.caching.noise import measure_noise
-from accuquant.caching.search import CHOICE_SAMPLES, SEARCH_SAMPLES, search_cache, search_calls
+from accuquant.caching.search import search_calls, searched
 from accuquant.calibration.loop import Tuner
 from accuquant.calibration.plan import PlannedModule, count_macs
 from accuquant.calibration.session import Session, block_costs, open_model, prepare, validation_error
-from accuquant.console import Reporter
-from accuquant.evaluation.measure import HeldOut, call_seconds, held_out_reference, latent_metrics, sample
+from accuquant.errors import RecipeError
+from accuquant.evaluation.card import model_card
+from accuquant.evaluation.costs import call_seconds
+from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_metrics, sample
 from accuquant.export.formats import check_format, write_format
-from accuquant.export.run_folder import check_output, model_card, publish
+from accuquant.export.native import store_cache
+from accuquant.export.run_folder import check_output, publish
 from accuquant.pipeline.data import calibration_samples
 from accuquant.programs.evaluate import NAIVE_LATENTS, evaluate
-from accuquant.recipe import Cache, Objective, Recipe, RecipeError
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Objective, Recipe
 from accuquant.recipe.file import dump_recipe
 from accuquant.runtime.cache.hooks import cached
-from accuquant.runtime.checkpoint import store_cache
 
 AUTO_CANDIDATES = (1, 2, 5)
-TYPICAL_NFC = 14  # for the gap that noise is measured over, where tau or a time leaves it open
 AUTO_SHARE = 0.25  # of the budget, spent on each candidate's trial
 
 
@@ -259,30 +260,6 @@ def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> C
     temporary = kept.with_suffix(".tmp")
     temporary.write_text(config.model_dump_json(), encoding="utf-8")
     temporary.rename(kept)
-    return config
-
-
-def searched(
-    config: Cache,
-    session: Session,
-    reporter: Reporter,
-    worse_of_both: bool = False,
-    samples: int = SEARCH_SAMPLES,
-) -> Cache:
-    """The cache with its noise measured, and its target searched for, on the session's model as it is."""
-    num_steps = session.rollout.num_steps
-    if config.noise_aware and config.noise is None:
-        listed = len(config.full_steps or config.full_timesteps or ())
-        gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
-        config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
-    if config.searches:
-        reference, published = session.reference.first(samples), config.measured_on == "full_precision"
-        if config.estimation == "auto":  # by samples too that the weights are not fitted to
-            half = CHOICE_SAMPLES // 2
-            reference = session.reference.first(half).join(session.validation.first(half))
-        given = (session.rollout, reference.conditions, reference.latents)
-        with session.full_precision() if published and config.schedule == "dps" else nullcontext():
-            config = search_cache(*given, config, reporter, worse_of_both)
     return config
 
 

@@ -8,39 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from accuquant import __version__
-from accuquant.caching.search import search_on_inputs
-from accuquant.calibration.layers import quantized_layers
 from accuquant.calibration.plan import count_macs, plan_modules
-from accuquant.console import Reporter
+from accuquant.evaluation.costs import cache_metrics, cost_metrics, module_row, step_seconds
 from accuquant.evaluation.digit_classifier import DigitClassifier
+from accuquant.evaluation.images import image_metrics
 from accuquant.evaluation.measure import (
     HeldOut,
-    cache_metrics,
-    cost_metrics,
     decompose,
     held_out_reference,
-    image_metrics,
     input_errors,
     latent_metrics,
     module_errors,
-    module_row,
     sample,
-    step_seconds,
 )
 from accuquant.evaluation.report import write_report
-from accuquant.export.torchao import INSTALL_TORCHAO, stored_tensors, torchao_installed, torchao_layers
-from accuquant.model.families import denoiser_of, family_of, load_pipeline, pick_device, resolve
+from accuquant.export.load import exported_layers, load_export, recipe_of
+from accuquant.export.torchao import stored_tensors
+from accuquant.model.families import load_pipeline, pick_device, resolve
 from accuquant.model.rollout import Rollout
-from accuquant.pipeline.data import load_split
-from accuquant.recipe import Cache, Recipe, RecipeError
-from accuquant.recipe.file import load_recipe
-from accuquant.runtime.cache.controller import CacheStats
-from accuquant.runtime.cache.hooks import CORRECTION, attach_cache, controller_of, detach_cache, uncached
+from accuquant.progress import Reporter
+from accuquant.recipe import Recipe
+from accuquant.runtime.cache.hooks import CORRECTION, controller_of, uncached
+from accuquant.runtime.cache.stats import CacheStats
+from accuquant.version import __version__
 
 NAIVE_LATENTS = "naive.safetensors"
 
@@ -147,63 +140,6 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         others or None,
     )
     return metrics
-
-
-def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) -> DiffusionPipeline:
-    """Load an export with plain diffusers onto the recipe's device, with its cache, or the recipe's where that differs.
-
-    Raises:
-        RecipeError: the folder is no export of this package.
-    """
-    if not (folder / "model_index.json").is_file():
-        raise RecipeError(f"{folder} is no export: it has no model_index.json")
-    if recipe.export.format == "torchao" and not torchao_installed():
-        raise RecipeError(f"{folder} is in torchao's format, and torchao is not installed: {INSTALL_TORCHAO}")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=getattr(torch, recipe.model.dtype))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{folder} cannot be loaded: {error}") from error
-    if not exported_layers(denoiser_of(pipeline)):
-        raise RecipeError(f"{folder} holds no quantized layer: it was not written by accuquant")
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(pick_device(recipe.model.device))
-    if recipe.cache != recipe_of(folder).cache:
-        denoiser = denoiser_of(pipeline)
-        if controller_of(denoiser) is not None:
-            detach_cache(denoiser)
-        if recipe.cache is not None:
-            if recipe.cache.fits:
-                key = "cache.corrected" if recipe.cache.corrected else "cache.corrected_quantization"
-                raise RecipeError(
-                    f"{key}: the correction belongs to the cache that this export was calibrated with; "
-                    f"another one needs --set {key}=false"
-                )
-            attach_cache(denoiser, _searched(recipe.cache, pipeline, recipe, reporter or Reporter(quiet=True)))
-    return pipeline
-
-
-def exported_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """The quantized modules of a loaded export, of whichever format."""
-    return {**quantized_layers(denoiser), **torchao_layers(denoiser)}
-
-
-def _searched(config: Cache, pipeline: DiffusionPipeline, recipe: Recipe, reporter: Reporter) -> Cache:
-    """A target given on the command line: searched on calibration samples, against the export without a cache."""
-    if not config.searches:
-        return config
-    rollout, split = Rollout(pipeline, recipe.sampling), load_split(recipe.data, family_of(pipeline).condition)
-    return search_on_inputs(rollout, split.calibration, recipe.data.seed * 100_000, config, reporter)
-
-
-def recipe_of(folder: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe an export was made with.
-
-    Raises:
-        RecipeError: there is none in the folder.
-    """
-    if not (folder / "recipe.yaml").is_file():
-        raise RecipeError(f"{folder} is no export: it has no recipe.yaml")
-    return load_recipe(folder / "recipe.yaml", overrides)
 
 
 def _classifier(recipe: Recipe, device: torch.device) -> DigitClassifier | None:

@@ -23,10 +23,11 @@ from pathlib import Path
 import yaml
 
 from accuquant.calibration.loop import Tuner
-from accuquant.console import Reporter
+from accuquant.errors import RecipeError
 from accuquant.export.run_folder import check_output
 from accuquant.programs.calibrate import calibrate, calibrate_alone, calibrate_cached
-from accuquant.recipe import Cache, Recipe, RecipeError, Tune
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Recipe, Tune
 from accuquant.recipe.file import dump_recipe
 from accuquant.tuning.budget import (
     KEPT,

@@ -1,6 +1,6 @@
 """The recipe: its schema, and its reading and writing (`file`). Imports nothing else of ours."""
 
-from accuquant.recipe.base import RecipeError
+from accuquant.errors import RecipeError
 from accuquant.recipe.cache import Cache, FORAConfig, RFCConfig, TaylorSeerConfig
 from accuquant.recipe.export import Export
 from accuquant.recipe.rule import Rule

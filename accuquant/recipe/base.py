@@ -9,10 +9,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
-class RecipeError(ValueError):
-    """What is wrong with a recipe, in words for the person who wrote it."""
-
-
 def found(value: Any) -> str:
     """A value from YAML, shown to the person who wrote it."""
     if value is None or isinstance(value, dict):

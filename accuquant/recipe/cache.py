@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from accuquant.recipe.base import Number, RecipeError, Section, found, nearest
+from accuquant.errors import RecipeError
+from accuquant.recipe.base import Number, Section, found, nearest
 
 
 def _schedule(value: Any) -> Any:

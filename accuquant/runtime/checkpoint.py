@@ -18,26 +18,15 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import (
-    Conv,
-    LayerSpec,
-    QuantizedLayer,
-    keep_float32,
-    quantized_layers,
-    trainable_layers,
-)
+from accuquant.errors import CacheError, CheckpointError
 from accuquant.recipe import Cache
-from accuquant.runtime.cache.controller import CacheError, Correction
+from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import CORRECTION, attach_cache
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.layer import GRID, prepare_layers
-from accuquant.runtime.spec import share_grids
+from accuquant.runtime.layer import GRID, QuantizedLayer, quantized_layers
+from accuquant.runtime.spec import Conv, LayerSpec, keep_float32, share_grids
 
 FORMAT_VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not what its config promises."""
 
 
 class Method(StrEnum):
@@ -217,24 +206,3 @@ def register() -> None:
     """Make diffusers know ``quant_method: accuquant``."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.ACCUQUANT.value] = AccuQuantConfig
     auto.AUTO_QUANTIZER_MAPPING[Method.ACCUQUANT.value] = AccuQuantQuantizer
-
-
-def harden_model(model: Any, clock: StepClock) -> None:
-    """Turn trainable layers into exported ones in place; ``model.save_pretrained`` then writes them packed."""
-    for name, layer in trainable_layers(model).items():
-        model.set_submodule(name, layer.harden())
-    prepare_layers(model)
-    config = AccuQuantConfig({n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.edges)
-    model.hf_quantizer = AccuQuantQuantizer(config)
-    model.is_quantized = True
-    model.quantization_method = Method.ACCUQUANT
-    model.register_to_config(quantization_config=config)
-
-
-def store_cache(model: Any, cache: Cache, correction: Correction | None) -> None:
-    """Have a hardened model's config.json name this cache, so that loading puts it on; and save its correction."""
-    if correction is not None:
-        setattr(model, CORRECTION, correction)
-    config: AccuQuantConfig = model.hf_quantizer.quantization_config
-    config.cache = cache
-    model.register_to_config(quantization_config=config)

@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accuquant.core.numerics import QTYPES, QType
+from accuquant.core.numerics import (
+    QTYPES,
+    QType,
+)
 from accuquant.runtime.clock import StepClock
 
 
@@ -152,3 +155,8 @@ def share_grids(layers: Iterable[Layer], scale: str, zero_point: str) -> int:
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def keep_float32(model: Any, names: Iterable[str]) -> None:
+    """Tell diffusers that these modules' float tensors do not speak for the model's dtype: scales stay float32."""
+    model._keep_in_fp32_modules = [*(getattr(model, "_keep_in_fp32_modules", None) or []), *names]

@@ -13,12 +13,14 @@ from typing import Any
 
 from accuquant.calibration.plan import count_macs, plan_modules
 from accuquant.calibration.session import Session, block_costs, open_model, prepare, validation_error
-from accuquant.console import Reporter
 from accuquant.core.schedule import filled_interval_steps
-from accuquant.evaluation.measure import call_seconds, step_seconds
+from accuquant.errors import RecipeError
+from accuquant.evaluation.costs import call_seconds, step_seconds
 from accuquant.pipeline.data import draw
-from accuquant.recipe import Cache, Recipe, RecipeError, Rule, Tune
-from accuquant.runtime.cache.hooks import cached, in_cache
+from accuquant.progress import Reporter
+from accuquant.recipe import Cache, Recipe, Rule, Tune
+from accuquant.runtime.cache.features import in_cache
+from accuquant.runtime.cache.hooks import cached
 
 LEAST_NFC = 3
 TIMED_SAMPLES = 8

@@ -17,15 +17,16 @@ import torch
 
 from accuquant.caching.correct import Targets, fit_correction
 from accuquant.caching.noise import measure_noise
-from accuquant.caching.search import TAU_TOLERANCE
+from accuquant.caching.search import TAU_TOLERANCE, searched
 from accuquant.calibration.session import Session
-from accuquant.console import Reporter
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import filled_interval_steps
-from accuquant.programs.calibrate import searched
+from accuquant.errors import CacheError
+from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Tune
-from accuquant.runtime.cache.controller import CacheError, Correction
-from accuquant.runtime.cache.hooks import cached, cached_features
+from accuquant.runtime.cache.features import cached_features
+from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.hooks import cached
 from accuquant.tuning.budget import LEAST_NFC, Combination, base_settings
 
 ALONE, NAIVE = "alone", "naive stacking"

@@ -1,0 +1,134 @@
+"""Tables of the command line: plans, what was tried, figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from accuquant.errors import RecipeError
+from accuquant.evaluation.card import figures
+from accuquant.recipe import Cache, Recipe
+
+# wide, so that names and paths stay in one piece in pipes; folding is the terminal's business
+out = Console(highlight=False, markup=False, emoji=False, width=1000)
+errors = Console(highlight=False, markup=False, emoji=False, width=1000, stderr=True)
+
+
+def print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> None:
+    groups = recipe.quantization.timestep_groups
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("module", "kind", "shape", "weight", "activation", "tuned", "float kB", "export kB"):
+        table.add_column(column)
+    for p in planned:
+        weight = "float" if p.spec is None else p.spec.weight + (f"/{p.spec.group_size}" if p.spec.group_size else "")
+        activation = (
+            "float"
+            if p.spec is None or p.spec.activation == "float"
+            else f"{p.spec.activation} {p.spec.activation_scale}"
+        )
+        sizes = (f"{p.float_bytes / 1e3:.1f}", f"{p.quantized_bytes(groups) / 1e3:.1f}")
+        tuned = "yes" if p.tune else ""
+        table.add_row(p.name, p.kind, f"{p.shape[0]}x{p.shape[1]}", weight, activation, tuned, *sizes)
+    out.print(table)
+    inside = [p for p in planned if p.spec]
+    before, after = sum(p.float_bytes for p in planned), sum(p.quantized_bytes(groups) for p in planned)
+    layers = sum(p.quantized_bytes(groups) for p in inside) / sum(p.float_bytes for p in inside)
+    operations = sum(p.bit_operations for p in planned) / max(1, sum(p.macs * 32 * 32 for p in planned))
+    evaluations = costs["network_evaluations"]
+    rows = [
+        ("modules", f"{len(inside)} quantized, {len(planned) - len(inside)} stay float"),
+        (
+            "size of these modules",
+            f"{before / 1e6:.2f} MB -> {after / 1e6:.2f} MB (quantized ones {layers:.3f} of float32)",
+        ),
+        ("bit-operations", f"{operations:.3f} of float32"),
+        *([("cache", _cache_words(recipe.cache))] if recipe.cache else []),
+        ("network evaluations", f"{evaluations['tuning']} tuning + {evaluations['sampling']} sampling"),
+        ("memory beside the model", f"about {costs['memory_bytes'] / 1e9:.2f} GB + one step's activations"),
+        ("estimated time", f"about {_duration(costs['seconds'])}"),
+        ("output", recipe.export.output),
+    ]
+    out.print()
+    for name, value in rows:
+        out.print(f"{name:26} {value}")
+    out.print("\ndry run: nothing was written")
+
+
+def _cache_words(cache: Cache) -> str:
+    """Forecast and schedule, as the recipe has them."""
+    keys = ("interval", "tau", "target_nfc", "target_seconds", "schedule")
+    how = ", ".join(f"{key} {getattr(cache, key)}" for key in keys if getattr(cache, key) is not None)
+    return f"{cache.estimation}, order {cache.forecast_order}, {how}"
+
+
+def print_metrics(folder: Path) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in figures(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))):
+        table.add_row(*row)
+    out.print(table)
+
+
+def print_tuning_plan(recipe: Recipe) -> None:
+    from accuquant.tuning.budget import describe_tuning
+
+    if recipe.tune is None:
+        raise RecipeError("tune: the recipe has no such section; give it a budget, for example --set tune.nfc=14")
+    rows, costs = describe_tuning(recipe)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("types", "full steps", "bit-operations"):
+        table.add_column(column)
+    for name, nfc, operations in rows:
+        table.add_row(name, str(nfc), f"{operations:.4f}")
+    out.print(table)
+    budget = {key: getattr(recipe.tune, key) for key in ("nfc", "bit_operations", "seconds")}
+    shown = ", ".join(f"{key} {value:g}" for key, value in budget.items() if value is not None)
+    out.print(f"\n{'budget':26} {shown}")
+    if recipe.tune.seconds:
+        out.print(f"{'':26} seconds are measured when the search begins, and may pay for fewer full steps than above")
+    out.print(f"{'calibrated':26} {costs['combinations']} of {len(rows)} combinations of types")
+    out.print(f"{'rollouts':26} about {costs['rollouts']:.0f}")
+    out.print(f"{'estimated time':26} about {_duration(costs['seconds'])}")
+    out.print(f"{'output':26} {recipe.export.output}")
+    out.print("\ndry run: nothing was written")
+
+
+def print_tried(rows: list[dict[str, Any]]) -> None:
+    """The Pareto front of what was tried, the chosen point, and the rivals."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in (
+        "",
+        "types",
+        "cache",
+        "calibrated",
+        "NFC",
+        "bit-operations",
+        "seconds",
+        "E_qc",
+        "images",
+        "tried in",
+    ):
+        table.add_column(column)
+    for row in sorted(rows, key=lambda row: float(row["E_qc"])):
+        mark = "chosen" if row["chosen"] else "front" if row["front"] else row["rival"] or ""
+        if mark:
+            costs = (
+                f"{row['nfc']:g}",
+                f"{row['bit_operations']:.4f}",
+                f"{row['seconds']:.2f}",
+                f"{row['E_qc']:.4f}",
+                f"{row['image_error']:.4f}",
+            )
+            table.add_row(mark, row["types"], row["cache"], row["calibrated"], *costs, f"{row['elapsed']:.1f} s")
+    out.print(table)
+    out.print("chosen by the worse of both errors, latents (E_qc) and images, each in that of the best naive stacking")
+    out.print(f"{len(rows)} candidates were tried; the report shows them all\n")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

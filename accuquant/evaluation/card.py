@@ -1,0 +1,115 @@
+"""The model card of an export, and the short table of its figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accuquant.export.torchao import TORCHAO_VERSIONS
+from accuquant.recipe import Recipe
+
+CARD = """---
+library_name: diffusers
+tags: [quantized, accuquant]
+base_model: {model}
+---
+# {model}, quantized by accuquant
+
+```python
+{loading}
+```
+
+Measured on {num_samples} held-out samples against full precision, same noise
+({scheduler}, {num_inference_steps} steps, guidance {guidance_scale}):
+
+| figure | value |
+|---|---|
+{rows}
+
+Types: {types}. Calibrated {how}:
+{network_evaluations} network evaluations in {seconds:.0f} s. `report.html` shows where the rest was lost; `recipe.yaml`
+reproduces this folder with `accuquant calibrate`.
+"""
+LOADING = {
+    "accuquant": """import accuquant  # teaches diffusers the format
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")""",
+    # without a dtype, diffusers makes the rest of a torchao model bfloat16, but not the autoencoder
+    "torchao": """import torch
+from diffusers import DiffusionPipeline  # and torchao {torchao}; accuquant is not needed
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", dtype=torch.{dtype})""",
+}
+
+
+def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    """README.md of the export, with its figures."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures(metrics))
+    types = sorted({f"{m['weight']}/{m['activation']}" for m in metrics["modules"] if m["weight"] != "float"})
+    calibration = metrics["calibration"]
+    how = "with M = {steps_per_group} denoising steps per group, gradient `{gradient}`".format(**calibration)
+    return CARD.format(
+        **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps", "guidance_scale")},
+        **{k: calibration[k] for k in ("network_evaluations", "seconds")},
+        how="by block reconstruction" if calibration["target"] == "blocks" else how,
+        loading=LOADING[recipe.export.format].format(
+            name=Path(recipe.export.output).name, dtype=recipe.model.dtype, torchao=TORCHAO_VERSIONS
+        ),
+        types=", ".join(f"`{t}`" for t in types),
+        rows=rows,
+    )
+
+
+def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """The short table: what terminal and model card show."""
+    final, size = metrics["final_relative_l2"], metrics["size"]
+    rows = []
+    if "initial" in metrics:
+        before = metrics["initial"]
+        rows.append(
+            (
+                "before calibration",
+                f"{before['final_relative_l2']['mean']:.4f} relative L2, {before['latent_psnr']:.2f} dB",
+            )
+        )
+    rows += [
+        ("relative L2 of the final latent", f"{final['mean']:.4f} ± {final['std']:.4f}"),
+        ("latent PSNR", f"{metrics['latent_psnr']:.2f} dB"),
+    ]
+    if "psnr" in metrics:
+        rows += [("image PSNR", f"{metrics['psnr']:.2f} dB"), ("SSIM", f"{metrics['ssim']:.4f}")]
+    if "frechet_distance" in metrics:
+        agreement = metrics["agreement"]
+        rows += [
+            ("Fréchet distance to full precision", f"{metrics['frechet_distance']:.4f}"),
+            (
+                "classifier agrees with asked class",
+                f"{agreement['quantized']:.1%} (full {agreement['full_precision']:.1%})",
+            ),
+        ]
+    if "cache" in metrics:
+        cache = metrics["cache"]
+        spread = f" ± {cache['nfc']['std']:.1f}" if cache["nfc"]["std"] else ""
+        naive = metrics.get("E_naive")
+        parts = " + ".join(f"{metrics[k]:.4f} {name}" for k, name in (("E_q", "quantized"), ("E_c", "cached")))
+        rows += [
+            ("where it comes from", f"{parts} + {metrics['interaction']:.4f} interaction"),
+            *([("naive stacking", f"{naive:.4f} relative L2")] if naive else []),
+            ("full computations (NFC)", f"{cache['nfc']['mean']:.1f}{spread} of {cache['num_steps']} steps"),
+            ("cache memory", f"{cache['nbytes'] / 1e6:.1f} MB"),
+            ("a full step, a cached step", _step_times(cache["seconds"])),
+            ("bit-operations with the cache", f"{cache['bit_operations_ratio']:.3f} of float32"),
+        ]
+    rows += [
+        ("denoiser size", f"{size['quantized_bytes'] / 1e6:.2f} MB ({size['ratio']:.3f} of float32)"),
+        ("its quantized layers", f"{size['layers_ratio']:.3f} of float32"),
+        ("bit-operations", f"{metrics['bit_operations']['ratio']:.3f} of float32"),
+    ]
+    return rows
+
+
+def _step_times(seconds: dict[str, float | None]) -> str:
+    full, skipped = seconds["full_step"], seconds["cached_step"]
+    assert full is not None
+    return f"{full * 1e3:.1f} ms" + (f", {skipped * 1e3:.1f} ms ({full / skipped:.1f}x)" if skipped else "")

@@ -1,0 +1,120 @@
+"""What a model costs: bytes, bit-operations, seconds, and what its cache saves of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from accuquant.calibration.plan import PlannedModule
+from accuquant.model.rollout import Conditions, Rollout
+from accuquant.runtime.cache.controller import Controller
+from accuquant.runtime.cache.features import in_cache
+from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.stats import CacheStats
+
+
+def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[str, int]) -> dict[str, Any]:
+    """Size of the whole denoiser and of its quantized layers, whose bytes are ``sizes``; bit-operations of one call."""
+    inside = [p for p in planned if p.spec is not None]
+    float_layers, packed = sum(p.float_bytes for p in inside), sum(sizes[p.name] for p in inside)
+    float_bytes = sum(4 * p.numel() for p in denoiser.parameters())
+    operations, planned_operations = sum(p.macs * 32 * 32 for p in planned), sum(p.bit_operations for p in planned)
+    return {
+        "size": {
+            "float_bytes": float_bytes,
+            "quantized_bytes": float_bytes - float_layers + packed,
+            "ratio": (float_bytes - float_layers + packed) / float_bytes,
+            "layers_ratio": packed / max(float_layers, 1),
+        },
+        "bit_operations": {
+            "float": operations,
+            "quantized": planned_operations,
+            "ratio": planned_operations / max(operations, 1),
+        },
+    }
+
+
+@torch.no_grad()
+def call_seconds(rollout: Rollout, conditions: Conditions) -> float:
+    """Wall time of one call of the denoiser: the least of three, for other work may have the cores."""
+    found = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        rollout.predict(0, conditions.noise, conditions)
+        found = min(found, time.perf_counter() - started)
+    return found
+
+
+def step_seconds(rollout: Rollout, conditions: Conditions) -> list[float]:
+    """Wall time of each step of one trajectory of these samples."""
+    marks = [time.perf_counter()]
+
+    def mark() -> None:
+        if conditions.noise.is_cuda:
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    rollout.trajectory(conditions, mark)
+    return [b - a for a, b in itertools.pairwise(marks)]
+
+
+def cache_metrics(
+    controller: Controller,
+    traces: list[CacheStats],
+    planned: list[PlannedModule],
+    seconds: list[float],
+    input_errors: list[float],
+    correction: Correction | None = None,
+) -> dict[str, Any]:
+    """Full computations, memory and step times of the cache, its learned shares, bit-operations of a trajectory."""
+    shares = None  # least, mean and largest of all modules, at each skipped step: of the last output and of its change
+    if correction is not None and correction.learned_timesteps:
+        sides = torch.stack(list(correction.learned)).double().cpu().unbind(-1)
+        shares = [torch.stack([s.amin(1), s.mean(1), s.amax(1)], 1).tolist() for s in sides]
+    full_steps = set(controller.stats().full_steps)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for i, each in enumerate(seconds):
+        times[i in full_steps].append(each)
+    nfc = torch.tensor([float(trace.nfc) for trace in traces], dtype=torch.float64)
+    steps = traces[0].num_steps
+    skipped = [p for p in planned if in_cache(p.name, (*controller.modules, *controller.bypassed))]
+    operations, inside = sum(p.bit_operations for p in planned), sum(p.bit_operations for p in skipped)
+    with_cache = operations - inside * (1 - float(nfc.mean()) / steps)
+    return {
+        "cache": {
+            "estimation": controller.config.estimation,
+            "order": controller.config.forecast_order,
+            "nfc": {"mean": float(nfc.mean()), "std": float(nfc.std(correction=0))},
+            "num_steps": steps,
+            "full_steps": list(traces[0].full_steps),
+            "input_errors": input_errors,
+            "tau": controller.config.tau,
+            "nbytes": max(trace.nbytes for trace in traces),
+            "modules": len(controller.modules),
+            "shares": shares,
+            "seconds": {
+                "full_step": statistics.median(times[True]),
+                "cached_step": statistics.median(times[False]) if times[False] else None,
+            },
+            "bit_operations_ratio": with_cache / max(1, sum(p.macs * 32 * 32 for p in planned)),
+        }
+    }
+
+
+def module_row(p: PlannedModule, error: float | None, size: int | None) -> dict[str, Any]:
+    return {
+        "name": p.name,
+        "kind": p.kind,
+        "weight": p.spec.weight if p.spec else "float",
+        "activation": p.spec.activation if p.spec else "float",
+        "group_size": p.spec.group_size if p.spec else None,
+        "relative_error": error,
+        "float_bytes": p.float_bytes,
+        "quantized_bytes": p.float_bytes if size is None else size,
+    }

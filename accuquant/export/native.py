@@ -1,0 +1,34 @@
+"""A calibrated model turned into what `save_pretrained` writes and `runtime.checkpoint` loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accuquant.calibration.layers import trainable_layers
+from accuquant.recipe import Cache
+from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.hooks import CORRECTION
+from accuquant.runtime.checkpoint import AccuQuantConfig, AccuQuantQuantizer, Method
+from accuquant.runtime.clock import StepClock
+from accuquant.runtime.layer import prepare_layers, quantized_layers
+
+
+def harden_model(model: Any, clock: StepClock) -> None:
+    """Turn trainable layers into exported ones in place; ``model.save_pretrained`` then writes them packed."""
+    for name, layer in trainable_layers(model).items():
+        model.set_submodule(name, layer.harden())
+    prepare_layers(model)
+    config = AccuQuantConfig({n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.edges)
+    model.hf_quantizer = AccuQuantQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = Method.ACCUQUANT
+    model.register_to_config(quantization_config=config)
+
+
+def store_cache(model: Any, cache: Cache, correction: Correction | None) -> None:
+    """Have a hardened model's config.json name this cache, so that loading puts it on; and save its correction."""
+    if correction is not None:
+        setattr(model, CORRECTION, correction)
+    config: AccuQuantConfig = model.hf_quantizer.quantization_config
+    config.cache = cache
+    model.register_to_config(quantization_config=config)
