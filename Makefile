@@ -1,24 +1,29 @@
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+CORE := .venv/.core
+DEV := .venv/.dev
 .PHONY: demo test lint clean
 
-demo: $(STAMP)  ## quantize the bundled model, then sample from it with plain diffusers
+demo: $(CORE)  ## quantize the bundled model, then sample from it with plain diffusers
 	$(BIN)/accuquant calibrate recipes/dit_w8a8.yaml --overwrite
 	$(BIN)/python tools/demo.py out/dit_w8a8
 
 test: lint  ## everything that has to hold
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.venv: $(STAMP)
+.venv: $(DEV)
 
-$(STAMP): pyproject.toml constraints.txt
+$(CORE): pyproject.toml constraints.txt  # what the package itself needs, and no more
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(CORE)  # linter, type checker, tests, and what trains the bundled model
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,train]'
 	@touch $@
 

@@ -1,22 +1,45 @@
 """accuquant: post-training quantization of diffusion models, calibrated over several denoising steps.
 
-Importing the package makes diffusers' `from_pretrained` understand the checkpoints it exports.
+Importing the package makes diffusers' `from_pretrained` understand the checkpoints it exports, whichever of the two is
+imported first. What is named here is loaded when it is first used: importing it brings neither torch nor diffusers.
 """
 
-import accuquant.quiet  # noqa: F401 (before all that imports diffusers)
-from accuquant.caching.enable import cache_stats, compile_cached, disable_cache, enable_cache
-from accuquant.errors import CacheError, CheckpointError, RecipeError
-from accuquant.recipe import Cache, FORAConfig, Recipe, RFCConfig, TaylorSeerConfig
-from accuquant.recipe.file import load_recipe
-from accuquant.runtime.cache.stats import CacheStats
-from accuquant.runtime.checkpoint import AccuQuantConfig, register
-from accuquant.runtime.layer import set_arithmetic
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from accuquant.errors import AccuQuantError, CacheError, CheckpointError, RecipeError
+from accuquant.registration import register
 from accuquant.version import __version__
+
+if TYPE_CHECKING:
+    from accuquant.caching.enable import cache_stats, compile_cached, disable_cache, enable_cache
+    from accuquant.recipe import Cache, FORAConfig, Recipe, RFCConfig, TaylorSeerConfig
+    from accuquant.recipe.file import load_recipe
+    from accuquant.runtime.cache.stats import CacheStats
+    from accuquant.runtime.checkpoint import AccuQuantConfig
+    from accuquant.runtime.layer import set_arithmetic
 
 register()
 
+_HOMES = {
+    "AccuQuantConfig": "accuquant.runtime.checkpoint",
+    "Cache": "accuquant.recipe",
+    "CacheStats": "accuquant.runtime.cache.stats",
+    "FORAConfig": "accuquant.recipe",
+    "RFCConfig": "accuquant.recipe",
+    "Recipe": "accuquant.recipe",
+    "TaylorSeerConfig": "accuquant.recipe",
+    "cache_stats": "accuquant.caching.enable",
+    "compile_cached": "accuquant.caching.enable",
+    "disable_cache": "accuquant.caching.enable",
+    "enable_cache": "accuquant.caching.enable",
+    "load_recipe": "accuquant.recipe.file",
+    "set_arithmetic": "accuquant.runtime.layer",
+}
+
 __all__ = [
     "AccuQuantConfig",
+    "AccuQuantError",
     "Cache",
     "CacheError",
     "CacheStats",
@@ -34,3 +57,14 @@ __all__ = [
     "load_recipe",
     "set_arithmetic",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'accuquant' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

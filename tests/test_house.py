@@ -74,7 +74,7 @@ ROWS = (
 )
 BASE = ("accuquant.errors", "accuquant.progress", "accuquant.version")  # import nothing of ours; all may import them
 ROW = {f"accuquant.{folder}": number for number, row in enumerate(ROWS) for folder in row}
-ENTRANCES = ("accuquant", "accuquant.__main__", "accuquant.quiet")  # what a user imports or starts
+ENTRANCES = ("accuquant", "accuquant.__main__", "accuquant.registration")  # what a user imports or starts
 
 
 def folder_of(module: str) -> str:

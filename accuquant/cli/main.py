@@ -10,15 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from diffusers.utils import logging as diffusers_logging
 
-from accuquant.cli.plan_view import errors, out, print_metrics, print_plan, print_tried, print_tuning_plan
-from accuquant.errors import CheckpointError, RecipeError
-from accuquant.progress import Reporter
-from accuquant.recipe import Recipe
-from accuquant.recipe.file import list_shipped, load_recipe, shipped_folder
+from accuquant.errors import AccuQuantError, RecipeError
 from accuquant.version import __version__
 
 app = typer.Typer(
@@ -79,19 +73,24 @@ def calibrate(
     The output folder appears when it is whole. Interrupt with Ctrl-C and continue later with --resume.
     Exit codes: 0 done, 1 failed, 2 something in the recipe or the arguments has to change, 130 interrupted.
     """
-    with _readable_errors(verbose):
-        from accuquant.programs.calibrate import calibrate as run
-        from accuquant.programs.calibrate import describe
+    with _readable_errors():
+        from accuquant.recipe.file import load_recipe
 
         loaded = load_recipe(recipe, _with_output(overrides, output))
+        _quiet_diffusers(verbose)
+        from accuquant.cli.plan_view import print_metrics, print_plan
+        from accuquant.programs.calibrate import calibrate as run
+        from accuquant.programs.calibrate import describe
+        from accuquant.progress import Reporter
+
         if dry_run:
             planned, costs = describe(loaded)
             print_plan(loaded, planned, costs)
             return
-        with _nothing_lost(loaded, ".partial"):
+        with _nothing_lost(loaded.export.output, ".partial"):
             folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
         print_metrics(folder)
-        out.print(f"\nexport: {folder}\nreport: {folder / 'report.html'}")
+        typer.echo(f"\nexport: {folder}\nreport: {folder / 'report.html'}")
 
 
 @app.command(
@@ -112,18 +111,23 @@ def tune(
     Every candidate is confirmed by sampling; the report shows them all. The export's recipe.yaml makes the chosen point
     again with `accuquant calibrate`. Interrupt with Ctrl-C and continue later with --resume.
     """
-    with _readable_errors(verbose):
+    with _readable_errors():
+        from accuquant.recipe.file import load_recipe
+
         loaded = load_recipe(recipe, _with_output(overrides, output))
+        _quiet_diffusers(verbose)
+        from accuquant.cli.plan_view import print_metrics, print_tried, print_tuning_plan
+        from accuquant.programs.tune import tune as run
+        from accuquant.progress import Reporter
+
         if dry_run:
             print_tuning_plan(loaded)
             return
-        from accuquant.programs.tune import tune as run
-
-        with _nothing_lost(loaded, ".tuning"):
+        with _nothing_lost(loaded.export.output, ".tuning"):
             folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
         print_tried(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))["tried"])
         print_metrics(folder)
-        out.print(f"\nexport: {folder}\nrecipe: {folder / 'recipe.yaml'}\nreport: {folder / 'report.html'}")
+        typer.echo(f"\nexport: {folder}\nrecipe: {folder / 'recipe.yaml'}\nreport: {folder / 'report.html'}")
 
 
 @app.command(epilog="Example:\n\naccuquant evaluate out/dit_w8a8 --set evaluation.num_samples=200")
@@ -134,13 +138,17 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Compare an export with full precision on held-out classes and noise; rewrites metrics.json and report.html."""
-    with _readable_errors(verbose):
+    with _readable_errors():
+        changes = _changeable(overrides)
+        _quiet_diffusers(verbose)
+        from accuquant.cli.plan_view import print_metrics
         from accuquant.export.load import recipe_of
         from accuquant.programs.evaluate import evaluate as run
+        from accuquant.progress import Reporter
 
-        run(folder, recipe_of(folder, _changeable(overrides)), Reporter(quiet, verbose))
+        run(folder, recipe_of(folder, changes), Reporter(quiet, verbose))
         print_metrics(folder)
-        out.print(f"\nreport: {folder / 'report.html'}")
+        typer.echo(f"\nreport: {folder / 'report.html'}")
 
 
 @app.command(epilog="Example:\n\naccuquant generate out/dit_w8a8 --class 3 --class 7 --seed 1 -o digits.png")
@@ -161,36 +169,42 @@ def generate(
 ) -> None:
     """Sample images from an export and write them as one PNG grid."""
     with _readable_errors():
+        changes, target = _changeable(overrides), output or folder / "samples.png"
+        _quiet_diffusers()
         from accuquant.cli.generate import generate as run
+        from accuquant.progress import Reporter
 
-        target = output or folder / "samples.png"
-        run(folder, inputs or [], seed, target, reference, Reporter(quiet), _changeable(overrides))
-        out.print(f"images: {target}")
+        run(folder, inputs or [], seed, target, reference, Reporter(quiet), changes)
+        typer.echo(f"images: {target}")
 
 
 @app.command()
 def inspect(folder: Folder) -> None:
     """Print what an export holds: each module's types, scales and size, and the path that computes it here."""
     with _readable_errors():
+        _quiet_diffusers()
         from accuquant.cli.inspect import contents
+        from accuquant.cli.plan_view import out
 
         table, lines = contents(folder)
         out.print(table)
-        out.print("\n" + "\n".join(lines))
+        typer.echo("\n" + "\n".join(lines))
 
 
 @app.command()
 def recipes() -> None:
     """List the recipes that travel with the package."""
+    from accuquant.recipe.file import list_shipped, shipped_folder
+
     for name in list_shipped("recipes"):
         first = (shipped_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        out.print(f"{name:24} {first.lstrip('# ')}")
+        typer.echo(f"{name:24} {first.lstrip('# ')}")
 
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     if version:
-        out.print(__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 
@@ -212,36 +226,45 @@ def _changeable(overrides: list[str] | None) -> list[str]:
 
 
 @contextmanager
-def _nothing_lost(recipe: Recipe, suffix: str) -> Iterator[None]:
+def _nothing_lost(output: str, suffix: str) -> Iterator[None]:
     """Say of an interrupted run that it can go on, where it has left its folder."""
     try:
         yield
     except KeyboardInterrupt:
-        if Path(f"{recipe.export.output}{suffix}").is_dir():
-            errors.print("nothing is lost: the same command with --resume goes on")
+        if Path(f"{output}{suffix}").is_dir():
+            typer.echo("nothing is lost: the same command with --resume goes on", err=True)
         raise
 
 
-@contextmanager
-def _readable_errors(verbose: bool = False) -> Iterator[None]:
-    """Errors the user can act on become one message and an exit code; a kill is an interruption."""
+def _quiet_diffusers(verbose: bool = False) -> None:
+    """Import diffusers, which takes seconds, and leave its bars and warnings to those who ask for them."""
+    from diffusers.utils import logging
+
     if not verbose:
-        diffusers_logging.disable_progress_bar()
-        diffusers_logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Errors the user can act on become one message and an exit code; a kill is an interruption."""
     previous = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:
         yield
-    except (RecipeError, CheckpointError) as error:
-        errors.print(f"error: {error}", soft_wrap=True)
+    except AccuQuantError as error:
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     except (OSError, FloatingPointError) as error:  # a full disk, no permission, a loss that is not a number
-        errors.print(f"failed: {error}", soft_wrap=True)
+        typer.echo(f"failed: {error}", err=True)
         raise typer.Exit(1) from None
-    except torch.OutOfMemoryError as error:
-        errors.print(f"failed: {error}\nLower objective.batch_size and evaluation.batch_size")
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        typer.echo(f"failed: {error}\nLower objective.batch_size and evaluation.batch_size", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        errors.print("interrupted")
+        typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, previous)

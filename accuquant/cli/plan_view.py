@@ -15,7 +15,6 @@ from accuquant.recipe import Cache, Recipe
 
 # wide, so that names and paths stay in one piece in pipes; folding is the terminal's business
 out = Console(highlight=False, markup=False, emoji=False, width=1000)
-errors = Console(highlight=False, markup=False, emoji=False, width=1000, stderr=True)
 
 
 def print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from typing import Any
@@ -17,6 +16,8 @@ from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.features import in_cache
 from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.stats import CacheStats
+
+LEAST_CALLS, MOST_CALLS, CALLS_SECONDS = 3, 40, 3.0  # of the denoiser, to know how long one takes
 
 
 def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[str, int]) -> dict[str, Any]:
@@ -42,13 +43,20 @@ def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[
 
 @torch.no_grad()
 def call_seconds(rollout: Rollout, conditions: Conditions) -> float:
-    """Wall time of one call of the denoiser: the least of three, for other work may have the cores."""
-    found = math.inf
-    for _ in range(3):
+    """Wall time of one call of the denoiser.
+
+    The least of several after one that warms up: other work may have the cores for seconds, and one quiet call is
+    enough. Short calls are repeated more often.
+    """
+    rollout.predict(0, conditions.noise, conditions)
+    found, begun = list[float](), time.perf_counter()
+    while len(found) < LEAST_CALLS or (len(found) < MOST_CALLS and time.perf_counter() - begun < CALLS_SECONDS):
         started = time.perf_counter()
         rollout.predict(0, conditions.noise, conditions)
-        found = min(found, time.perf_counter() - started)
-    return found
+        if conditions.noise.is_cuda:
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return min(found)
 
 
 def step_seconds(rollout: Rollout, conditions: Conditions) -> list[float]:

@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from pydantic import ValidationError
@@ -200,9 +199,3 @@ class AccuQuantQuantizer(DiffusersQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def register() -> None:
-    """Make diffusers know ``quant_method: accuquant``."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.ACCUQUANT.value] = AccuQuantConfig
-    auto.AUTO_QUANTIZER_MAPPING[Method.ACCUQUANT.value] = AccuQuantQuantizer
