@@ -6,15 +6,20 @@ python tools/demo.py out/dit_w8a8
 import sys
 from pathlib import Path
 
+import accuquant  # noqa: F401  teaches diffusers the format; imported first, it spares us what torchao says
+
+# isort: split
 import torch
 from diffusers import DiTPipeline
+from diffusers.utils import logging
 
-from accuquant.cli.generate import grid  # importing accuquant registers the format with diffusers
+from accuquant.cli.generate import grid
 
 CLASSES = list(range(10))
 
 
 def main(folder: Path) -> None:
+    logging.set_verbosity_error()  # it warns that the names of classes, read from JSON, are text
     pipeline = DiTPipeline.from_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     result = pipeline(CLASSES, guidance_scale=1.5, num_inference_steps=50, generator=generator)
