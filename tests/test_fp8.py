@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from accuquant.calibrate import calibrate
 from accuquant.console import Reporter
-from accuquant.core import kernels
 from accuquant.core.numerics import QTYPES, dequantize, fake_quantize, quantize, search_scale
+from accuquant.kernels import products
 from accuquant.model.checkpoint import harden_model
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, quantize_model, quantized_layers
@@ -34,7 +34,7 @@ GROUPS = LayerSpec("fp8", "fp8", group_size=8, activation_symmetric=True)
 SPECS = [STATIC, DYNAMIC, WEIGHTS, GROUPS]
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=["static", "dynamic", "weights", "groups"])
 needs_product = pytest.mark.skipif(
-    not kernels.scaled_works(torch.device("cpu")), reason="this torch does not multiply fp8 on CPUs"
+    not products.scaled_works(torch.device("cpu")), reason="this torch does not multiply fp8 on CPUs"
 )
 
 
@@ -134,7 +134,7 @@ def test_layer_is_what_float64_makes_of_its_numbers(spec: LayerSpec) -> None:
     hard.arithmetic = "reference"
     assert torch.equal(hard(x), layer(x))
     hard.arithmetic = "integer"
-    expected, bare = oracle(hard, x), spec in (STATIC, DYNAMIC) and kernels.scaled_works(torch.device("cpu"))
+    expected, bare = oracle(hard, x), spec in (STATIC, DYNAMIC) and products.scaled_works(torch.device("cpu"))
     assert hard.paths() == (["scaled_mm", "float"] if bare else ["float"])
     for path in hard.paths():
         hard._lay_out(path)

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from accuquant.calibrate import calibrate
 from accuquant.console import Reporter
-from accuquant.core import cuda
-from accuquant.core.kernels import integer_product
 from accuquant.evaluate import load_export
+from accuquant.kernels import cuda
+from accuquant.kernels.products import integer_product
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer, set_arithmetic
 from accuquant.model.quantized import GRID

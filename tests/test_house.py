@@ -65,15 +65,17 @@ def band_error(module: str, imported: str) -> str | None:
         return "there is no such module"
     if within(module, "accuquant.recipe") and ours and not within(imported, "accuquant.recipe"):
         return "the recipe stands alone"
-    triton = module == "accuquant.core.triton_kernels" and within(imported, "triton")  # an extra: one file needs it
-    below_core = within(imported, "torch", "accuquant.core") or is_stdlib(imported) or triton
+    below_core = within(imported, "torch", "accuquant.core") or is_stdlib(imported)
     if within(module, "accuquant.core") and not below_core:
         return "core imports torch, the standard library and core"
-    if imported == "accuquant.core.triton_kernels" and module != "accuquant.core.cuda":
-        return "only core.cuda knows whether Triton is there"
-    below_programs = within(imported, "accuquant.core", "accuquant.model", "accuquant.recipe")
+    triton = module == "accuquant.kernels.triton_kernels" and within(imported, "triton")  # an extra: one file needs it
+    if within(module, "accuquant.kernels") and not (below_core or within(imported, "accuquant.kernels") or triton):
+        return "kernels import torch, the standard library, core and kernels"
+    if imported == "accuquant.kernels.triton_kernels" and module != "accuquant.kernels.cuda":
+        return "only kernels.cuda knows whether Triton is there"
+    below_programs = within(imported, "accuquant.core", "accuquant.kernels", "accuquant.model", "accuquant.recipe")
     if within(module, "accuquant.model") and ours and not below_programs:
-        return "model imports core, model and the recipe"
+        return "model imports core, kernels, model and the recipe"
     if imported == "accuquant.cli" and module != "accuquant.__main__":
         return "nothing imports the command line"
     return None
@@ -157,8 +159,10 @@ def test_imports_are_declared(folder, extras):
         ("accuquant.recipe", "accuquant.core.numerics"),
         ("accuquant.core.numerics", "accuquant.model.layers"),
         ("accuquant.core.numerics", "diffusers"),
-        ("accuquant.core.cuda", "triton"),
-        ("accuquant.model.quantized", "accuquant.core.triton_kernels"),
+        ("accuquant.core.numerics", "accuquant.kernels.products"),
+        ("accuquant.kernels.products", "accuquant.model.spec"),
+        ("accuquant.kernels.cuda", "triton"),
+        ("accuquant.model.quantized", "accuquant.kernels.triton_kernels"),
         ("accuquant.model.layers", "accuquant.evaluate"),
         ("accuquant.model.layers", "accuquant"),
         ("accuquant.evaluate", "accuquant.cli"),

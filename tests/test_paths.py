@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_layers import MODULES, every_module, make_input, make_layer, oracle, relative, specs
 from torch import Tensor, nn
 
-from accuquant.core import kernels
+from accuquant.kernels import products
 from accuquant.model import quantized
 from accuquant.model.checkpoint import harden_model
 from accuquant.model.clock import StepClock
@@ -25,7 +25,7 @@ W8A8 = [
     LayerSpec("int8", "int8", activation_scale="dynamic"),
     LayerSpec("int8", "int4"),
 ]
-needs_onednn = pytest.mark.skipif(not kernels.packed_works(), reason="this CPU's oneDNN product is not exact")
+needs_onednn = pytest.mark.skipif(not products.packed_works(), reason="this CPU's oneDNN product is not exact")
 
 
 def on_each_path(layer: QuantizedLayer) -> Iterator[QuantizedLayer]:
@@ -58,10 +58,10 @@ def test_odd_shapes(
 ) -> None:
     """One row, one column, more rows than a block; with blocks and without."""
     if small_cache:
-        monkeypatch.setattr(kernels, "CACHE_BYTES", 0)
-        monkeypatch.setattr(kernels, "BLOCK_ROWS", 64)
-        monkeypatch.setattr(kernels, "TOKEN_BLOCK", 64)
-        monkeypatch.setattr(kernels, "TOKEN_BYTES", 0)
+        monkeypatch.setattr(products, "CACHE_BYTES", 0)
+        monkeypatch.setattr(products, "BLOCK_ROWS", 64)
+        monkeypatch.setattr(products, "TOKEN_BLOCK", 64)
+        monkeypatch.setattr(products, "TOKEN_BYTES", 0)
     rows, columns, outputs = shape
     torch.manual_seed(0)
     module = nn.Linear(columns, outputs)
@@ -91,7 +91,7 @@ def test_few_rows_of_floats_meet_weights_that_stay_integers(
     x = torch.randn(rows, columns).to(dtype)
     expected = oracle(layer, module, x.double())
     whole = layer.dequantized_weight
-    if rows <= kernels.FEW_ROWS:
+    if rows <= products.FEW_ROWS:
         monkeypatch.setattr(layer, "dequantized_weight", lambda *_: pytest.fail("all weights are floats at once"))
     y = layer(x)
     assert y.dtype == dtype and y.shape == (rows, outputs)
@@ -141,10 +141,10 @@ def test_onednn_at_the_ends_of_the_range(zero: int) -> None:
     w = torch.full((5, 512), -128, dtype=torch.int8)
     w[1], w[2, ::2], w[3] = 127, 127, 0
     q = torch.tensor([-128.0, 127.0, 0.0]).repeat_interleave(512).view(3, 512)
-    packed, shift = kernels.prepack(w), torch.tensor([128 + zero], dtype=torch.int32)
-    found = kernels.packed_linear(kernels.unsigned(q), torch.ones(1), shift, packed, torch.ones(5), None)
+    packed, shift = products.prepack(w), torch.tensor([128 + zero], dtype=torch.int32)
+    found = products.packed_linear(products.unsigned(q), torch.ones(1), shift, packed, torch.ones(5), None)
     assert torch.equal(found.double(), (q.double() - zero) @ w.double().t())
-    assert torch.equal(kernels.unpack(packed), w)
+    assert torch.equal(products.unpack(packed), w)
 
 
 @needs_onednn
@@ -242,7 +242,7 @@ def test_a_copy_takes_no_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch)
     layer, x = make_layer("linear", LayerSpec("int8", "int8")).harden(), make_input("linear")
     layer._lay_out("onednn")
     expected = layer(x)
-    monkeypatch.setattr(kernels, "packed_works", lambda: False)
+    monkeypatch.setattr(products, "packed_works", lambda: False)
     other = copy.deepcopy(layer)
     assert other.path == "int_mm" and relative(other(x), expected.double()) < 1e-6
 
@@ -332,7 +332,7 @@ def test_layers_with_float_activations_have_one_path() -> None:
 
 
 def test_product_that_is_not_exact_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    check, right = kernels.packed_works.__wrapped__, kernels.packed_linear
+    check, right = products.packed_works.__wrapped__, products.packed_linear
 
     def saturated(*arguments: Tensor) -> Tensor:
         return right(*arguments).clamp_max(2.0**14)
@@ -340,12 +340,12 @@ def test_product_that_is_not_exact_is_not_taken(monkeypatch: pytest.MonkeyPatch)
     def refused(weight: Tensor) -> Tensor:
         raise RuntimeError("not on this machine")
 
-    monkeypatch.setattr(kernels, "packed_linear", saturated)
+    monkeypatch.setattr(products, "packed_linear", saturated)
     assert not check()
-    monkeypatch.setattr(kernels, "packed_linear", right)
-    monkeypatch.setattr(kernels, "prepack", refused)
+    monkeypatch.setattr(products, "packed_linear", right)
+    monkeypatch.setattr(products, "prepack", refused)
     assert not check()
-    monkeypatch.setattr(kernels, "packed_works", lambda: False)
+    monkeypatch.setattr(products, "packed_works", lambda: False)
     monkeypatch.setattr(quantized, "_fastest", {})
     layer = make_layer("linear", LayerSpec("int8", "int8")).harden()
     layer.prepare()
@@ -354,4 +354,4 @@ def test_product_that_is_not_exact_is_not_taken(monkeypatch: pytest.MonkeyPatch)
 
 def test_check_does_not_hang_on_the_default_device() -> None:
     with torch.device("meta"):
-        assert kernels.packed_works.__wrapped__() == kernels.packed_works()
+        assert products.packed_works.__wrapped__() == products.packed_works()

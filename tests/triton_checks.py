@@ -14,9 +14,9 @@ import torch
 from test_layers import MODULES, every_module, make_input, make_layer, oracle, relative, specs
 from torch import Tensor, nn
 
-from accuquant.core import cuda, triton_kernels
 from accuquant.core.numerics import QTYPES, SMALLEST_SCALE, dynamic_scale, quantize
 from accuquant.core.packing import pack
+from accuquant.kernels import cuda, triton_kernels
 from accuquant.model.clock import StepClock
 from accuquant.model.layers import LayerSpec, QuantizedLayer, TrainableLayer
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accuquant.core import cuda, kernels
 from accuquant.core.numerics import dequantize, dynamic_scale, quantize
 from accuquant.core.packing import packed_columns, unpack
+from accuquant.kernels import cuda, products
 from accuquant.model.clock import StepClock
 from accuquant.model.spec import Conv, Layer, LayerSpec, at_least_float32, share_grids
 
@@ -45,7 +45,7 @@ class Packed(nn.Parameter):
         return super().__new__(cls if data.is_mkldnn else nn.Parameter, data, requires_grad)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        return kernels.unpack(self).to(*args, **kwargs)
+        return products.unpack(self).to(*args, **kwargs)
 
 
 class QuantizedLayer(Layer):
@@ -89,7 +89,7 @@ class QuantizedLayer(Layer):
         path = "float" if self.arithmetic == "reference" else self._path_of(tokens)
         if path == "float" and self.arithmetic == "integer" and self._weight_only(tokens):
             rows = tokens.reshape(-1, self.in_features)
-            y = kernels.weight_only_linear(rows, self.weight, self.weight_scale.view(-1), self.bias)
+            y = products.weight_only_linear(rows, self.weight, self.weight_scale.view(-1), self.bias)
             y = y.view(*tokens.shape[:-1], self.out_features)
         elif path == "float":
             host = self.arithmetic == "integer" and tokens.is_cuda
@@ -107,12 +107,12 @@ class QuantizedLayer(Layer):
             return "float" if tokens.dtype.itemsize >= wide.itemsize else self.path
         if self.path == "scaled_mm":  # a CUDA device gives bfloat16, which is too little for wider inputs
             return "float" if tokens.is_cuda and tokens.dtype.itemsize > 2 else self.path
-        few = self.path == "int_mm" and tokens.is_cuda and tokens.numel() <= kernels.SMALL_ROWS * self.in_features
+        few = self.path == "int_mm" and tokens.is_cuda and tokens.numel() <= products.SMALL_ROWS * self.in_features
         return "float" if few else self.path
 
     def _weight_only(self, tokens: Tensor) -> bool:
         """Whether a few rows of floats meet int8 weights with a scale a row: adaLN, which sees one row a sample."""
-        few = tokens.numel() <= kernels.FEW_ROWS * self.in_features and tokens.dtype in (torch.float32, torch.bfloat16)
+        few = tokens.numel() <= products.FEW_ROWS * self.in_features and tokens.dtype in (torch.float32, torch.bfloat16)
         return few and self.rows_weigh and not (torch.is_grad_enabled() and tokens.requires_grad)
 
     @property
@@ -137,8 +137,8 @@ class QuantizedLayer(Layer):
             tokens = tokens.reshape(-1, self.in_features)
         else:
             tokens, scale, zero = self._operand(tokens)
-        if self.path == "cublas" and tokens.shape[0] > kernels.SMALL_ROWS:
-            y: Tensor = kernels.integer_product(tokens, self.weight)
+        if self.path == "cublas" and tokens.shape[0] > products.SMALL_ROWS:
+            y: Tensor = products.integer_product(tokens, self.weight)
             y = operators.rescale(y, self.weight_scale, self.weight_sums, scale, zero, self.bias, dtype)
             return y
         weight = (self.weight, self.spec.weight_type.bits, self.weight_scale, self.weight_zero_point, self.weight_sums)
@@ -152,12 +152,12 @@ class QuantizedLayer(Layer):
             self.weight = nn.Parameter(self.weight.to(tokens.device), requires_grad=False)
         q, scale, zero = self._operand(tokens)
         if self.path == "scaled_mm":
-            return kernels.scaled_product(q, scale, self.weight, self.weight_scale, self.bias)
+            return products.scaled_product(q, scale, self.weight, self.weight_scale, self.bias)
         if self.path == "onednn":
             out = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
-            return kernels.packed_linear(q, scale, zero, self.weight, self.weight_scale.view(-1), self.bias, out)
+            return products.packed_linear(q, scale, zero, self.weight, self.weight_scale.view(-1), self.bias, out)
         weight = self.integer_weight()
-        y = kernels.integer_linear(q, scale, zero, weight, self.weight_scale, self.weight_zero_point, self.weight_sums)
+        y = products.integer_linear(q, scale, zero, weight, self.weight_scale, self.weight_zero_point, self.weight_sums)
         return y if self.bias is None else y + self.bias
 
     def _operand(self, tokens: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -185,7 +185,7 @@ class QuantizedLayer(Layer):
         if self.path != "onednn":
             return q.to(qtype.floating or torch.int8), scale, zero
         shift = torch.full((1,), 128, dtype=torch.int32, device=tokens.device)
-        return kernels.unsigned(q), scale.float(), shift if zero is None else shift + zero
+        return products.unsigned(q), scale.float(), shift if zero is None else shift + zero
 
     def _input_grid(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale, (1,) or one a token, and zero point, (1,) or None for zero."""
@@ -199,7 +199,7 @@ class QuantizedLayer(Layer):
     def integer_weight(self, rows: slice = slice(None)) -> Tensor:
         """(O, I) int8, or only some rows of it."""
         if self.weight.is_mkldnn:
-            return kernels.unpack(self.weight)[rows]
+            return products.unpack(self.weight)[rows]
         return unpack(self.weight[rows], self.in_features, self.spec.weight_type)
 
     def dequantized_weight(self, rows: slice = slice(None)) -> Tensor:
@@ -218,13 +218,13 @@ class QuantizedLayer(Layer):
         if self.spec.weight_type.floating is not None:
             shaped = self.activation_scale is not None and self.in_features % 16 == self.out_features % 16 == 0
             return (
-                ["scaled_mm", "float"] if plain and shaped and kernels.scaled_works(self.weight.device) else ["float"]
+                ["scaled_mm", "float"] if plain and shaped and products.scaled_works(self.weight.device) else ["float"]
             )
         if self.weight.is_cuda:
             return self._cuda_paths(plain)
         if self.activation_scale is None:
             return ["float"]
-        return ["onednn", "int_mm", "float"] if plain and kernels.packed_works() else ["int_mm", "float"]
+        return ["onednn", "int_mm", "float"] if plain and products.packed_works() else ["int_mm", "float"]
 
     def _cuda_paths(self, plain: bool) -> list[Path]:
         """cuBLAS multiplies integers in multiples of eight; padded copies of the weights are no path."""
@@ -292,19 +292,19 @@ class QuantizedLayer(Layer):
     def _lay_out(self, path: Path) -> None:
         packs = path == "onednn"
         if self.weight.is_mkldnn != packs:
-            self.weight = Packed(kernels.prepack(self.weight)) if packs else self._stored()
+            self.weight = Packed(products.prepack(self.weight)) if packs else self._stored()
         self.path, self.weight_sums = path, None
         if self.activation_zero_point is None:
             return
         blocks = [slice(start, start + 256) for start in range(0, self.out_features, 256)]
         if path == "int_mm":  # of the integers, by group
-            self.weight_sums = torch.cat([kernels.weight_sums(self.integer_weight(b), self.groups) for b in blocks])
+            self.weight_sums = torch.cat([products.weight_sums(self.integer_weight(b), self.groups) for b in blocks])
         elif path in cuda.TRITON:  # of the dequantized row
             self.weight_sums = torch.cat([self.dequantized_weight(b).double().sum(1).float() for b in blocks])
 
     def _stored(self) -> nn.Parameter:
         """The weight as it stands in the file."""
-        return nn.Parameter(kernels.unpack(self.weight), False) if self.weight.is_mkldnn else self.weight
+        return nn.Parameter(products.unpack(self.weight), False) if self.weight.is_mkldnn else self.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
         self.weight, self.weight_sums, self.path = self._stored(), None, self._unmeasured()

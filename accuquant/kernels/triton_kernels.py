@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accuquant.core.kernels import SMALL_ROWS
 from accuquant.core.numerics import SMALLEST_SCALE
+from accuquant.kernels.products import SMALL_ROWS
 
 ROUND: tl.constexpr = tl.constexpr(1.5 * 2**23)  # adding it leaves float32 no fraction: nearest, ties to even
 FAR: tl.constexpr = tl.constexpr(2.0**20)  # beyond every integer, and small enough for the line above

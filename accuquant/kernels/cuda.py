@@ -12,9 +12,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from accuquant.core.kernels import integer_product
 from accuquant.core.numerics import QTYPES, dynamic_scale, quantize
 from accuquant.core.packing import pack
+from accuquant.kernels.products import integer_product
 
 TRITON = ("triton", "cublas")  # the paths that need Triton
 CAPABILITY = (8, 0)  # int8 and bfloat16 tensor cores, and the shared memory that the kernels' tiles take
@@ -37,7 +37,7 @@ def triton_works(device: torch.device) -> bool:
     if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < CAPABILITY):
         return False
     try:
-        from accuquant.core import triton_kernels  # noqa: F401
+        from accuquant.kernels import triton_kernels  # noqa: F401
     except ImportError:  # an extra
         return False
     try:
