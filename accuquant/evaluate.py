@@ -29,6 +29,7 @@ from accuquant.measure import (
     sample,
     step_seconds,
 )
+from accuquant.model.arithmetic import arithmetic_used
 from accuquant.model.cache_state import CacheStats
 from accuquant.model.caching import CORRECTION, attach_cache, controller_of, detach_cache, uncached
 from accuquant.model.digit_classifier import DigitClassifier
@@ -93,6 +94,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         **cost_metrics(planned, full.denoiser, sizes),
         "modules": [module_row(p, errors.get(p.name), sizes.get(p.name)) for p in planned],
     }
+    if quantized_layers(quantized.denoiser):
+        metrics["arithmetic"] = arithmetic_used(quantized.denoiser)
     if controller:
         # RCS has kept those that it decided by
         errors_of_input = list(traces[0].input_errors) or input_errors(full, held_out, controller, traces[0].full_steps)

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accuquant.kernels.select import fixed
+from accuquant.model.arithmetic import describe_arithmetic
 from accuquant.model.torchao import TORCHAO_VERSIONS
 from accuquant.recipe import Recipe, RecipeError
 
@@ -28,7 +30,7 @@ Measured on {num_samples} held-out samples against full precision, same noise
 |---|---|
 {rows}
 
-Types: {types}. Calibrated {how}:
+Types: {types}. {arithmetic}Calibrated {how}:
 {network_evaluations} network evaluations in {seconds:.0f} s. `report.html` shows where the rest was lost; `recipe.yaml`
 reproduces this folder with `accuquant calibrate`.
 """
@@ -51,7 +53,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
     """README.md of the export, with its figures."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures(metrics))
     types = sorted({f"{m['weight']}/{m['activation']}" for m in metrics["modules"] if m["weight"] != "float"})
-    calibration = metrics["calibration"]
+    calibration, used = metrics["calibration"], metrics.get("arithmetic")
     how = "with M = {steps_per_group} denoising steps per group, gradient `{gradient}`".format(**calibration)
     return CARD.format(
         **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps", "guidance_scale")},
@@ -61,6 +63,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
             name=Path(recipe.export.output).name, dtype=recipe.model.dtype, torchao=TORCHAO_VERSIONS
         ),
         types=", ".join(f"`{t}`" for t in types),
+        arithmetic=f"Layers were computed by {describe_arithmetic(used)}. " if used else "",
         rows=rows,
     )
 
@@ -123,8 +126,12 @@ def check_output(output: Path, overwrite: bool) -> None:
     """See to it before a long run that its result can be put in place, and that nothing of the user's is lost by it.
 
     Raises:
-        RecipeError: the folder exists and may not be replaced, or cannot be created.
+        RecipeError: the folder exists and may not be replaced, or cannot be created; or ACCUQUANT_PATH names no path.
     """
+    try:
+        fixed()
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     if output.is_symlink() or output.exists():
         if not overwrite:
             raise RecipeError(f"export.output: {output} exists; --overwrite replaces it once the new export is whole")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import accuquant
 from accuquant import Cache, CacheError
+from accuquant.kernels import select
 from accuquant.model.caching import controller_of
 from accuquant.model.checkpoint import harden_model
 from accuquant.model.clock import StepClock
@@ -55,6 +56,8 @@ def pipeline() -> DiTPipeline:
         if layer.spec.static:
             layer.set_activation_scale([samples * 0.6**k for k in range(GROUPS)], search=False)
     harden_model(pipeline.transformer, clock)
+    for layer in quantized_layers(pipeline.transformer).values():
+        layer.take(select.named(layer.paths()[0]))  # whatever the rule says on this CPU
     return pipeline
 
 

@@ -323,7 +323,9 @@ def test_set_arithmetic_reaches_every_layer_and_refuses_what_it_does_not_know() 
     set_arithmetic(model, "reference")
     assert model[0].arithmetic == "reference"
     with pytest.raises(ValueError, match="'fast'"):
-        set_arithmetic(model, "fast")  # type: ignore[arg-type]
+        set_arithmetic(model, "fast")
+    with pytest.raises(ValueError, match="did you mean 'int_mm'"):
+        set_arithmetic(model, "intmm")
     with pytest.raises(ValueError, match="ReLU has no layer quantized"):
         set_arithmetic(nn.ReLU(), "integer")
 

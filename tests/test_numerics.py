@@ -20,7 +20,7 @@ from accuquant.core.numerics import (
     range_to_scale,
     search_scale,
 )
-from accuquant.kernels.products import integer_linear
+from accuquant.kernels.integers import integer_linear
 
 INTEGERS = [t for t in QTYPES.values() if t.floating is None]
 every_type = pytest.mark.parametrize("qtype", INTEGERS, ids=lambda t: t.name)

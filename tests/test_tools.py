@@ -16,7 +16,7 @@ import torch
 import yaml
 from conftest import recipe_tree
 
-from accuquant.kernels.products import scaled_works
+from accuquant.kernels.scaled_mm import scaled_works
 from accuquant.model.torchao import torchao_installed
 
 ROOT = Path(__file__).parent.parent

@@ -16,14 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accuquant.core import rounding
-from accuquant.core.numerics import dequantize, dynamic_scale, fake_quantize, lsq_gradient_scale, quantize, search_scale
+from accuquant.core.numerics import (
+    at_least_float32,
+    dequantize,
+    dynamic_scale,
+    fake_quantize,
+    lsq_gradient_scale,
+    quantize,
+    search_scale,
+)
 from accuquant.core.packing import pack
+from accuquant.model.arithmetic import set_arithmetic
 from accuquant.model.clock import StepClock
-from accuquant.model.quantized import Arithmetic, QuantizedLayer, quantized_layers, set_arithmetic
-from accuquant.model.spec import Conv, Layer, LayerSpec, at_least_float32
+from accuquant.model.quantized import QuantizedLayer, quantized_layers
+from accuquant.model.spec import Conv, Layer, LayerSpec
 
 __all__ = [
-    "Arithmetic",
     "Conv",
     "LayerSpec",
     "QuantizedLayer",
