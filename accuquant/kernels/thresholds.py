@@ -5,9 +5,9 @@ one thread, 128 rows of float32 and 512 of bfloat16; `vnni`, `avx512` and `avx2`
 (AVX512_CORE_VNNI, AVX512_CORE, and AVX2 with ATEN_CPU_CAPABILITY=avx2). On an AMD EPYC (Zen 5, VNNI) bare products of
 `onednn` and `int_mm` are equally fast at all of a DiT's shapes, and twice as fast as bfloat16's.
 
-What was seen: integers with one scale a row beat floats from about 384 x 384 weights on, `onednn`'s earlier. Groups of
-32 cost a product each and lose by three to seven times, groups of 128 break even. Without VNNI eight bits saturate, so
-that `int_mm` computes them in floats (see `integers`), and fewer bits still win. A CPU's fp8 product never does.
+Seen: integers with one scale a row beat floats from 128 x 512 weights on, `onednn`'s earlier. Groups of 32 cost
+a product each and lose by three to seven times, groups of 128 break even. Without VNNI eight bits saturate, so that
+`int_mm` computes them in floats (see `integers`), and fewer bits still win. A CPU's fp8 product never does.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Least(NamedTuple):
 LEAST: dict[str, dict[cpu.Tier, Least]] = {
     "onednn": {"amx": Least(SMALL), "vnni": Least(SMALL)},
     "int_mm": {
-        "amx": Least(1 << 17, group=256),
-        "vnni": Least(1 << 17, group=256),
-        "avx512": Least(1 << 17, group=256, bits=7),
-        "avx2": Least(1 << 17, group=256, bits=7),
+        "amx": Least(1 << 16, group=256),
+        "vnni": Least(1 << 16, group=256),
+        "avx512": Least(1 << 16, group=256, bits=7),
+        "avx2": Least(1 << 16, group=256, bits=7),
     },
     "scaled_mm": {},
 }
