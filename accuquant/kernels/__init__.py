@@ -1,1 +1,1 @@
-"""How a quantized layer's product is computed: integer and float products, and what each device can be trusted with."""
+"""How a quantized layer's product is computed: one backend a file, and `select`, which chooses among them."""

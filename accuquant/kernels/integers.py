@@ -46,13 +46,15 @@ def _float_product(a: Tensor, b: Tensor) -> Tensor:
     return sum((u.float() @ v.float().t()).to(torch.int32) for u, v in parts)  # type: ignore[return-value]
 
 
-@torch.compiler.assume_constant_result
 def int_mm_is_exact() -> bool:
     """Whether torch's product of int8 is exact on this CPU, at the ends of the range too.
 
     CPUs without VNNI add products of pairs in 16 bits, which saturates; torch 2.13 uses them all the same.
     """
     return check_int_mm()
+
+
+torch.compiler.assume_constant_result(int_mm_is_exact)  # a compiler asks, and does not look inside
 
 
 @functools.cache
