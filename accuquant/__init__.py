@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from accuquant.caching.enable import cache_stats, compile_cached, disable_cache, enable_cache
     from accuquant.recipe import Cache, FORAConfig, Recipe, RFCConfig, TaylorSeerConfig
     from accuquant.recipe.file import load_recipe
+    from accuquant.runtime.arithmetic import set_arithmetic
     from accuquant.runtime.cache.stats import CacheStats
     from accuquant.runtime.checkpoint import AccuQuantConfig
-    from accuquant.runtime.layer import set_arithmetic
 
 register()
 
@@ -34,7 +34,7 @@ _HOMES = {
     "disable_cache": "accuquant.caching.enable",
     "enable_cache": "accuquant.caching.enable",
     "load_recipe": "accuquant.recipe.file",
-    "set_arithmetic": "accuquant.runtime.layer",
+    "set_arithmetic": "accuquant.runtime.arithmetic",
 }
 
 __all__ = [

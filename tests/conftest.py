@@ -25,6 +25,8 @@ from accuquant.recipe.file import parse_recipe
 # Tensors this small gain nothing from a second thread, and lose much where its core is taken: two processes test.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start
+os.environ["ACCUQUANT_CACHE"] = "/nonexistent"  # what somebody had measured on this machine
+os.environ.pop("ACCUQUANT_PATH", None)
 
 
 def make_pipeline(

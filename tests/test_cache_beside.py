@@ -15,6 +15,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from accuquant.calibration.layers import TrainableLayer, quantize_model
 from accuquant.export.native import harden_model
+from accuquant.kernels import select
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.features import cached_modules
 from accuquant.runtime.cache.fitted import Correction
@@ -155,7 +156,7 @@ def test_quantized_denoisers_can_be_offloaded(pipeline: DiTPipeline, offload: An
     for layer in quantized_layers(model).values():
         if path not in layer.paths():
             pytest.skip("this CPU's oneDNN product is not exact")
-        layer._lay_out(path)
+        layer.take(select.named(path))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def call() -> Any:
@@ -190,7 +191,7 @@ def test_what_was_fitted_for_a_cache_is_offloaded_too(pipeline: DiTPipeline, off
 
 def test_sums_of_weights_go_where_the_layer_computes() -> None:
     layer = TrainableLayer(torch.nn.Linear(16, 8), SPECS[1], StepClock([]), "x", search=False).harden()
-    layer._lay_out("int_mm")
+    layer.take(select.named("int_mm"))
     assert layer.weight_sums is not None and "weight_sums" not in layer.state_dict()
     add_hook_to_module(layer, AlignDevicesHook(execution_device=torch.device("meta")))
     assert layer.weight_sums.is_meta and layer(torch.zeros(3, 16)).is_meta

@@ -23,7 +23,8 @@ from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.layer import quantized_layers, set_arithmetic
+from accuquant.runtime.arithmetic import set_arithmetic
+from accuquant.runtime.layer import quantized_layers
 
 QUIET = Reporter(quiet=True)
 

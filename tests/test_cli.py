@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from accuquant import __version__
 from accuquant.cli.main import app
 from accuquant.progress import Reporter
 from accuquant.recipe.file import list_shipped
+from accuquant.runtime.arithmetic import describe_arithmetic
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -248,12 +251,48 @@ def test_inspect_prints_every_quantized_module(export: Path) -> None:
         scales, module = tensors[f"{name}.weight_scale"], expected[name]
         assert f" {module['weight']} " in row and f" {module['group_size'] or 'row'} " in row
         assert f"{float(scales.min()):.3g} .. {float(scales.max()):.3g}" in row
-        assert row.endswith(f"{module['quantized_bytes'] / 1e3:.1f}") and row.split()[-2] in (
-            "onednn",
-            "int_mm",
-            "float",
+        assert row.endswith(f"{module['quantized_bytes'] / 1e3:.1f}") and row.split()[-3:-1] in (
+            ["onednn", "rule"],
+            ["int_mm", "rule"],
+            ["float", "rule"],
         )
     assert lines[-2:] == ["timestep groups: 3, edges at timesteps 581, 249", "cache: none"]
+    assert re.fullmatch(r"computed by .*\d+ (onednn|int_mm|float).* \(by rule\); .*, 1 thread, torch .*", lines[-3])
+
+
+def test_inspect_measures_where_asked(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is kept in the cache folder, and from then on every load takes it."""
+    monkeypatch.setenv("ACCUQUANT_CACHE", str(tmp_path / "new" / "cache"))
+    assert "measured" not in run("inspect", export).stdout and not (tmp_path / "new").exists()
+    lines = run("inspect", export, "--measure").stdout.splitlines()
+    kept = next(line for line in lines if line.startswith("kept for this machine in "))
+    file = Path(kept.removeprefix("kept for this machine in "))
+    assert file.parent == tmp_path / "new" / "cache" / "paths" and list(file.parent.iterdir()) == [file]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["machine"]["threads"] == 1 and content["machine"]["torch"] == torch.__version__
+    rows = [line.split() for line in run("inspect", export).stdout.splitlines()]
+    found = {row[-3] for row in rows if row[-2:-1] == ["measured"]}
+    assert content["paths"] and found == set(content["paths"].values())
+
+
+def test_a_path_that_is_not_there_is_said_at_once(
+    workplace: Path, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCUQUANT_PATH", "onednm")
+    for command in (("calibrate", "recipe.yaml"), ("inspect", export)):
+        assert "ACCUQUANT_PATH: no path is named 'onednm' (did you mean 'onednn'?)" in refused(*command)
+
+
+def test_what_was_measured_names_the_paths(export: Path) -> None:
+    """metrics.json, model card and report: how many layers by which path, and on what."""
+    metrics = json.loads((export / "metrics.json").read_text(encoding="utf-8"))
+    used, quantized = metrics["arithmetic"], [m for m in metrics["modules"] if m["weight"] != "float"]
+    assert sum(sum(whys.values()) for whys in used["paths"].values()) == len(quantized)
+    assert {why for whys in used["paths"].values() for why in whys} == {"rule"} and used["threads"] == 1
+    line = describe_arithmetic(used)
+    assert f"Layers were computed by {line}. Calibrated" in (export / "README.md").read_text(encoding="utf-8")
+    report = html.unescape((export / "report.html").read_text(encoding="utf-8"))
+    assert f"The quantized layers were computed by {line}." in report
 
 
 def read_png(path: Path) -> Image.Image:

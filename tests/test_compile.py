@@ -15,6 +15,7 @@ import accuquant
 from accuquant import Cache, CacheError
 from accuquant.calibration.layers import quantize_model
 from accuquant.export.native import harden_model
+from accuquant.kernels import select
 from accuquant.runtime.cache.hooks import controller_of
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import quantized_layers
@@ -56,6 +57,8 @@ def pipeline() -> DiTPipeline:
         if layer.spec.static:
             layer.set_activation_scale([samples * 0.6**k for k in range(GROUPS)], search=False)
     harden_model(pipeline.transformer, clock)
+    for layer in quantized_layers(pipeline.transformer).values():
+        layer.take(select.named(layer.paths()[0]))  # whatever the rule says on this CPU
     return pipeline
 
 

@@ -17,10 +17,11 @@ from test_layers import make_input, make_layer, relative
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer, quantize_model
-from accuquant.core import kernels
 from accuquant.core.numerics import QTYPES, dequantize, fake_quantize, quantize, search_scale
 from accuquant.errors import RecipeError
 from accuquant.export.native import harden_model
+from accuquant.kernels import select
+from accuquant.kernels.scaled_mm import scaled_works
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe.file import parse_recipe
@@ -36,7 +37,7 @@ GROUPS = LayerSpec("fp8", "fp8", group_size=8, activation_symmetric=True)
 SPECS = [STATIC, DYNAMIC, WEIGHTS, GROUPS]
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=["static", "dynamic", "weights", "groups"])
 needs_product = pytest.mark.skipif(
-    not kernels.scaled_works(torch.device("cpu")), reason="this torch does not multiply fp8 on CPUs"
+    not scaled_works(torch.device("cpu")), reason="this torch does not multiply fp8 on CPUs"
 )
 
 
@@ -136,10 +137,10 @@ def test_layer_is_what_float64_makes_of_its_numbers(spec: LayerSpec) -> None:
     hard.arithmetic = "reference"
     assert torch.equal(hard(x), layer(x))
     hard.arithmetic = "integer"
-    expected, bare = oracle(hard, x), spec in (STATIC, DYNAMIC) and kernels.scaled_works(torch.device("cpu"))
+    expected, bare = oracle(hard, x), spec in (STATIC, DYNAMIC) and scaled_works(torch.device("cpu"))
     assert hard.paths() == (["scaled_mm", "float"] if bare else ["float"])
     for path in hard.paths():
-        hard._lay_out(path)
+        hard.take(select.named(path))
         assert relative(hard(x), expected) < 1e-6 and hard(x[:0]).shape == (0, 7, 48)
         assert relative(hard(x.bfloat16()), oracle(hard, x.bfloat16().float())) < 1e-2
     hard.prepare()
@@ -200,7 +201,7 @@ def test_files_keep_it_whatever_the_model_s_type(spec: LayerSpec, tmp_path: Path
 def test_compiled_as_one_graph() -> None:
     model = make_model(STATIC)
     for layer in quantized_layers(model).values():
-        layer._lay_out("scaled_mm")
+        layer.take(select.named("scaled_mm"))
     expected = call(model)
     torch.compiler.reset()
     try:

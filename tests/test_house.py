@@ -70,6 +70,7 @@ ROWS = (
     ("runtime",),
     ("model",),
     ("pipeline",),
+    ("kernels",),
     ("core", "recipe"),
 )
 BASE = ("accuquant.errors", "accuquant.progress", "accuquant.version")  # import nothing of ours; all may import them
@@ -83,13 +84,14 @@ def folder_of(module: str) -> str:
 
 def band_error(module: str, imported: str) -> str | None:
     """Why ``module`` may not import ``imported``, or None."""
-    ours, triton_kernels = within(imported, "accuquant"), "accuquant.core.triton_kernels"
-    if imported == triton_kernels and module != "accuquant.core.cuda":
-        return "only core.cuda knows whether Triton is there"
+    ours, triton_kernels = within(imported, "accuquant"), "accuquant.kernels.triton_kernels"
+    if imported == triton_kernels and module != "accuquant.kernels.cuda":
+        return "only kernels.cuda knows whether Triton is there"
     if not ours:
         triton = module == triton_kernels and within(imported, "triton")  # an extra: one file needs it
-        if within(module, "accuquant.core") and not (within(imported, "torch") or is_stdlib(imported) or triton):
-            return "core imports torch, the standard library and core"
+        mathematics = within(module, "accuquant.core", "accuquant.kernels")
+        if mathematics and not (within(imported, "torch") or is_stdlib(imported) or triton):
+            return "core and kernels import torch, the standard library and what lies below them"
         return None
     if imported not in PACKAGE:
         return "there is no such module"
@@ -182,8 +184,10 @@ def test_imports_are_declared(folder, extras):
         ("accuquant.core.numerics", "accuquant.recipe"),
         ("accuquant.core.numerics", "accuquant.calibration.layers"),
         ("accuquant.core.numerics", "diffusers"),
-        ("accuquant.core.cuda", "triton"),
-        ("accuquant.runtime.layer", "accuquant.core.triton_kernels"),
+        ("accuquant.core.numerics", "accuquant.kernels.int_mm"),
+        ("accuquant.kernels.int_mm", "accuquant.runtime.spec"),
+        ("accuquant.kernels.cuda", "triton"),
+        ("accuquant.runtime.layer", "accuquant.kernels.triton_kernels"),
         ("accuquant.runtime.checkpoint", "accuquant.calibration.layers"),
         ("accuquant.calibration.loop", "accuquant.caching.search"),
         ("accuquant.tuning.candidates", "accuquant.programs.calibrate"),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer, quantize_model
 from accuquant.core.numerics import QTYPES, quantize
+from accuquant.runtime.arithmetic import set_arithmetic
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.layer import QuantizedLayer, set_arithmetic
+from accuquant.runtime.layer import QuantizedLayer
 from accuquant.runtime.spec import LayerSpec
 
 MODULES = {
@@ -325,7 +326,9 @@ def test_set_arithmetic_reaches_every_layer_and_refuses_what_it_does_not_know() 
     set_arithmetic(model, "reference")
     assert model[0].arithmetic == "reference"
     with pytest.raises(ValueError, match="'fast'"):
-        set_arithmetic(model, "fast")  # type: ignore[arg-type]
+        set_arithmetic(model, "fast")
+    with pytest.raises(ValueError, match="did you mean 'int_mm'"):
+        set_arithmetic(model, "intmm")
     with pytest.raises(ValueError, match="ReLU has no layer quantized"):
         set_arithmetic(nn.ReLU(), "integer")
 

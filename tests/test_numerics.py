@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from accuquant.core import rounding
-from accuquant.core.kernels import integer_linear
 from accuquant.core.numerics import (
     QTYPES,
     QType,
@@ -21,6 +20,7 @@ from accuquant.core.numerics import (
     range_to_scale,
     search_scale,
 )
+from accuquant.kernels.integers import integer_linear
 
 INTEGERS = [t for t in QTYPES.values() if t.floating is None]
 every_type = pytest.mark.parametrize("qtype", INTEGERS, ids=lambda t: t.name)

@@ -14,8 +14,8 @@ from test_layers import MODULES, every_module, make_input, make_layer, oracle, r
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer, quantize_model
-from accuquant.core import kernels
 from accuquant.export.native import harden_model
+from accuquant.kernels import floating, integers, onednn, select
 from accuquant.runtime import layer as quantized
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import QuantizedLayer
@@ -27,12 +27,12 @@ W8A8 = [
     LayerSpec("int8", "int8", activation_scale="dynamic"),
     LayerSpec("int8", "int4"),
 ]
-needs_onednn = pytest.mark.skipif(not kernels.packed_works(), reason="this CPU's oneDNN product is not exact")
+needs_onednn = pytest.mark.skipif(not onednn.packed_works(), reason="this CPU's oneDNN product is not exact")
 
 
 def on_each_path(layer: QuantizedLayer) -> Iterator[QuantizedLayer]:
     for path in layer.paths():
-        layer._lay_out(path)
+        layer.take(select.named(path))
         assert layer.weight.is_mkldnn == (path == "onednn")
         yield layer
 
@@ -60,10 +60,10 @@ def test_odd_shapes(
 ) -> None:
     """One row, one column, more rows than a block; with blocks and without."""
     if small_cache:
-        monkeypatch.setattr(kernels, "CACHE_BYTES", 0)
-        monkeypatch.setattr(kernels, "BLOCK_ROWS", 64)
-        monkeypatch.setattr(kernels, "TOKEN_BLOCK", 64)
-        monkeypatch.setattr(kernels, "TOKEN_BYTES", 0)
+        monkeypatch.setattr(integers, "CACHE_BYTES", 0)
+        monkeypatch.setattr(integers, "BLOCK_ROWS", 64)
+        monkeypatch.setattr(onednn, "TOKEN_BLOCK", 64)
+        monkeypatch.setattr(onednn, "TOKEN_BYTES", 0)
     rows, columns, outputs = shape
     torch.manual_seed(0)
     module = nn.Linear(columns, outputs)
@@ -92,9 +92,9 @@ def test_few_rows_of_floats_meet_weights_that_stay_integers(
     layer = TrainableLayer(module, LayerSpec("int8", "float"), StepClock([]), "x", search=False).harden()
     x = torch.randn(rows, columns).to(dtype)
     expected = oracle(layer, module, x.double())
-    whole = layer.dequantized_weight
-    if rows <= kernels.FEW_ROWS:
-        monkeypatch.setattr(layer, "dequantized_weight", lambda *_: pytest.fail("all weights are floats at once"))
+    whole = floating.dequantized
+    if rows <= floating.FEW_ROWS:
+        monkeypatch.setattr(floating, "dequantized", lambda *_: pytest.fail("all weights are floats at once"))
     y = layer(x)
     assert y.dtype == dtype and y.shape == (rows, outputs)
     if rows:
@@ -102,7 +102,7 @@ def test_few_rows_of_floats_meet_weights_that_stay_integers(
         torch.compiler.reset()
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
         assert torch.equal(compiled, y)
-    monkeypatch.setattr(layer, "dequantized_weight", whole)
+    monkeypatch.setattr(floating, "dequantized", whole)
     layer.arithmetic = "reference"
     assert torch.allclose(layer(x).float(), y.float(), rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-4)
 
@@ -143,10 +143,10 @@ def test_onednn_at_the_ends_of_the_range(zero: int) -> None:
     w = torch.full((5, 512), -128, dtype=torch.int8)
     w[1], w[2, ::2], w[3] = 127, 127, 0
     q = torch.tensor([-128.0, 127.0, 0.0]).repeat_interleave(512).view(3, 512)
-    packed, shift = kernels.prepack(w), torch.tensor([128 + zero], dtype=torch.int32)
-    found = kernels.packed_linear(kernels.unsigned(q), torch.ones(1), shift, packed, torch.ones(5), None)
+    packed, shift = onednn.prepack(w), torch.tensor([128 + zero], dtype=torch.int32)
+    found = onednn.packed_linear(onednn.unsigned(q), torch.ones(1), shift, packed, torch.ones(5), None)
     assert torch.equal(found.double(), (q.double() - zero) @ w.double().t())
-    assert torch.equal(kernels.unpack(packed), w)
+    assert torch.equal(onednn.unpack(packed), w)
 
 
 @needs_onednn
@@ -156,7 +156,7 @@ def test_onednn_at_the_ends_of_the_range(zero: int) -> None:
 @torch.no_grad()
 def test_half_types_on_onednn(kind: str, spec: LayerSpec, dtype: torch.dtype) -> None:
     layer = make_layer(kind, spec).harden()
-    layer._lay_out("onednn")
+    layer.take(select.named("onednn"))
     x = make_input(kind).to(dtype)
     found = layer(x)
     assert found.dtype == dtype and torch.equal(found, layer(x.float()).to(dtype))
@@ -216,7 +216,7 @@ def test_layout_is_nobody_else_s_business() -> None:
     plain = make_layer("linear", LayerSpec("int8", "int8")).harden()
     layer, x = copy.deepcopy(plain), make_input("linear")
     layer.prepare()
-    layer._lay_out("onednn")
+    layer.take(select.named("onednn"))
     expected = layer(x)
 
     def same(other: nn.Module) -> bool:
@@ -229,7 +229,7 @@ def test_layout_is_nobody_else_s_business() -> None:
         assert torch.equal(other(x), expected)
     other = make_layer("linear", LayerSpec("int8", "int8")).harden()
     other.weight.zero_()
-    other._lay_out("onednn")
+    other.take(select.named("onednn"))
     other.load_state_dict(layer.state_dict(), strict=True)
     assert other.weight.is_mkldnn and torch.equal(other(x), expected)
     layer.arithmetic = "reference"
@@ -242,9 +242,9 @@ def test_layout_is_nobody_else_s_business() -> None:
 def test_a_copy_takes_no_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when it was made on another machine."""
     layer, x = make_layer("linear", LayerSpec("int8", "int8")).harden(), make_input("linear")
-    layer._lay_out("onednn")
+    layer.take(select.named("onednn"))
     expected = layer(x)
-    monkeypatch.setattr(kernels, "packed_works", lambda: False)
+    monkeypatch.setattr(onednn, "packed_works", lambda: False)
     other = copy.deepcopy(layer)
     assert other.path == "int_mm" and relative(other(x), expected.double()) < 1e-6
 
@@ -262,79 +262,22 @@ def test_prepared_model_is_saved_as_it_was(tmp_path: Path) -> None:
     layers = quantized.quantized_layers(model)
     for path in ("int_mm", "onednn"):
         for layer in layers.values():
-            layer._lay_out(path)
+            layer.take(select.named(path))
         model.save_pretrained(tmp_path / path)
     name = "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "onednn" / name).read_bytes() == (tmp_path / "int_mm" / name).read_bytes()
     loaded = type(model).from_pretrained(tmp_path / "onednn")
     found = load_file(tmp_path / "int_mm" / name)
     assert all(torch.equal(found[k], v) for k, v in loaded.state_dict().items())
-    assert {layer.path for layer in quantized.quantized_layers(loaded).values()} == {"onednn"}
+    assert {layer.why for layer in quantized.quantized_layers(loaded).values()} == {"rule"}
 
 
-# ---- the choice
-
-
-@torch.no_grad()
-def test_choice_is_measured_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "_fastest", {})
-    measured = []
-    monkeypatch.setattr(quantized, "_seconds", lambda layer, tokens: measured.append(layer.path) or 1.0)
-    spec = LayerSpec("int4", "int8", activation_scale="dynamic")
-
-    def prepared(columns: int) -> QuantizedLayer:
-        layer = TrainableLayer(nn.Linear(columns, 256), spec, StepClock([]), "x", search=False).harden()
-        layer.prepare()
-        return layer
-
-    assert prepared(128).path == "int_mm"  # no faster than the one before it is not fast enough
-    count = len(measured)
-    assert set(measured) == {"int_mm", "float"}
-    prepared(128)
-    assert len(measured) == count
-    prepared(256)
-    assert len(measured) == 2 * count
-    prepared(8)  # too small to be worth it
-    assert len(measured) == 2 * count
-
-
-@torch.no_grad()
-def test_fastest_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "_fastest", {})
-    monkeypatch.setattr(quantized, "_seconds", lambda layer, tokens: {"float": 0.5}.get(layer.path, 1.0))
-    layer = TrainableLayer(nn.Linear(256, 128), LayerSpec("int8", "int8"), StepClock([]), "x", False).harden()
-    layer.prepare()
-    assert layer.path == "float"
+# ---- trust
 
 
 @needs_onednn
-@pytest.mark.parametrize("begin", range(6))
-@torch.no_grad()
-def test_load_that_passes_does_not_choose(begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For as long as a path's first round takes, the machine is ten times slower."""
-    monkeypatch.setattr(quantized, "_fastest", {})
-    calls = list[str]()
-
-    def seconds(layer: QuantizedLayer, tokens: Tensor) -> float:
-        calls.append(layer.path)
-        taken = {"onednn": 1.0, "int_mm": 1.5, "float": 4.0}[layer.path]
-        return 10 * taken if begin <= len(calls) - 1 < begin + 1 + quantized.PROBE_RUNS else taken
-
-    monkeypatch.setattr(quantized, "_seconds", seconds)
-    layer = TrainableLayer(nn.Linear(256, 128), LayerSpec("int8", "int8"), StepClock([]), "x", False).harden()
-    layer.prepare()
-    assert layer.path == "onednn"
-    assert calls.count("float") < quantized.PROBE_ROUNDS * (1 + quantized.PROBE_RUNS)  # it is far behind
-
-
-def test_layers_with_float_activations_have_one_path() -> None:
-    layer = TrainableLayer(nn.Linear(256, 128), LayerSpec("int8"), StepClock([]), "x", search=False).harden()
-    layer.prepare()
-    assert layer.path == "float" and layer.paths() == ["float"]
-
-
 def test_product_that_is_not_exact_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    check, right = kernels.packed_works.__wrapped__, kernels.packed_linear
+    check, right = onednn.packed_works.__wrapped__, onednn.packed_linear
 
     def saturated(*arguments: Tensor) -> Tensor:
         return right(*arguments).clamp_max(2.0**14)
@@ -342,18 +285,38 @@ def test_product_that_is_not_exact_is_not_taken(monkeypatch: pytest.MonkeyPatch)
     def refused(weight: Tensor) -> Tensor:
         raise RuntimeError("not on this machine")
 
-    monkeypatch.setattr(kernels, "packed_linear", saturated)
+    monkeypatch.setattr(onednn, "packed_linear", saturated)
     assert not check()
-    monkeypatch.setattr(kernels, "packed_linear", right)
-    monkeypatch.setattr(kernels, "prepack", refused)
+    monkeypatch.setattr(onednn, "packed_linear", right)
+    monkeypatch.setattr(onednn, "prepack", refused)
     assert not check()
-    monkeypatch.setattr(kernels, "packed_works", lambda: False)
-    monkeypatch.setattr(quantized, "_fastest", {})
+    monkeypatch.setattr(onednn, "packed_works", lambda: False)
     layer = make_layer("linear", LayerSpec("int8", "int8")).harden()
     layer.prepare()
-    assert layer.path == "int_mm" and layer.paths() == ["int_mm", "float"]
+    assert layer.path != "onednn" and layer.paths() == ["int_mm", "float"]
 
 
 def test_check_does_not_hang_on_the_default_device() -> None:
     with torch.device("meta"):
-        assert kernels.packed_works.__wrapped__() == kernels.packed_works()
+        assert onednn.packed_works.__wrapped__() == onednn.packed_works()
+        assert integers.int_mm_is_exact() in (True, False)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 1024, 1025, 5000])
+def test_integer_product_is_exact_without_the_instructions_for_it(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CPUs on which torch's own saturates: at the ends of the range, and with blocks of columns."""
+    monkeypatch.setattr(integers, "int_mm_is_exact", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, (n, columns), dtype=torch.int8, generator=generator) for n in (5, 7))
+    a[0], b[0], a[1], b[1] = -128, -128, 127, 127
+    found = integers.integer_product(a, b)
+    assert found.dtype == torch.int32 and torch.equal(found.double(), a.double() @ b.double().t())
+
+
+def test_saturating_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch._int_mm
+    monkeypatch.setattr(integers, "check_int_mm", integers.check_int_mm.__wrapped__)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: right(a, b).clamp_max(2**15 - 1))
+    assert not integers.int_mm_is_exact()

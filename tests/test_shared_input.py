@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from accuquant.calibration.layers import quantize_model
 from accuquant.errors import RecipeError
 from accuquant.export.native import harden_model
+from accuquant.kernels import select
+from accuquant.kernels.backend import Backend
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe.file import parse_recipe
@@ -68,13 +70,13 @@ def separate(model: Any) -> Any:
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the layers that quantized their input."""
-    made, original = list[str](), QuantizedLayer._integers
+    made, original = list[str](), QuantizedLayer.make_operand
 
-    def counted(self: QuantizedLayer, tokens: Tensor) -> Any:
+    def counted(self: QuantizedLayer, backend: Backend, tokens: Tensor) -> Any:
         made.append(self.name)
-        return original(self, tokens)
+        return original(self, backend, tokens)
 
-    monkeypatch.setattr(QuantizedLayer, "_integers", counted)
+    monkeypatch.setattr(QuantizedLayer, "make_operand", counted)
     return made
 
 
@@ -87,7 +89,7 @@ def test_one_tensor_is_quantized_once(spec: LayerSpec, path: Any, count: list[st
     for layer in (*quantized_layers(model).values(), *quantized_layers(twin).values()):
         if path not in layer.paths():
             pytest.skip("this CPU's oneDNN product is not exact")
-        layer._lay_out(path)
+        layer.take(select.named(path))
     for timestep in (900.0, 900.0, 100.0):
         expected, apart = call(twin, timestep), len(count)
         count.clear()
@@ -145,7 +147,7 @@ def test_integers_go_with_their_input(spec: LayerSpec) -> None:
     to_q, x = qkv(make_model(spec))[0], torch.randn(3, 32)
     to_q(x)
     integers = to_q.clock.last_input._kept[3][0]
-    assert torch.equal(integers, to_q._integers(x)[0])
+    assert torch.equal(integers, to_q.make_operand(to_q.backend, x).q)
     integers = weakref.ref(integers)
     assert integers() is not None
     del x

@@ -16,8 +16,8 @@ import torch
 import yaml
 from conftest import recipe_tree
 
-from accuquant.core import kernels
 from accuquant.export.torchao import torchao_installed
+from accuquant.kernels.scaled_mm import scaled_works
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,7 +174,7 @@ def test_inference_products_of_a_gpu(tools: Callable[[str], Any], monkeypatch: p
     monkeypatch.setattr(torch, "compile", lambda module: module)
     products = tool.Gemms(torch.device("cpu"))
     assert not {tool.SCALED_MM, tool.TORCHAO} & set(products.names)
-    found = [tool.SCALED_MM] if kernels.scaled_works(torch.device("cpu")) else []
+    found = [tool.SCALED_MM] if scaled_works(torch.device("cpu")) else []
     for name in [*found, *([tool.TORCHAO] if torchao_installed() else [])]:
         run, path = products._make((32, 64, 48), name)
         assert run().shape == (32, 48) and run().dtype == torch.bfloat16 and not path

@@ -30,7 +30,8 @@ from accuquant.programs.evaluate import evaluate
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.layer import QuantizedLayer, quantized_layers, set_arithmetic
+from accuquant.runtime.arithmetic import set_arithmetic
+from accuquant.runtime.layer import QuantizedLayer, quantized_layers
 
 REASON = "needs accuquant[torchao]"
 needs_torchao = pytest.mark.skipif(not torchao_installed(), reason=REASON)

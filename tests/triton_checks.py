@@ -6,6 +6,7 @@ CUDA device (tests/test_gpu.py). The interpreter cannot multiply bfloat16; on a 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -15,9 +16,9 @@ from test_layers import MODULES, every_module, make_input, make_layer, oracle, r
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer
-from accuquant.core import cuda, triton_kernels
 from accuquant.core.numerics import QTYPES, SMALLEST_SCALE, dynamic_scale, quantize
 from accuquant.core.packing import pack
+from accuquant.kernels import cuda, select, triton_kernels
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import QuantizedLayer
 from accuquant.runtime.spec import LayerSpec
@@ -202,7 +203,7 @@ def test_operators_are_what_torch_compile_believes() -> None:
 
 def on_triton(layer: QuantizedLayer, path: str = "triton") -> QuantizedLayer:
     layer = layer.to(DEVICE)
-    layer._lay_out(path)  # type: ignore[arg-type]
+    layer.take(select.named(path))
     return layer
 
 
@@ -298,12 +299,18 @@ def test_compiled_layers_are_one_graph() -> None:
     ],
     ids=str,
 )
-def test_paths_of_a_device(spec: LayerSpec, paths: list[str]) -> None:
+def test_paths_of_a_device(spec: LayerSpec, paths: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of a device whose kernels work; the interpreter's do."""
+    for name in ("triton_works", "cublas_works"):
+        works = getattr(cuda, name)(DEVICE)
+        assert works
+        monkeypatch.setattr(cuda, name, lambda device: True)
     for columns, outputs in ((64, 24), (64, 9)):
-        layer = QuantizedLayer(spec, columns, outputs, None, StepClock([]), "x", bias=True).to(DEVICE)
-        plain = spec.weight == "int8" and spec.symmetric and spec.group_size is None
+        facts = QuantizedLayer(spec, columns, outputs, None, StepClock([]), "x", bias=True).facts
         padded = [p for p in paths if outputs % 8 == 0 or p not in ("cublas", "int_mm")]
-        assert layer._cuda_paths(plain) == padded
+        found = select.paths(dataclasses.replace(facts, device=torch.device("cuda")))
+        assert [backend.name for backend in found] == padded
+        assert select.choose(dataclasses.replace(facts, device=torch.device("cuda"))).backend is found[0]
 
 
 def test_kernels_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

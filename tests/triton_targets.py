@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from accuquant.core import triton_kernels as kernels
+from accuquant.kernels import triton_kernels as kernels
 
 POINTERS = {
     "x_scale": "*fp32", "x_zero": "*i8", "w_scale": "*fp32", "w_zero": "*i8", "w_sums": "*fp32", "bias": "*fp32",

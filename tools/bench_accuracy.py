@@ -27,7 +27,7 @@ from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_met
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
-from accuquant.runtime.layer import set_arithmetic
+from accuquant.runtime.arithmetic import set_arithmetic
 
 app = typer.Typer(add_completion=False, help=__doc__)
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer
-from accuquant.core import kernels
 from accuquant.export.torchao import torchao_installed
+from accuquant.kernels import onednn, scaled_mm
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import LayerSpec
 
@@ -35,8 +35,8 @@ class Gemms:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        packed = device.type == "cpu" and kernels.packed_works()
-        fp8 = device.type != "cpu" and kernels.scaled_works(device)
+        packed = device.type == "cpu" and onednn.packed_works()
+        fp8 = device.type != "cpu" and scaled_mm.scaled_works(device)
         torchao = device.type != "cpu" and torchao_installed()
         left_out = {*([] if packed else [ONEDNN]), *([] if fp8 else [SCALED_MM, *(n for n in OURS if "fp8" in n)])}
         self.names = [name for name in (*BARE, *OURS, *([TORCHAO] if torchao else [])) if name not in left_out]
@@ -112,7 +112,7 @@ class Gemms:
 
 def _onednn(q: Tensor, w: Tensor) -> Callable[[], Tensor]:
     """The one call, with the result in bfloat16 as our layer has it."""
-    u, packed, columns = kernels.unsigned(q), kernels.prepack(w), w.shape[0]
+    u, packed, columns = onednn.unsigned(q), onednn.prepack(w), w.shape[0]
     scale, zero = torch.ones(1), torch.full((1,), 128, dtype=torch.int32)
     w_scale, w_zero = torch.ones(columns), torch.zeros(columns, dtype=torch.int32)
 

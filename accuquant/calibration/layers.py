@@ -17,11 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accuquant.core import rounding
-from accuquant.core.numerics import dequantize, dynamic_scale, fake_quantize, lsq_gradient_scale, quantize, search_scale
+from accuquant.core.numerics import (
+    at_least_float32,
+    dequantize,
+    dynamic_scale,
+    fake_quantize,
+    lsq_gradient_scale,
+    quantize,
+    search_scale,
+)
 from accuquant.core.packing import pack
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import QuantizedLayer
-from accuquant.runtime.spec import Conv, Layer, LayerSpec, at_least_float32, keep_float32
+from accuquant.runtime.spec import Conv, Layer, LayerSpec, keep_float32
 
 
 class TrainableLayer(Layer):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from accuquant.core.packing import packed_columns
 from accuquant.errors import RecipeError
+from accuquant.kernels.select import fixed
 from accuquant.recipe import Rule
 from accuquant.runtime.spec import Conv, LayerSpec
 
@@ -62,7 +63,9 @@ def plan_modules(denoiser: nn.Module, rules: tuple[Rule, ...]) -> list[PlannedMo
 
     Raises:
         RecipeError: a pattern is no regular expression, a rule decides nothing, or a group size does not fit.
+        AccuQuantError: ACCUQUANT_PATH names no path; after hours it would be said too late.
     """
+    fixed()
     patterns = [_compile(i, rule.modules) for i, rule in enumerate(rules)]
     layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     decided = [0] * len(rules)

@@ -15,7 +15,7 @@ from accuquant.export.load import load_export, recipe_of
 from accuquant.model.families import denoiser_of, family_of
 from accuquant.pipeline.data import load_split
 from accuquant.progress import Reporter
-from accuquant.runtime.layer import set_arithmetic
+from accuquant.runtime.arithmetic import set_arithmetic
 
 MIN_TILE = 96  # pixels; smaller images are enlarged by whole factors, so that a person can see them
 DEFAULT_IMAGES = 10

@@ -8,23 +8,41 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
+from accuquant.errors import RecipeError
 from accuquant.export.load import exported_layers, load_export, recipe_of
 from accuquant.export.torchao import stored_tensors
 from accuquant.model.families import denoiser_of
+from accuquant.runtime.arithmetic import arithmetic_used, describe_arithmetic, measure_paths
 from accuquant.runtime.cache.hooks import controller_of
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import QuantizedLayer
 
-COLUMNS = ("module", "shape", "weight", "group", "activation", "weight scale", "activation scale", "path", "kB")
+COLUMNS = (
+    "module",
+    "shape",
+    "weight",
+    "group",
+    "activation",
+    "weight scale",
+    "activation scale",
+    "path",
+    "chosen",
+    "kB",
+)
 
 
-def contents(folder: Path) -> tuple[Table, list[str]]:
+def contents(folder: Path, measure: bool = False) -> tuple[Table, list[str]]:
     """A row for each quantized module, and lines about the whole.
 
+    Args:
+        measure: time the paths of each kind of layer first, and keep the fastest for this machine.
+
     Raises:
-        RecipeError: the folder is no export.
+        RecipeError: the folder is no export, or there is nothing to measure in it.
+        OSError: the user's cache folder cannot be written to.
     """
     denoiser = denoiser_of(load_export(folder, recipe_of(folder, ["model.device=auto"])))
+    timed = _measure(denoiser, folder) if measure else []
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in COLUMNS:
         table.add_column(column)
@@ -34,9 +52,11 @@ def contents(folder: Path) -> tuple[Table, list[str]]:
         total += size
         cells = _ours(layer) if isinstance(layer, QuantizedLayer) else _torchao(layer)
         table.add_row(name, f"{layer.out_features}x{layer.in_features}", *cells, f"{size / 1e3:.1f}")
-    lines = [f"quantized layers {total / 1e6:.3f} MB, float rest {(_bytes(denoiser) - total) / 1e6:.3f} MB"]
+    rest = _bytes(denoiser) - total
+    lines = [*timed, f"quantized layers {total / 1e6:.3f} MB, float rest {rest / 1e6:.3f} MB"]
     clock = getattr(denoiser, "step_clock", None)
     if isinstance(clock, StepClock):
+        lines.append(f"computed by {describe_arithmetic(arithmetic_used(denoiser))}")
         edges = ", ".join(f"{e:g}" for e in clock.edges)
         lines.append(f"timestep groups: {clock.num_groups}, edges at timesteps {edges or 'none'}")
         controller = controller_of(denoiser)
@@ -45,6 +65,16 @@ def contents(folder: Path) -> tuple[Table, list[str]]:
     else:
         lines.append("format: torchao; diffusers and torchao load it without accuquant")
     return table, lines
+
+
+def _measure(denoiser: nn.Module, folder: Path) -> list[str]:
+    seconds, file = measure_paths(denoiser)
+    if file is None:
+        raise RecipeError(f"--measure: no layer of {folder} has more than one path here")
+    lines = ["milliseconds of one product, quantization of the input included:"]
+    for facts, times in seconds.items():
+        lines.append(f"  {facts}: " + ", ".join(f"{path} {1e3 * taken:.3f}" for path, taken in times.items()))
+    return [*lines, f"kept for this machine in {file}", ""]
 
 
 def _ours(layer: QuantizedLayer) -> tuple[str, ...]:
@@ -57,6 +87,7 @@ def _ours(layer: QuantizedLayer) -> tuple[str, ...]:
         _span(layer.weight_scale),
         "" if scales is None else ("clip " if not spec.static else f"{len(scales)}: ") + _span(scales),
         layer.path,
+        layer.why or "",
     )
 
 
@@ -65,7 +96,7 @@ def _torchao(layer: Any) -> tuple[str, ...]:
     static = weight.act_quant_scale is not None
     activation = "float" if weight.act_quant_kwargs is None else f"int8 {'static' if static else 'dynamic'}"
     scale = "1: " + _span(weight.act_quant_scale) if static else ""
-    return "int8", "row", activation, _span(weight.scale), scale, "torchao"
+    return "int8", "row", activation, _span(weight.scale), scale, "torchao", ""
 
 
 def _bytes(module: nn.Module) -> int:

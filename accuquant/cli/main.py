@@ -178,15 +178,25 @@ def generate(
         typer.echo(f"images: {target}")
 
 
-@app.command()
-def inspect(folder: Folder) -> None:
-    """Print what an export holds: each module's types, scales and size, and the path that computes it here."""
+@app.command(epilog="Example:\n\naccuquant inspect out/dit_w8a8 --measure")
+def inspect(
+    folder: Folder,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the paths on this machine, and use the fastest from now on.")
+    ] = False,
+) -> None:
+    """Print what an export holds: each module's types, scales and size, the path that computes it here and why.
+
+    Paths are chosen by a rule. With --measure the fastest are kept in the cache folder ($ACCUQUANT_CACHE, or accuquant
+    in the user's) for this CPU, number of threads and versions, and every load takes them; delete the file to go back.
+    The environment variable ACCUQUANT_PATH fixes one path for all layers that it can compute.
+    """
     with _readable_errors():
         _quiet_diffusers()
         from accuquant.cli.inspect import contents
         from accuquant.cli.plan_view import out
 
-        table, lines = contents(folder)
+        table, lines = contents(folder, measure)
         out.print(table)
         typer.echo("\n" + "\n".join(lines))
 

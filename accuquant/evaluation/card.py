@@ -7,6 +7,7 @@ from typing import Any
 
 from accuquant.export.torchao import TORCHAO_VERSIONS
 from accuquant.recipe import Recipe
+from accuquant.runtime.arithmetic import describe_arithmetic
 
 CARD = """---
 library_name: diffusers
@@ -26,7 +27,7 @@ Measured on {num_samples} held-out samples against full precision, same noise
 |---|---|
 {rows}
 
-Types: {types}. Calibrated {how}:
+Types: {types}. {arithmetic}Calibrated {how}:
 {network_evaluations} network evaluations in {seconds:.0f} s. `report.html` shows where the rest was lost; `recipe.yaml`
 reproduces this folder with `accuquant calibrate`.
 """
@@ -47,7 +48,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
     """README.md of the export, with its figures."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures(metrics))
     types = sorted({f"{m['weight']}/{m['activation']}" for m in metrics["modules"] if m["weight"] != "float"})
-    calibration = metrics["calibration"]
+    calibration, used = metrics["calibration"], metrics.get("arithmetic")
     how = "with M = {steps_per_group} denoising steps per group, gradient `{gradient}`".format(**calibration)
     return CARD.format(
         **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps", "guidance_scale")},
@@ -57,6 +58,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
             name=Path(recipe.export.output).name, dtype=recipe.model.dtype, torchao=TORCHAO_VERSIONS
         ),
         types=", ".join(f"`{t}`" for t in types),
+        arithmetic=f"Layers were computed by {describe_arithmetic(used)}. " if used else "",
         rows=rows,
     )
 

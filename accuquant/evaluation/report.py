@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from accuquant.evaluation import charts
+from accuquant.runtime.arithmetic import describe_arithmetic
 
 TEMPLATES = Path(__file__).parent / "templates"
 REQUIRED = ("model", "num_samples", "final_relative_l2", "relative_l2_per_step", "latent_psnr")
@@ -71,6 +72,7 @@ def write_report(
         loss=charts.loss(calibration.get("history") or []),
         auto=_auto(calibration),
         modules=_modules(metrics.get("modules") or []),
+        arithmetic=describe_arithmetic(metrics["arithmetic"]) if metrics.get("arithmetic") else None,
         recipe_yaml=recipe_yaml,
     )
     folder.mkdir(parents=True, exist_ok=True)

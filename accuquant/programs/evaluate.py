@@ -31,8 +31,10 @@ from accuquant.model.families import load_pipeline, pick_device, resolve
 from accuquant.model.rollout import Rollout
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
+from accuquant.runtime.arithmetic import arithmetic_used
 from accuquant.runtime.cache.hooks import CORRECTION, controller_of, uncached
 from accuquant.runtime.cache.stats import CacheStats
+from accuquant.runtime.layer import quantized_layers
 from accuquant.version import __version__
 
 NAIVE_LATENTS = "naive.safetensors"
@@ -86,6 +88,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         **cost_metrics(planned, full.denoiser, sizes),
         "modules": [module_row(p, errors.get(p.name), sizes.get(p.name)) for p in planned],
     }
+    if quantized_layers(quantized.denoiser):
+        metrics["arithmetic"] = arithmetic_used(quantized.denoiser)
     if controller:
         # RCS has kept those that it decided by
         errors_of_input = list(traces[0].input_errors) or input_errors(full, held_out, controller, traces[0].full_steps)

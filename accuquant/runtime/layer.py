@@ -1,51 +1,26 @@
-"""The quantized layer that is exported and loaded: packed integers and scales, and the ways it can compute.
+"""The quantized layer that is exported and loaded: packed integers and scales, and a backend that computes it.
 
-`onednn` is the integer product on weights laid out for it, `int_mm` the one of plain torch, `scaled_mm` torch's product
-of fp8, `float` a float product on dequantized weights. `QuantizedLayer.prepare` takes the fastest on this machine.
-A CUDA device has `triton`, products of integers or floats with weights that stay packed, and `cublas`, that library's
-integer product between Triton's quantization and rescaling; what no kernel takes is computed by `float` there, never on
-the CPU.
-
-All give the same up to float32 rounding, except `float` with inputs in half precision, on a CUDA device or of few rows:
-it computes in the input's type, as the layer did that was replaced.
+`kernels.select` chooses the backend, by a rule; all give the same up to float32 rounding, except `float` with inputs in
+half precision, on a CUDA device or of few rows: it computes in the input's type, as the layer did that was replaced.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accuquant.core import cuda, kernels
-from accuquant.core.numerics import dequantize, dynamic_scale, quantize
-from accuquant.core.packing import packed_columns, unpack
+from accuquant.core.packing import packed_columns
+from accuquant.kernels import select
+from accuquant.kernels.backend import Backend, Facts, Grid, Operand, Weights, dequantized, integer_weight
+from accuquant.kernels.floating import REFERENCE
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.spec import Conv, Layer, LayerSpec, at_least_float32, share_grids
+from accuquant.runtime.spec import Conv, Layer, LayerSpec, share_grids
 
-Arithmetic = Literal["integer", "reference"]
-Path = Literal["onednn", "int_mm", "scaled_mm", "triton", "cublas", "float"]
+ARITHMETICS = ("integer", "reference")
 
 GRID = ("activation_scale", "activation_zero_point")
-PROBE_ROWS = 128
-PROBE_OUTPUTS = 512
-PROBE_RUNS = 3
-PROBE_ROUNDS = 2
-PROBE_MARGIN = 1.1  # a path has to be this much faster than one that stands before it
-PROBE_ROWS_CUDA = 2048  # fewer leave most of a device idle
-PROBE_SIZE = 1 << 14  # smaller weights are not worth a measurement
-
-
-class Packed(nn.Parameter):
-    """A weight in oneDNN's layout, which no other device knows: offloading takes the file's away and brings it back."""
-
-    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
-        return super().__new__(cls if data.is_mkldnn else nn.Parameter, data, requires_grad)
-
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        return kernels.unpack(self).to(*args, **kwargs)
 
 
 class QuantizedLayer(Layer):
@@ -58,8 +33,8 @@ class QuantizedLayer(Layer):
     Integers have no NaN: with static scales one in the input becomes finite numbers on their paths; dynamic scales
     carry it to the whole row.
 
-    On the path ``onednn`` the parameter ``weight`` is in oneDNN's layout, (I, O); state_dict, copies and other devices
-    get the one above.
+    A backend may hold the parameter ``weight`` in a layout of its own; state_dict, copies and other devices get the one
+    above.
     """
 
     def __init__(
@@ -75,245 +50,131 @@ class QuantizedLayer(Layer):
         self.activation_scale = _fixed(num_scales) if spec.activation != "float" else None
         self.activation_zero_point = _fixed(num_scales, dtype=torch.int8) if asymmetric else None
         self.bias = _fixed(rows) if bias else None
-        self.arithmetic: Arithmetic = "integer"
+        self.arithmetic = "integer"  # or "reference", or the name of a path that is fixed
         self.prepared = False
-        self.path = self._unmeasured()
+        self.facts = self.current_facts()
+        self.backend = select.unprepared(self.facts)
+        self.why: select.Why | None = None
         self.register_buffer("weight_sums", None, persistent=False)
         self.weight_sums: Tensor | None
+
+    @property
+    def path(self) -> str:
+        """Name of the backend."""
+        return self.backend.name
+
+    def paths(self) -> list[str]:
+        """Names of those that can compute this layer where its weight is."""
+        return [backend.name for backend in select.paths(self.current_facts())]
+
+    def current_facts(self) -> Facts:
+        """With the device where the weight is now."""
+        spec, zero = self.spec, self.activation_zero_point
+        types, shape = (spec.weight_type, spec.activation_type), (self.in_features, self.out_features, self.groups)
+        dynamic = spec.activation != "float" and not spec.static
+        return Facts(*types, *shape, spec.symmetric, dynamic, zero is not None, self.weight.device)
 
     # ---- the function
 
     def forward(self, x: Tensor) -> Tensor:
         """Integers are made from a half type without a copy in float32: the scales make the quotient one."""
         tokens = self.conv.unfold(x) if self.conv else x
-        path = "float" if self.arithmetic == "reference" else self._path_of(tokens)
-        if path == "float" and self.arithmetic == "integer" and self._weight_only(tokens):
-            rows = tokens.reshape(-1, self.in_features)
-            y = kernels.weight_only_linear(rows, self.weight, self.weight_scale.view(-1), self.bias)
-            y = y.view(*tokens.shape[:-1], self.out_features)
-        elif path == "float":
-            host = self.arithmetic == "integer" and tokens.is_cuda
-            y = self._float(at_least_float32(tokens), x.dtype if host else None)
-        else:
-            compute = self._triton if path in cuda.TRITON else self._integer
-            y = compute(tokens).view(*tokens.shape[:-1], self.out_features)
-        y = y.to(x.dtype)
+        backend = self._backend_of(tokens)
+        y = backend.linear(self._operand(backend, tokens), self._weights(backend), self.facts, x.dtype)
+        y = y.view(*tokens.shape[:-1], self.out_features).to(x.dtype)
         return self.conv.fold(y, x) if self.conv else y
 
-    def _path_of(self, tokens: Tensor) -> Path:
-        """Of this input: the layer's, where its kernels take it."""
-        if self.path in cuda.TRITON:
-            wide = torch.float64 if self.activation_scale is not None else torch.float32
-            return "float" if tokens.dtype.itemsize >= wide.itemsize else self.path
-        if self.path == "scaled_mm":  # a CUDA device gives bfloat16, which is too little for wider inputs
-            return "float" if tokens.is_cuda and tokens.dtype.itemsize > 2 else self.path
-        few = self.path == "int_mm" and tokens.is_cuda and tokens.numel() <= kernels.SMALL_ROWS * self.in_features
-        return "float" if few else self.path
-
-    def _weight_only(self, tokens: Tensor) -> bool:
-        """Whether a few rows of floats meet int8 weights with a scale a row: adaLN, which sees one row a sample."""
-        few = tokens.numel() <= kernels.FEW_ROWS * self.in_features and tokens.dtype in (torch.float32, torch.bfloat16)
-        return few and self.rows_weigh and not (torch.is_grad_enabled() and tokens.requires_grad)
-
-    @property
-    def rows_weigh(self) -> bool:
-        """Whether weights alone are integers, of a CPU, with a scale a row."""
-        plain = self.activation_scale is None and self.spec.symmetric and self.groups == 1
-        return plain and self.weight.dtype == torch.int8 and self.weight.device.type == "cpu"
-
-    def _float(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """In ``dtype``, or the one of the tokens."""
-        weight, bias, dtype = self.dequantized_weight(), self.bias, dtype or tokens.dtype
-        if self.spec.activation_type is not None:
-            scale, zero = self._input_grid(tokens)
-            q = quantize(tokens, scale, 0 if zero is None else zero, self.spec.activation_type)
-            tokens = dequantize(q, scale, 0 if zero is None else zero)
-        return F.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    def _triton(self, tokens: Tensor) -> Tensor:
-        """(..., I) -> (M, O). Few rows are one tile; weights are then read once and never written out as floats."""
-        operators, dtype, scale, zero = torch.ops.accuquant, tokens.dtype, None, None
-        if self.activation_scale is None:
-            tokens = tokens.reshape(-1, self.in_features)
-        else:
-            tokens, scale, zero = self._operand(tokens)
-        if self.path == "cublas" and tokens.shape[0] > kernels.SMALL_ROWS:
-            y: Tensor = kernels.integer_product(tokens, self.weight)
-            y = operators.rescale(y, self.weight_scale, self.weight_sums, scale, zero, self.bias, dtype)
-            return y
-        weight = (self.weight, self.spec.weight_type.bits, self.weight_scale, self.weight_zero_point, self.weight_sums)
-        y = operators.stored_linear(tokens, *weight, scale, zero, self.bias, dtype)
-        return y
-
-    def _integer(self, tokens: Tensor) -> Tensor:
-        """(..., I) -> (M, O)."""
-        if self.path == "onednn" and not (isinstance(self.weight, Packed) and tokens.device.type == "cpu"):
-            self._lay_out("int_mm")  # somebody carried the weight or the input elsewhere
+    def _backend_of(self, tokens: Tensor) -> Backend:
+        """Of this input: the layer's, where it has a product for it."""
+        if self.arithmetic == "reference":
+            return REFERENCE
+        if not self.backend.holds(self.weight, tokens):  # somebody carried the weight or the input elsewhere
+            self.take(select.unprepared(self.facts))
             self.weight = nn.Parameter(self.weight.to(tokens.device), requires_grad=False)
-        q, scale, zero = self._operand(tokens)
-        if self.path == "scaled_mm":
-            return kernels.scaled_product(q, scale, self.weight, self.weight_scale, self.bias)
-        if self.path == "onednn":
-            out = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
-            return kernels.packed_linear(q, scale, zero, self.weight, self.weight_scale.view(-1), self.bias, out)
-        weight = self.integer_weight()
-        y = kernels.integer_linear(q, scale, zero, weight, self.weight_scale, self.weight_zero_point, self.weight_sums)
-        return y if self.bias is None else y + self.bias
+        return self.backend if self.backend.takes_input(tokens, self.facts) else select.FLOAT
 
-    def _operand(self, tokens: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """(M, I) integers as the path takes them, their scale and zero point; made once for layers that share them."""
-        if torch.compiler.is_compiling() or tokens.is_inference() or (tokens.requires_grad and torch.is_grad_enabled()):
-            return self._integers(tokens)  # a compiler finds by itself what is the same
-        how = (self.path, self.activation_scale, self.activation_zero_point, self.clock.index)
-        found: tuple[Tensor, Tensor, Any] | None = self.clock.last_input.find(tokens, how)
+    def _weights(self, backend: Backend) -> Weights:
+        weight = self.weight if backend is self.backend else self.backend.stored(self.weight)
+        return Weights(weight, self.weight_scale, self.weight_zero_point, self.weight_sums, self.bias)
+
+    def _operand(self, backend: Backend, tokens: Tensor) -> Operand:
+        """What the backend makes of the input; made once for layers that read one tensor with the same scales."""
+        if torch.compiler.is_compiling() or self.activation_scale is None or not backend.shares:
+            return self.make_operand(backend, tokens)  # a compiler finds by itself what is the same
+        if tokens.is_inference() or (tokens.requires_grad and torch.is_grad_enabled()):
+            return self.make_operand(backend, tokens)
+        how = (backend.name, self.activation_scale, self.activation_zero_point, self.clock.index)
+        found: Operand | None = self.clock.last_input.find(tokens, how)
         if found is None:
-            found = self._integers(tokens)
+            found = self.make_operand(backend, tokens)
             self.clock.last_input.keep(tokens, how, found)
         return found
 
-    def _integers(self, tokens: Tensor) -> tuple[Tensor, Tensor, Any]:
-        qtype, tokens = self.spec.activation_type, tokens.reshape(-1, self.in_features)
-        assert qtype is not None
-        if self.path in cuda.TRITON and not self.spec.static:
-            q, scale = torch.ops.accuquant.quantize_dynamic(tokens, self.activation_scale, qtype.qmin, qtype.qmax)
-            return q, scale, None
-        scale, zero = self._input_grid(tokens)
-        if self.path in cuda.TRITON:
-            q = torch.ops.accuquant.quantize_static(tokens, scale, zero, qtype.qmin, qtype.qmax)
-            return q, scale, zero
-        q = quantize(tokens, scale, 0 if zero is None else zero, qtype)
-        if self.path != "onednn":
-            return q.to(qtype.floating or torch.int8), scale, zero
-        shift = torch.full((1,), 128, dtype=torch.int32, device=tokens.device)
-        return kernels.unsigned(q), scale.float(), shift if zero is None else shift + zero
+    def make_operand(self, backend: Backend, tokens: Tensor) -> Operand:
+        """(..., I) -> what the backend multiplies."""
+        return backend.operand(tokens, self._grid(), self.facts)
 
-    def _input_grid(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale, (1,) or one a token, and zero point, (1,) or None for zero."""
-        assert self.activation_scale is not None and self.spec.activation_type is not None
-        if not self.spec.static:
-            return dynamic_scale(tokens, self.spec.activation_type, self.activation_scale), None
+    def _grid(self) -> Grid | None:
+        """Of the current group of timesteps."""
+        if self.activation_scale is None or not self.spec.static:
+            return None if self.activation_scale is None else Grid(self.activation_scale, None)
         group = self.clock.index.to(self.activation_scale.device)
         zero = self.activation_zero_point
-        return self.activation_scale.index_select(0, group), None if zero is None else zero.index_select(0, group)
+        return Grid(self.activation_scale.index_select(0, group), None if zero is None else zero.index_select(0, group))
 
-    def integer_weight(self, rows: slice = slice(None)) -> Tensor:
-        """(O, I) int8, or only some rows of it."""
-        if self.weight.is_mkldnn:
-            return kernels.unpack(self.weight)[rows]
-        return unpack(self.weight[rows], self.in_features, self.spec.weight_type)
+    def integer_weight(self) -> Tensor:
+        """(O, I) int8."""
+        return integer_weight(self._weights(REFERENCE), self.facts)
 
-    def dequantized_weight(self, rows: slice = slice(None)) -> Tensor:
-        """(O, I) float32, or only some rows of it."""
-        scale = self.weight_scale[rows].reshape(-1, 1)
-        q = self.integer_weight(rows).reshape(len(scale), -1).float()
-        if self.weight_zero_point is not None:
-            q.sub_(self.weight_zero_point[rows].reshape(-1, 1))
-        return q.mul_(scale).view(-1, self.in_features)
+    def dequantized_weight(self) -> Tensor:
+        """(O, I) float32."""
+        return dequantized(self._weights(REFERENCE), self.facts)
 
-    # ---- the path
-
-    def paths(self) -> list[Path]:
-        """Those that can compute this layer where its weight is, the likely fastest first."""
-        plain = self.spec.symmetric and self.groups == 1 and self.spec.weight_type.bits == 8
-        if self.spec.weight_type.floating is not None:
-            shaped = self.activation_scale is not None and self.in_features % 16 == self.out_features % 16 == 0
-            return (
-                ["scaled_mm", "float"] if plain and shaped and kernels.scaled_works(self.weight.device) else ["float"]
-            )
-        if self.weight.is_cuda:
-            return self._cuda_paths(plain)
-        if self.activation_scale is None:
-            return ["float"]
-        return ["onednn", "int_mm", "float"] if plain and kernels.packed_works() else ["int_mm", "float"]
-
-    def _cuda_paths(self, plain: bool) -> list[Path]:
-        """cuBLAS multiplies integers in multiples of eight; padded copies of the weights are no path."""
-        integers = self.activation_scale is not None and self.groups == 1
-        integers = (
-            integers and self.in_features % 8 == self.out_features % 8 == 0 and cuda.cublas_works(self.weight.device)
-        )
-        found: list[Path] = []
-        bits = self.spec.weight_type.bits
-        if cuda.triton_takes(bits, self.in_features, self.groups) and cuda.triton_works(self.weight.device):
-            found = ["triton", "cublas"] if plain and integers else ["triton"]
-        return [*found, "float"] if not integers or "cublas" in found else [*found, "int_mm", "float"]
-
-    def _unmeasured(self) -> Path:
-        return "float" if self.activation_scale is None or self.spec.weight_type.floating else "int_mm"
+    # ---- the backend
 
     @property
     def repacks(self) -> bool:
         """Whether preparing may copy the weight into another layout."""
-        return self.weight.device.type == "cpu" and ("onednn" in self.paths() or self.rows_weigh)
+        facts = self.current_facts()
+        return facts.device.type == "cpu" and self._choose(facts).backend.copies(facts)
 
-    @torch.no_grad()
+    def _choose(self, facts: Facts) -> select.Choice:
+        if self.arithmetic not in ARITHMETICS and (backend := select.named(self.arithmetic)).takes(facts):
+            return select.Choice(backend, "fixed")
+        return select.choose(facts)
+
     def prepare(self) -> None:
-        """Take the fastest path, by a short measurement that the process remembers, and lay the weights out for it."""
+        """Take the backend that is fixed, or the one of `select.choose`."""
         self.prepared = True
-        device = self.weight.device
-        if device.type not in ("cpu", "cuda"):
-            return
-        if self.rows_weigh and self.weight.data_ptr() % 64:  # as files are mapped; its product wants whole cache lines
-            self.weight = nn.Parameter(self.weight.clone(), requires_grad=False)
-        speed = torch.get_num_threads() if device.type == "cpu" else device
-        key = (self.spec, self.out_features, self.in_features, speed)
-        if key not in _fastest:
-            with device:  # models are also built with another default device
-                _fastest[key] = self._measured()
-        self._lay_out(_fastest[key])
-
-    def _measured(self) -> Path:
-        """In rounds over all paths, of which the best counts: what else the machine does passes."""
-        paths = self.paths()
-        if len(paths) == 1 or self.in_features * self.out_features < PROBE_SIZE:
-            return paths[0]
-        on_cuda = self.weight.is_cuda
-        outputs = self.out_features if on_cuda else min(self.out_features, PROBE_OUTPUTS)
-        tokens = torch.linspace(-1, 1, (PROBE_ROWS_CUDA if on_cuda else PROBE_ROWS) * self.in_features)
-        tokens = tokens.view(-1, self.in_features).to(torch.bfloat16 if on_cuda else torch.float32)
-        twins, least = dict[Path, QuantizedLayer](), dict.fromkeys(paths, float("inf"))
-        for path in paths:
-            twins[path] = QuantizedLayer(self.spec, self.in_features, outputs, None, StepClock([]), "probe", bias=True)
-            if (scale := twins[path].activation_scale) is not None:
-                scale.fill_(1 / 64)
-            twins[path]._lay_out(path)
-        for _ in range(PROBE_ROUNDS):
-            for path, twin in twins.items():
-                seconds = _seconds(twin, tokens)  # a first run, which also makes what later ones reuse
-                if seconds < 2 * min(least.values()):
-                    seconds = min(_seconds(twin, tokens) for _ in range(PROBE_RUNS))
-                least[path] = min(least[path], seconds)
-        best = paths[0]
-        for path in paths[1:]:
-            best = path if least[path] * PROBE_MARGIN < least[best] else best
-        return best
+        if self.weight.device.type in ("cpu", "cuda"):
+            choice = self._choose(self.current_facts())
+            self.take(choice.backend)
+            self.why = choice.why
 
     @torch.no_grad()
-    def _lay_out(self, path: Path) -> None:
-        packs = path == "onednn"
-        if self.weight.is_mkldnn != packs:
-            self.weight = Packed(kernels.prepack(self.weight)) if packs else self._stored()
-        self.path, self.weight_sums = path, None
-        if self.activation_zero_point is None:
-            return
-        blocks = [slice(start, start + 256) for start in range(0, self.out_features, 256)]
-        if path == "int_mm":  # of the integers, by group
-            self.weight_sums = torch.cat([kernels.weight_sums(self.integer_weight(b), self.groups) for b in blocks])
-        elif path in cuda.TRITON:  # of the dequantized row
-            self.weight_sums = torch.cat([self.dequantized_weight(b).double().sum(1).float() for b in blocks])
+    def take(self, backend: Backend) -> None:
+        """Lay the weights out for ``backend``, which is not asked whether it takes the layer."""
+        stored = self.backend.stored(self.weight)
+        self.backend, self.facts, self.why = backend, self.current_facts(), None
+        laid = backend.lay_out(Weights(stored, self.weight_scale, self.weight_zero_point, None, self.bias), self.facts)
+        if laid.q is not self.weight:
+            self.weight = laid.q if isinstance(laid.q, nn.Parameter) else nn.Parameter(laid.q, requires_grad=False)
+        self.weight_sums = laid.sums
 
     def _stored(self) -> nn.Parameter:
         """The weight as it stands in the file."""
-        return nn.Parameter(kernels.unpack(self.weight), False) if self.weight.is_mkldnn else self.weight
+        stored = self.backend.stored(self.weight)
+        return stored if isinstance(stored, nn.Parameter) else nn.Parameter(stored, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
-        self.weight, self.weight_sums, self.path = self._stored(), None, self._unmeasured()
+        self.weight, self.weight_sums, self.backend = self._stored(), None, select.unprepared(self.facts)
         before = {name: parameter.data for name, parameter in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
         for name, data in before.items():
             parameter = self.get_parameter(name)
             if parameter.dtype != data.dtype:  # the model's type is not theirs; in place, for layers share grids
                 parameter.data = data.to(parameter.device)
+        self.facts = self.current_facts()
         if self.prepared:
             self.prepare()
         return self
@@ -323,38 +184,27 @@ class QuantizedLayer(Layer):
         for name in GRID:  # files do not hold one tensor twice
             if f"{prefix}{name}" in destination:
                 destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].clone()
-        if self.weight.is_mkldnn:
-            destination[f"{prefix}weight"] = self._stored().detach()
+        destination[f"{prefix}weight"] = self._stored() if keep_vars else self._stored().detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        path, self.weight = self.path, self._stored()
+        backend, why, self.weight = self.backend, self.why, self._stored()
         for name in GRID:  # may be another layer's too, whose file says something else
             if (found := getattr(self, name)) is not None:
                 setattr(self, name, nn.Parameter(found.detach().clone(), requires_grad=False))
         super()._load_from_state_dict(*args, **kwargs)
-        self._lay_out(path)
+        self.take(backend)
+        self.why = why
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: oneDNN's layout cannot be copied."""
+        """For copies: not every layout can be copied."""
         return self.__dict__ | {"_parameters": self._parameters | {"weight": self._stored()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.path not in self.paths():  # another machine may have made the copy
-            self.path = self._unmeasured()
-        self._lay_out(self.path)
-
-
-_fastest: dict[Any, Path] = {}
-
-
-def _seconds(layer: QuantizedLayer, tokens: Tensor) -> float:
-    tokens = tokens.clone()  # of what was just quantized the integers are kept
-    start = time.perf_counter()
-    layer(tokens)
-    if tokens.is_cuda:
-        torch.cuda.synchronize(tokens.device)
-    return time.perf_counter() - start
+        why = self.why
+        takes = self.backend.takes(self.current_facts())  # another machine may have made the copy
+        self.take(self.backend if takes else select.unprepared(self.facts))
+        self.why = why if takes else None
 
 
 def _fixed(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -362,7 +212,7 @@ def _fixed(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
 
 
 def prepare_layers(model: nn.Module) -> None:
-    """Take the fastest path of every quantized layer; those that quantize alike do so with the same tensors."""
+    """Choose the backend of every quantized layer; those that quantize alike do so with the same tensors."""
     layers = quantized_layers(model).values()
     for layer in layers:
         layer.prepare()
@@ -371,18 +221,3 @@ def prepare_layers(model: nn.Module) -> None:
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-
-
-def set_arithmetic(model: nn.Module, arithmetic: Arithmetic) -> None:
-    """Choose how a quantized model computes: ``integer`` (default) or ``reference`` (float on dequantized values).
-
-    Raises:
-        ValueError: unknown name, or the model has no quantized layer.
-    """
-    if arithmetic not in ("integer", "reference"):
-        raise ValueError(f"arithmetic must be 'integer' or 'reference', found {arithmetic!r}")
-    layers = quantized_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer quantized by accuquant")
-    for layer in layers.values():
-        layer.arithmetic = arithmetic

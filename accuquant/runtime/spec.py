@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -151,10 +150,6 @@ def share_grids(layers: Iterable[Layer], scale: str, zero_point: str) -> int:
         for name in (scale, zero_point):
             setattr(layer, name, getattr(other, name))
     return shared
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def keep_float32(model: Any, names: Iterable[str]) -> None:

@@ -12,20 +12,36 @@ import warnings
 import torch
 from torch import Tensor
 
-from accuquant.core.kernels import integer_product
 from accuquant.core.numerics import QTYPES, dynamic_scale, quantize
 from accuquant.core.packing import pack
+from accuquant.kernels.backend import Facts
+from accuquant.kernels.integers import integer_product
 
-TRITON = ("triton", "cublas")  # the paths that need Triton
 CAPABILITY = (8, 0)  # int8 and bfloat16 tensor cores, and the shared memory that the kernels' tiles take
 MAX_COLUMNS = 1 << 16  # Triton quantizes a row as one block, and its int32 sums cannot overflow
 GROUP_STEP = 16  # Triton's groups are multiples of it: tensor cores multiply 16 or 32 columns at a time
 
 
-def triton_takes(bits: int, columns: int, groups: int) -> bool:
-    """Whether Triton's product takes such weights; the numbers of rows and outputs do not matter to it."""
-    fits = groups == 1 or (columns // groups) % GROUP_STEP == 0
-    return bits in (4, 8) and fits and columns <= MAX_COLUMNS
+def triton_refusal(facts: Facts) -> str:
+    """Why Triton's product does not take such weights; the numbers of rows and outputs do not matter to it."""
+    if facts.weight.floating or facts.weight.bits not in (4, 8):
+        return f"weights of {facts.weight.name}, and these kernels multiply int4 and int8"
+    if facts.groups > 1 and (facts.inputs // facts.groups) % GROUP_STEP:
+        return f"groups that are no multiples of {GROUP_STEP}"
+    if facts.inputs > MAX_COLUMNS:
+        return f"more than {MAX_COLUMNS} inputs"
+    return "" if triton_works(facts.device) else f"a device ({facts.device}) on which Triton's kernels do not run"
+
+
+def cublas_refusal(facts: Facts) -> str:
+    """Why the library does not multiply such integers; padded copies of the weights are no path."""
+    if not facts.integers:
+        return "no integers to multiply"
+    if facts.groups > 1:
+        return "several scales a row of weights"
+    if facts.inputs % 8 or facts.outputs % 8:
+        return f"{facts.outputs} x {facts.inputs} weights, which are no multiples of 8"
+    return "" if cublas_works(facts.device) else f"a device ({facts.device}) without an integer product"
 
 
 @functools.cache
@@ -37,7 +53,7 @@ def triton_works(device: torch.device) -> bool:
     if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < CAPABILITY):
         return False
     try:
-        from accuquant.core import triton_kernels  # noqa: F401
+        from accuquant.kernels import triton_kernels  # noqa: F401
     except ImportError:  # an extra
         return False
     try:

@@ -1,6 +1,6 @@
 """Triton's kernels for a CUDA device: quantize a row in one pass, multiply with weights that stay packed, rescale.
 
-The formula is that of `kernels`, with d[o] = sum_i w[o, i] over the dequantized weights:
+The formula is that of `backend`, with d[o] = sum_i w[o, i] over the dequantized weights:
 
     y[m, o] = s_x[m] * (sum_g s_w[o, g] * sum_{i in g} q_x[m, i] * (q_w[o, i] - z_w[o, g])  -  z_x * d[o]) + bias[o].
 
@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accuquant.core.kernels import SMALL_ROWS
 from accuquant.core.numerics import SMALLEST_SCALE
+from accuquant.kernels.integers import SMALL_ROWS
 
 ROUND: tl.constexpr = tl.constexpr(1.5 * 2**23)  # adding it leaves float32 no fraction: nearest, ties to even
 FAR: tl.constexpr = tl.constexpr(2.0**20)  # beyond every integer, and small enough for the line above

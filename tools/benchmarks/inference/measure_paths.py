@@ -1,0 +1,107 @@
+"""Times every path of a quantized layer, over types and shapes, beside the rule's choice: for `kernels.thresholds`.
+
+    python tools/benchmarks/inference/measure_paths.py --threads 2
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python tools/benchmarks/inference/measure_paths.py     # as a CPU without AMX
+
+One product with the quantization of its input, in milliseconds; weights stay in the cache as far as they fit. The last
+lines say where the rule is slower than the fastest path, and by how much at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accuquant.core.numerics import QTYPES
+from accuquant.kernels import measured, select
+from accuquant.kernels.backend import Facts
+
+# weight, group size, asymmetric, activation scale
+KINDS: dict[str, tuple[str, int | None, bool, str]] = {
+    "int8 static": ("int8", None, False, "static"),
+    "int8 dynamic": ("int8", None, False, "dynamic"),
+    "int8 asymmetric": ("int8", None, True, "static"),
+    "int6": ("int6", None, False, "static"),
+    "int4": ("int4", None, False, "static"),
+    "int4 asymmetric": ("int4", None, True, "static"),
+    "int4 / 384": ("int4", 384, False, "static"),
+    "int4 / 128": ("int4", 128, False, "static"),
+    "int4 / 32": ("int4", 32, False, "static"),
+    "int8 / 32": ("int8", 32, False, "static"),
+    "fp8": ("fp8", None, False, "static"),
+}
+SHAPES = (
+    (64, 64),
+    (128, 128),
+    (128, 512),
+    (512, 128),
+    (384, 384),
+    (384, 1536),
+    (1536, 384),
+    (1152, 1152),
+    (1152, 4608),
+)
+ROWS = (128, 512)
+
+
+def facts_of(kind: str, inputs: int, outputs: int) -> Facts:
+    weight, group, asymmetric, scale = KINDS[kind]
+    activation = "fp8" if weight == "fp8" else "int8"
+    shifted = scale == "static" and weight != "fp8"
+    groups = 1 if group is None else inputs // group
+    types = (QTYPES[weight], QTYPES[activation])
+    return Facts(*types, inputs, outputs, groups, not asymmetric, scale == "dynamic", shifted, torch.device("cpu"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times every path of a quantized layer beside the rule's choice.")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
+    print(json.dumps(measured.machine(torch.device("cpu")) | {"dtype": options.dtype}))
+    for kind in options.kinds:
+        for inputs, outputs in SHAPES:
+            if inputs < 2 * (KINDS[kind][1] or 1):
+                continue
+            facts = facts_of(kind, inputs, outputs)
+            paths = select.paths(facts)
+            for count in options.rows:
+                seconds = measured.measure(facts, paths, count, getattr(torch, options.dtype))
+                chosen, best = select.choose(facts).backend.name, min(seconds, key=lambda path: seconds[path])
+                slower = seconds[chosen] / seconds[best]
+                rows.append(
+                    {
+                        "kind": kind,
+                        "shape": [count, inputs, outputs],
+                        "chosen": chosen,
+                        "slower": slower,
+                        "seconds": seconds,
+                    }
+                )
+                times = "  ".join(f"{path} {1e3 * s:9.3f}" for path, s in seconds.items())
+                mark = "" if chosen == best else f"  rule: {chosen}, {slower:.2f}x of {best}"
+                print(f"{kind:16} {count:5} x {inputs:5} -> {outputs:5}  {times}{mark}", flush=True)
+    worst = max(rows, key=lambda row: float(row["slower"]))
+    mean = math.exp(sum(math.log(row["slower"]) for row in rows) / len(rows))
+    others = sum(row["slower"] > 1 for row in rows)
+    print(
+        f"the rule takes another path than the fastest in {others} of {len(rows)} cases; {mean:.3f}x of it on average,"
+    )
+    print(f"at most {worst['slower']:.2f}x ({worst['kind']}, {worst['shape']})")
+    if options.out:
+        machine = measured.machine(torch.device("cpu"))
+        options.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
