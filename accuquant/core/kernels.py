@@ -6,8 +6,9 @@ With q the stored integers, z zero points and s scales, a linear layer is
 
 The inner sum is expanded into one integer product and two integer corrections, so nothing is rounded before the scales.
 
-`integer_linear` serves every case with plain torch. `packed_linear` is oneDNN's product on weights laid out for it:
-symmetric int8 weights with one scale a row, on CPUs where it gives the exact integers (`packed_works`).
+`integer_linear` serves every case with plain torch, whose integer product saturates on CPUs without VNNI; there floats
+hold the same integers. `packed_linear` is oneDNN's product on weights laid out for it: symmetric int8 weights with one
+scale a row, on CPUs where it gives the exact integers (`packed_works`).
 `weight_only_linear` multiplies few rows of floats with such weights, which are never all floats at once.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 BLOCK_ROWS = 512
 TOKEN_BLOCK = 256  # rows at least of which the float result stays in the cache until it is scaled,
 TOKEN_BYTES = 1 << 19  # and more of narrow ones
+EXACT_COLUMNS = 1024  # whose sum of int8 products float32 holds, in any order: 1024 * 128 * 128 is 2^24
 SMALL_ROWS = 16  # cuBLAS' integer product wants more
 FEW_ROWS = 64  # of floats: more make up for weights that are written out as floats
 FEW_ROWS_HALF = 8
@@ -48,7 +50,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type != "cuda":
         if a.shape[1] == 1:  # torch 2.13 leaves the result unwritten
             return a.to(torch.int32) * b.t().to(torch.int32)
-        return torch._int_mm(a.contiguous(), b.t())
+        return torch._int_mm(a.contiguous(), b.t()) if product_is_exact() else _product_of_floats(a, b)
     rows, columns, outputs = a.shape[0], a.shape[1], b.shape[0]
     pad_m, pad_k, pad_o = max(0, SMALL_ROWS + 1 - rows), -columns % 8, -outputs % 8
     if pad_m or pad_k:
@@ -56,6 +58,30 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     if pad_k or pad_o:
         b = torch.nn.functional.pad(b, (0, pad_k, 0, pad_o))
     return torch._int_mm(a.contiguous(), b.t())[:rows, :outputs]
+
+
+def _product_of_floats(a: Tensor, b: Tensor) -> Tensor:
+    """`integer_product` where the CPU's own saturates."""
+    parts = zip(a.split(EXACT_COLUMNS, 1), b.split(EXACT_COLUMNS, 1), strict=True)
+    products = [(x.float() @ y.float().t()).to(torch.int32) for x, y in parts]
+    return functools.reduce(torch.add, products)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def product_is_exact() -> bool:
+    """Whether torch's integer product is, on this CPU: oneDNN's without VNNI adds pairs in 16 bits, which saturates."""
+    return _product_is_exact()
+
+
+@functools.cache
+def _product_is_exact() -> bool:
+    for rows, columns, outputs in ((1, 64, 48), (5, 37, 19), (64, 256, 64)):
+        a, b = (torch.full((n, columns), 127, dtype=torch.int8, device="cpu") for n in (rows, outputs))
+        b[::2] = -128
+        found = torch._int_mm(a, b.t())
+        if not torch.equal(found.long(), 127 * columns * b[:, 0].long().expand(rows, outputs)):
+            return False
+    return True
 
 
 def integer_linear(
