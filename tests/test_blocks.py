@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline, make_pixart, make_stable_diffusion, recipe_tree
+from conftest import as_allocated, make_pipeline, make_pixart, make_stable_diffusion, recipe_tree
 from safetensors.torch import load_file
 from torch import nn
 
@@ -69,6 +69,7 @@ def test_inputs_are_taken_in_every_timestep_group(num_steps: int, num_groups: in
 
 def test_inputs_are_of_the_quantized_network_and_targets_of_the_original(model_folder: Path, tmp_path: Path) -> None:
     session = prepared(block_recipe(model_folder, tmp_path / "out"))
+    as_allocated(session.rollout.denoiser)  # as is the model that is made here to compare with
     tuner = session.tuner(session.recipe.objective, 1)
     assert tuner.blocks is not None
     for update in range(11):  # all of the first block, and one of the second
