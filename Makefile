@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-.PHONY: demo test lint clean
+.PHONY: demo test test-matrix lint clean
 
 demo: $(STAMP)  ## quantize the bundled model, then sample from it with plain diffusers
 	$(BIN)/accuquant calibrate recipes/dit_w8a8.yaml --overwrite
@@ -9,6 +9,9 @@ demo: $(STAMP)  ## quantize the bundled model, then sample from it with plain di
 
 test: lint  ## everything that has to hold
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-matrix: $(STAMP)  ## the numerics as other CPUs compute them, half an hour at most; MATRIX=--quick for a part of it
+	$(BIN)/python tools/test_matrix.py $(MATRIX)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

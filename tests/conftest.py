@@ -285,7 +285,7 @@ def tune_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
 def as_allocated(model: torch.nn.Module) -> Any:
     """The model with its values where torch puts tensors: files are mapped at any address, where sums may differ."""
     for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_mkldnn:
+        if type(tensor.data) is torch.Tensor and not tensor.is_mkldnn:
             tensor.data = tensor.data.clone()
     return model
 
