@@ -32,7 +32,7 @@ sys.path.append(str(ROOT / "tests"))
 from conftest import make_pipeline, recipe_tree  # type: ignore[import-not-found]  # noqa: E402
 
 MKL = {"default": "SSE4_2", "avx2": "AVX2", "avx512": "AVX512"}  # its products follow torch's other operations
-SAMPLING = {"num_inference_steps": 6, "guidance_scale": 1.5}
+SAMPLING = Sampling(num_inference_steps=6, guidance_scale=1.5)
 
 # Relative L2 of final latents between any two settings. Full precision differs by the order of its sums. A value that
 # such a difference carries over the edge of a rounding is a whole step off, with quantized activations in either
@@ -63,13 +63,13 @@ def make(folder: Path, bundled: bool = False) -> None:
     model = BUNDLED / "digits-dit" if bundled else folder / "model"
     if not bundled:
         make_pipeline().save_pretrained(model)
-    tree = recipe_tree(model, folder / "export", sampling=SAMPLING)
+    tree = recipe_tree(model, folder / "export", sampling=SAMPLING.model_dump(mode="json", exclude_unset=True))
     tree["evaluation"] |= {"reconstruct": False}
     if bundled:
         tree["quantization"]["rules"][0] |= {"weight": "int8", "granularity": "channel"}
         del tree["quantization"]["rules"][0]["group_size"]
     calibrate(parse_recipe(tree, "across settings"), Reporter(quiet=True))
-    rollout = Rollout(DiTPipeline.from_pretrained(model), Sampling(**SAMPLING))  # type: ignore[arg-type]
+    rollout = Rollout(DiTPipeline.from_pretrained(model), SAMPLING)
     save_file({"noise": rollout.conditions([1, 2, 3], [5, 6, 7]).noise}, folder / "noise.safetensors")
     (folder / "model.txt").write_text(str(model))
 
@@ -81,7 +81,7 @@ def sample(folder: Path, out: Path) -> None:
         pipeline = DiTPipeline.from_pretrained((folder / "model.txt").read_text() if full else folder / "export")
         if not full:
             set_arithmetic(pipeline.transformer, kind)  # type: ignore[arg-type]
-        rollout = Rollout(pipeline, Sampling(**SAMPLING))  # type: ignore[arg-type]
+        rollout = Rollout(pipeline, SAMPLING)
         # the noise of a seed, too, has other last bits elsewhere
         conditions = Conditions(noise, rollout.conditions([1, 2, 3], [5, 6, 7]).kwargs)
         found[kind] = rollout.trajectory(conditions)[0][-1].contiguous()

@@ -67,13 +67,20 @@ def _product_of_floats(a: Tensor, b: Tensor) -> Tensor:
     return functools.reduce(torch.add, products)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+_exact: bool | None = None
+
+
 def product_is_exact() -> bool:
-    """Whether torch's integer product is, on this CPU: oneDNN's without VNNI adds pairs in 16 bits, which saturates."""
-    return _product_is_exact()
+    """Whether torch's integer product is, on this CPU: oneDNN's without VNNI adds pairs in 16 bits, which saturates.
+
+    A compiler reads what an earlier call has found, so one is made wherever a layer is.
+    """
+    global _exact
+    if _exact is None:
+        _exact = _product_is_exact()
+    return _exact
 
 
-@functools.cache
 def _product_is_exact() -> bool:
     for rows, columns, outputs in ((1, 64, 48), (5, 37, 19), (64, 256, 64)):
         a, b = (torch.full((n, columns), 127, dtype=torch.int8, device="cpu") for n in (rows, outputs))

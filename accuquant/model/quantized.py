@@ -77,6 +77,7 @@ class QuantizedLayer(Layer):
         self.bias = _fixed(rows) if bias else None
         self.arithmetic: Arithmetic = "integer"
         self.prepared = False
+        kernels.product_is_exact()  # nothing that is compiled can find out
         self.path = self._unmeasured()
         self.register_buffer("weight_sums", None, persistent=False)
         self.weight_sums: Tensor | None
