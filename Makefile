@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := .venv/.core
 DEV := .venv/.dev
-.PHONY: demo test lint clean
+.PHONY: demo test test-matrix lint clean
 
 demo: $(CORE)  ## quantize the bundled model, then sample from it with plain diffusers
 	$(BIN)/accuquant calibrate recipes/dit_w8a8.yaml --overwrite
@@ -10,6 +10,9 @@ demo: $(CORE)  ## quantize the bundled model, then sample from it with plain dif
 
 test: lint  ## everything that has to hold
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-matrix: $(DEV)  ## the numerics as other CPUs compute them, half an hour at most; MATRIX=--quick for a part of it
+	$(BIN)/python tools/test_matrix.py $(MATRIX)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

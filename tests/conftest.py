@@ -23,8 +23,9 @@ from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
 
 # Tensors this small gain nothing from a second thread, and lose much where its core is taken: two processes test.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for programs that tests start
+THREADS = os.environ.get("ACCUQUANT_TEST_THREADS", "1")  # tools/test_matrix.py tests with more, which add otherwise
+torch.set_num_threads(int(THREADS))
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = THREADS  # for programs that tests start
 os.environ["ACCUQUANT_CACHE"] = "/nonexistent"  # what somebody had measured on this machine
 os.environ.pop("ACCUQUANT_PATH", None)
 
@@ -281,6 +282,14 @@ def tune_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
     objective = {"iterations": 4, "cached_iterations": 2, "batch_size": 2}
     sampling = {"num_inference_steps": 8, "guidance_scale": 1.5}
     return parse_recipe(recipe_tree(model, output, tune=given, objective=objective, sampling=sampling), "test")
+
+
+def as_allocated(model: torch.nn.Module) -> Any:
+    """The model with its values where torch puts tensors: files are mapped at any address, where sums may differ."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) is torch.Tensor and not tensor.is_mkldnn:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import assert_same_weights, recipe_tree
+from conftest import as_allocated, assert_same_weights, recipe_tree
 from diffusers import DiTPipeline
 
 from accuquant.calibration.session import open_model, prepare
@@ -70,11 +70,13 @@ def test_loads_with_plain_diffusers_and_generates(export: Path) -> None:
 
 def test_loaded_model_equals_the_one_before_saving(model_folder: Path, tmp_path: Path) -> None:
     """Latents of the calibrated model, of the hardened one and of the loaded one: torch.equal with the reference."""
+    # each from the same calls, with the same shapes, of values at addresses of the same kind
     from accuquant.export.native import harden_model
 
     recipe = make_recipe(model_folder, tmp_path / "out")
     rollout, planned, split = open_model(recipe)
     session = prepare(recipe, rollout, planned, split, QUIET)
+    as_allocated(rollout.denoiser)
     session.tuner(recipe.objective, 2).run()
     conditions = session.validation.conditions
     calibrated, _ = rollout.trajectory(conditions)
@@ -83,6 +85,7 @@ def test_loaded_model_equals_the_one_before_saving(model_folder: Path, tmp_path:
     hardened, _ = rollout.trajectory(conditions)
     rollout.pipeline.save_pretrained(tmp_path / "saved")
     loaded_pipeline = DiTPipeline.from_pretrained(tmp_path / "saved")
+    as_allocated(loaded_pipeline.transformer)
     loaded_rollout = Rollout(loaded_pipeline, recipe.sampling)
     integers, _ = loaded_rollout.trajectory(conditions)
     set_arithmetic(loaded_pipeline.transformer, "reference")
@@ -205,15 +208,24 @@ def test_sizes_are_what_the_types_promise(export: Path) -> None:
 
 
 def test_full_precision_is_the_original_model_also_after_calibration(model_folder: Path, tmp_path: Path) -> None:
-    """Corrections and noise are measured against it; the weights that calibration moves are not it."""
+    """Corrections and noise are measured against it; the weights that calibration moves are not it.
+
+    Bit by bit with the same call of a model that was never touched; nearly with the reference, which was sampled in
+    other batches.
+    """
     learn = ["weight", "weight_scale", "bias"]
     objective = {"iterations": 3, "batch_size": 2, "learn": learn, "learning_rates": {"weight": 0.1, "bias": 0.1}}
     recipe = parse_recipe(recipe_tree(model_folder, tmp_path / "out", objective=objective), "test")
-    session = prepare(recipe, *open_model(recipe), Reporter(quiet=True))
+    original, planned, split = open_model(recipe)
+    session = prepare(recipe, open_model(recipe)[0], planned, split, Reporter(quiet=True))
+    for rollout in (original, session.rollout):
+        as_allocated(rollout.denoiser)
+    expected, _ = original.trajectory(session.validation.conditions)
     before, _ = session.rollout.trajectory(session.validation.conditions)
     session.tuner(recipe.objective, 1).run()
     after, _ = session.rollout.trajectory(session.validation.conditions)
     assert not torch.equal(before, after)
     with session.full_precision():
         found, _ = session.rollout.trajectory(session.validation.conditions)
-    assert torch.equal(found, session.validation.latents)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, session.validation.latents, rtol=1e-3, atol=1e-4)

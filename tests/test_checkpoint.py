@@ -57,8 +57,11 @@ def predict(model: nn.Module, timestep: float = 500, dtype: torch.dtype = torch.
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """Loaded float tensors lie at other addresses, and torch then adds in another order: the last bit may differ."""
-    assert float((found - expected).norm() / expected.norm()) < 5e-3
+    """Loaded float tensors lie at other addresses, and torch then adds in another order: the last bit may differ.
+
+    It may carry a value over the edge of a rounding, which is then a whole step off; another group's scales are 0.1.
+    """
+    assert float((found - expected).norm() / expected.norm()) < 2e-2
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline, recipe_tree
+from conftest import as_allocated, make_pipeline, recipe_tree
 from diffusers import DiTPipeline
 from safetensors import safe_open
 from test_layers import make_input, make_layer, relative
@@ -185,7 +185,7 @@ def test_files_keep_it_whatever_the_model_s_type(spec: LayerSpec, tmp_path: Path
     with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", framework="pt") as file:
         assert file.get_tensor(f"{name}.weight").dtype == torch.float8_e4m3fn
     kind, stored = type(model), quantized_layers(model)[name].weight.view(torch.int8)
-    twin = kind.from_pretrained(tmp_path)
+    twin = as_allocated(kind.from_pretrained(tmp_path))
     assert torch.equal(call(twin), expected) and torch.equal(call(copy.deepcopy(twin)), expected)
     half = kind.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and relative(call(half), expected.double()) < 0.05

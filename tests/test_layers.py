@@ -348,7 +348,10 @@ class Denoiser(nn.Module):
 
 
 def test_static_scales_follow_the_timestep() -> None:
-    """Each call, however the timestep is passed, gives what a layer with that one scale alone would give."""
+    """Each call, however the timestep is passed, gives what a layer with that one scale alone would give.
+
+    Nearly: the logarithm of three scales may have other last bits than that of one.
+    """
     torch.manual_seed(0)
     model, clock = Denoiser(), StepClock([700.0, 300.0])
     source = nn.Linear(24, 10)
@@ -362,15 +365,16 @@ def test_static_scales_follow_the_timestep() -> None:
     for values in samples:
         alone = TrainableLayer(source, spec, StepClock([]), "alone", search=True)
         alone.set_activation_scale([values], search=True)
-        expected.append(alone(x))
-    assert not torch.equal(expected[0], expected[1]) and not torch.equal(expected[1], expected[2])
+        expected.append(alone(x).detach())
+    assert min(relative(expected[k], expected[k + 1].double()) for k in (0, 1)) > 0.1
     for harden in (False, True):
         if harden:
             model.layer = layer.harden()
             model.layer.arithmetic = "reference"
         for timestep, group in [(999, 0), (701.0, 0), (700, 0), (699, 1), (300, 1), (299.5, 2), (0, 2), (800, 0)]:
-            assert torch.equal(model(x, timestep=timestep), expected[group])
-            assert torch.equal(model(x, None, torch.tensor([timestep] * 3)), expected[group])
+            found = model(x, timestep=timestep).detach()
+            assert relative(found, expected[group].double()) < 0.03
+            assert torch.equal(model(x, None, torch.tensor([timestep] * 3)), found)
 
 
 def test_only_the_current_group_s_scale_is_trained() -> None:

@@ -45,7 +45,10 @@ def save(model: DiTTransformer2DModel, folder: Path) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 def test_peak_of_loading_stays_near_the_file(tmp_path: Path) -> None:
-    """At most 1.2 times the file, the measurement of the paths and the new layout of int8 weights included."""
+    """The file, and what two float32 copies of the largest layer take: layers are prepared one after the other.
+
+    Which copies preparing makes, of the new layout of int8 weights or for a measurement, depends on the CPU.
+    """
     small = save(make_pipeline(layers=1).transformer, tmp_path / "small")
     with torch.device("meta"):
         model = DiTTransformer2DModel(
@@ -62,4 +65,5 @@ def test_peak_of_loading_stays_near_the_file(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert size > 100e6 and int(done.stdout) <= 1.2 * size, int(done.stdout) / size
+    layer = 4 * max(p.numel() for n, p in model.named_parameters() if n.endswith("ff.net.2.weight"))
+    assert size > 100e6 and int(done.stdout) <= size + 2 * layer, int(done.stdout) / size

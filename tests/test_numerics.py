@@ -20,6 +20,7 @@ from accuquant.core.numerics import (
     range_to_scale,
     search_scale,
 )
+from accuquant.kernels import integers
 from accuquant.kernels.integers import integer_linear
 
 INTEGERS = [t for t in QTYPES.values() if t.floating is None]
@@ -318,6 +319,20 @@ def test_integer_linear_at_the_ends_of_the_range(columns: int, x: int, x_zero: i
     expected = columns * (x - x_zero) * (w - (w_zero or 0)) * 2.0**-7 * 0.5
     found = integer_linear(qx, torch.tensor(0.5), torch.tensor([x_zero]), qw, sw, zw)
     assert float((found / expected - 1).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["integers", "floats"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 64), (9, 1024), (5, 2100), (40, 4097)])
+def test_products_are_exact_on_every_cpu(
+    floats: bool, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's integers, or by float32 where a CPU without VNNI saturates; greatest products among them."""
+    if floats:
+        monkeypatch.setattr(integers, "int_mm_is_exact", lambda: False)
+    a, b = random_integers(rows, columns, QTYPES["int8"], 0), random_integers(14, columns, QTYPES["int8"], 1)
+    a[0], b[0], b[1], b[2] = -128, -128, 127, (127 - 255 * (torch.arange(columns) % 2)).to(torch.int8)
+    found = integers.integer_product(a, b)
+    assert found.dtype == torch.int32 and torch.equal(found.long(), a.long() @ b.long().t())
 
 
 def test_integer_linear_subtracts_exactly() -> None:
