@@ -266,7 +266,6 @@ def searched(
     config: Cache,
     session: Session,
     reporter: Reporter,
-    worse_of_both: bool = False,
     samples: int = SEARCH_SAMPLES,
 ) -> Cache:
     """The cache with its noise measured, and its target searched for, on the session's model as it is."""
@@ -282,7 +281,7 @@ def searched(
             reference = session.reference.first(half).join(session.validation.first(half))
         given = (session.rollout, reference.conditions, reference.latents)
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():
-            config = search_cache(*given, config, reporter, worse_of_both)
+            config = search_cache(*given, config, reporter)
     return config
 
 
