@@ -1,9 +1,10 @@
 """By which rule, and on how many validation samples, the tuner's choice is near the best on held-out samples.
 
 `roll` calibrates the bundled model with some types, makes the tuner's candidates at some numbers of full steps, and
-rolls each out on many validation and many held-out samples (other classes, other noise), once. `table` draws subsets of
-the validation samples, has each rule choose by them, and looks up how much worse the choice is on the held-out samples
-than the best candidate there: its regret. Every candidate is one line of results.jsonl and is not repeated:
+rolls each out on many validation and many held-out samples (other classes, other noise), once. `table` draws from the
+validation samples, with replacement, has each rule choose by what is drawn, and looks up how much worse the choice is
+on the held-out samples than the best candidate there: its regret. Every candidate is one line of results.jsonl and is
+not repeated:
 
     python tools/benchmarks/joint/choice_regret.py roll --types int8,int4 --nfc 7,5
     python tools/benchmarks/joint/choice_regret.py table
@@ -135,7 +136,7 @@ def more_for_leaders(
     errors: Errors, samples: int, order: Tensor, costs: list[tuple[float, ...]], naive: int, cheaper: bool = True
 ) -> Choice:
     """As `accuquant.choice.settle` and `choose` do; samples are those of all rollouts over the candidates."""
-    measures, count, most = log_error(*errors), samples, min(MOST * samples, len(order))
+    measures, count, most = log_error(*errors), samples, MOST * samples
     found, used = list(range(len(measures))), samples * len(measures)
 
     def lead() -> list[int]:
@@ -162,42 +163,53 @@ RULES: dict[str, Rule] = {
 @app.command()
 def table(
     out: Out = DEFAULT_OUT,
-    draws: Annotated[int, typer.Option(help="Subsets of the validation samples, of each number.")] = 500,
+    draws: Annotated[int, typer.Option(help="Of the validation samples, with replacement, of each number.")] = 500,
     counts: Annotated[str, typer.Option(help="Validation samples of every candidate, comma-separated.")] = "8,16,32",
 ) -> None:
-    """Markdown: regret in per cent of the geometric mean of both errors; mean and 95th percentile over subsets."""
+    """Markdown: regret in per cent of the geometric mean of both errors, its mean and 95th percentile over draws; and
+    the held-out errors of what was chosen, in per cent, their mean over draws and points.
+    """
     points: dict[str, list[dict[str, Any]]] = {}
     for row in rows_of(out):
         points.setdefault(row["point"], []).append(row)
     sizes = ", ".join(f"{point}: {len(rows)} candidates" for point, rows in points.items())
-    print(f"{sizes}\n\n| rule | samples of all | samples spent | {' | '.join(points)} | all points |")
-    print(f"|---|---|---|{'---|' * (len(points) + 1)}")
+    print(
+        f"{sizes}\n\n| rule | samples of all | samples spent | {' | '.join(points)} | all points | latents / images |"
+    )
+    print(f"|---|---|---|{'---|' * (len(points) + 2)}")
     for count in map(int, counts.split(",")):
         for name, rule in RULES.items():
-            cells, spent, everything = list[str](), list[float](), list[list[float]]()
+            cells, spent, everything, errors = list[str](), list[float](), list[list[float]](), list[Tensor]()
             for rows in points.values():
-                regrets, used = resampled(rows, rule, count, draws)
+                regrets, used, both = resampled(rows, rule, count, draws)
+                errors.append(both)
                 cells.append(_spread(regrets))
                 spent += used
                 everything.append(regrets)
             together = [statistics.mean(each) for each in zip(*everything, strict=True)]
             cells.append(f"**{statistics.mean(together):.1f}**")
+            latents, images = 100 * torch.stack(errors).mean(0)
+            cells.append(f"{latents:.2f} / {images:.2f}")
             print(f"| {name} | {count} | {statistics.mean(spent):.1f} | {' | '.join(cells)} |")
 
 
-def resampled(rows: list[dict[str, Any]], rule: Rule, count: int, draws: int) -> tuple[list[float], list[float]]:
-    """Regret of each draw in per cent, and samples spent, a candidate."""
+def resampled(
+    rows: list[dict[str, Any]], rule: Rule, count: int, draws: int
+) -> tuple[list[float], list[float], Tensor]:
+    """Regret of each draw in per cent; samples spent, a candidate; (2,) mean errors of the choices, held-out."""
     sides = {side: _errors(rows, side) for side in ("validation", "held_out")}
     truth = log_error(*sides["held_out"]).mean(1)
     costs = [tuple(row["cost"]) for row in rows]
     rival = next(k for k, row in enumerate(rows) if row["rival"] == NAIVE)
-    regrets, used = list[float](), list[float]()
+    regrets, used, errors = list[float](), list[float](), torch.zeros(2)
     for seed in range(draws):
-        order = torch.randperm(sides["validation"][0].shape[1], generator=torch.Generator().manual_seed(seed))
+        pool, generator = sides["validation"][0].shape[1], torch.Generator().manual_seed(seed)
+        order = torch.randint(pool, (MOST * count,), generator=generator)
         chosen, samples = rule(sides["validation"], count, order, costs, rival)
         regrets.append(100 * math.expm1(float(truth[chosen] - truth.min())))
         used.append(samples)
-    return regrets, used
+        errors += torch.stack([error[chosen].mean() for error in sides["held_out"]]) / draws
+    return regrets, used, errors
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
