@@ -14,7 +14,7 @@ from accuquant.errors import RecipeError
 from accuquant.programs.tune import tune
 from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe
-from accuquant.tuning.budget import LEAST_NFC, describe_tuning, error_tables, ordered, type_combinations
+from accuquant.tuning.budget import LEADERS, LEAST_NFC, describe_tuning, error_tables, ordered, type_combinations
 
 QUIET = Reporter(quiet=True)
 
@@ -92,6 +92,14 @@ def test_tables_order_by_error_and_by_what_is_left_for_the_cache(model_folder: P
     (tmp_path / "tables.json").write_text(json.dumps(tables | {"types": [[1e-9, 1e-9]] * 2}))
     cheap = tune_recipe(model_folder, tmp_path / "o", bit_operations=combinations[0].bit_operations(3))
     assert ordered(cheap, combinations, tmp_path, QUIET)[0].picks == (1, 1)
+
+
+def test_the_dry_run_counts_the_further_samples_of_leaders(model_folder: Path, tmp_path: Path) -> None:
+    costs = [
+        describe_tuning(tune_recipe(model_folder, tmp_path / "o", more_samples=times))[1]["rollouts"]
+        for times in (1, 4)
+    ]
+    assert costs[1] - costs[0] == pytest.approx(2 * 3 * LEADERS)  # two combinations
 
 
 def test_the_shipped_recipe_is_a_real_choice() -> None:

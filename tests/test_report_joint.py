@@ -245,6 +245,24 @@ def test_tuning_says_what_was_chosen_and_by_how_much_it_is_better(everything: Pa
     assert "<td>chosen, front</td>" in table and '<th class="number">Time</th>' in table
 
 
+def test_tuning_says_by_what_candidates_are_compared_and_how_surely(tmp_path: Path) -> None:
+    found = tuning() | {"leaders_samples": 32}
+    for number, row in enumerate(found["tried"]):
+        row |= {"equal": number in (44, 46), "ratio": {"mean": -0.01 * number, "standard_error": 0.05, "samples": 16}}
+    page = written(tmp_path, bare() | {"tuning": found})
+    number = next(k for k, row in enumerate(found["tried"]) if row["chosen"])
+    assert number == 46
+    low, middle, high = (report.plain(math.exp(-0.46 + error)) for error in (-0.05, 0, 0.05))
+    assert f"here it is {middle} of naive stacking's (68 % interval {low} to {high}, 16 samples)" in page
+    assert "2 candidates were equal to the best within the standard error on 32 samples; the cheapest" in page
+    assert page.count("<td>equal") == 1 and '<td class="number">-0.460 ± 0.050</td>' in page
+    for row in found["tried"]:
+        row["equal"] = row["chosen"]
+    assert "were equal to the best" not in written(tmp_path, bare() | {"tuning": found})
+    older = written(tmp_path, bare() | {"tuning": tuning()})  # an export from before there was this measure
+    assert "of naive stacking's" not in older and "Log ratio" not in older and "All 48 candidates" in older
+
+
 def test_a_choice_that_is_worse_than_a_rival_is_not_sold_as_better(tmp_path: Path) -> None:
     found = tuning(seconds=False)
     for row in found["tried"]:

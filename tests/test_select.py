@@ -195,7 +195,9 @@ def test_set_arithmetic_fixes_a_path_and_gives_it_back(folder: Path) -> None:
 def test_set_arithmetic_says_which_layers_cannot(folder: Path) -> None:
     model = load(folder)
     before = arithmetic_used(model)
-    with pytest.raises(ValueError, match=r"scaled_mm cannot compute (\d+) of \1 layers: .* has no small floats.*and \d+ more"):
+    with pytest.raises(
+        ValueError, match=r"scaled_mm cannot compute (\d+) of \1 layers: .* has no small floats.*and \d+ more"
+    ):
         set_arithmetic(model, "scaled_mm")
     if select.named("onednn").takes(W8A8):
         with pytest.raises(ValueError, match=r"of 14 layers: transformer_blocks\S+ has weights that are not int8"):

@@ -94,6 +94,26 @@ def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) ->
     assert (tmp_path / "joint.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_regret_of_a_choice_is_looked_up_on_held_out_samples(tmp_path: Path) -> None:
+    """One candidate is a little worse in images and much better in latents; another is cheaper and worse in both."""
+    candidates = {"naive": (0.04, 0.02), "both": (0.0216, 0.0162), "images": (0.0275, 0.0145), "cheap": (0.05, 0.05)}
+    rows = list[dict[str, Any]]()
+    for name, (latent, image) in candidates.items():
+        each = {"latents": [latent] * 8, "images": [image] * 8}
+        row = {"point": "int8, NFC 7 of 25", "key": name, "cost": [0.01 if name == "cheap" else 0.02, 1.0, 0]}
+        row["rival"] = "naive stacking" if name == "naive" else None
+        rows.append(row | {"validation": each, "held_out": each})
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = run("benchmarks/joint/choice_regret.py", "table", "--out", str(tmp_path), "--draws", "4", "--counts", "2")
+    lines = [line.split(" | ") for line in table.splitlines() if " | 2 | " in line]
+    found = {cells[0].strip("| "): cells for cells in lines}
+    regret = 100 * ((0.0275 * 0.0145 / (0.0216 * 0.0162)) ** 0.5 - 1)
+    assert found["worse of both"][-3:] == [f"{regret:.1f} (95 %: {regret:.1f})", f"**{regret:.1f}**", "2.75 / 1.45 |"]
+    others = [cells[-3:] for name, cells in found.items() if name != "worse of both"]
+    assert others == [["0.0 (95 %: 0.0)", "**0.0**", "2.16 / 1.62 |"]] * 4
+    assert len(found) == 5 and "4 candidates" in table
+
+
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """Imports a tool; what it starts finds this package."""

@@ -25,8 +25,10 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import dump_recipe, load_recipe
 from accuquant.runtime.cache.hooks import controller_of
-from accuquant.tuning.budget import describe_tuning, open_session, type_combinations
-from accuquant.tuning.candidates import LEARNED, Place, Tried
+from accuquant.tuning.budget import LEADERS, describe_tuning, open_session, type_combinations
+from accuquant.tuning.candidates import Place
+from accuquant.tuning.choice import choose
+from accuquant.tuning.tried import LEARNED, Candidate, Tried
 
 QUIET = Reporter(quiet=True)
 QUICK: dict[str, Any] = {
@@ -92,19 +94,21 @@ def test_calibrate_does_not_pass_over_it(model_folder: Path, tmp_path: Path) -> 
 
 
 def test_the_chosen_point_keeps_to_the_budget_and_is_the_best(tuned: Path) -> None:
-    """Of its types by the worse error in that of naive stacking there; of all types' best in that of the best naive."""
+    """The cheapest of those that are equal to the least log ratio, where all of these have the same samples."""
     found = record(tuned)
     rows = [row for row in found["tried"] if row["nfc"] <= row["asked_nfc"]]
     (chosen,) = [row for row in rows if row["chosen"]]
     assert chosen["bit_operations"] <= 0.13
-    naives = {row["types"]: row for row in rows if row["rival"] == "naive stacking"}
-
-    def best(some: list[dict[str, Any]], naive: dict[str, Any]) -> dict[str, Any]:
-        return min(some, key=lambda row: float(max(row[name] / naive[name] for name in ("E_qc", "image_error"))))
-
-    bests = [best([row for row in rows if row["types"] == types], naive) for types, naive in naives.items()]
-    assert len(bests) == 2
-    assert chosen == best(bests, min(naives.values(), key=lambda row: float(row["E_qc"])))
+    assert len({row["types"] for row in rows}) == 2
+    equal = [row for row in found["tried"] if row["equal"]]
+    assert chosen in equal and {row["samples"] for row in equal} == {found["leaders_samples"]}
+    assert chosen["bit_operations"] == pytest.approx(min(row["bit_operations"] for row in equal))
+    # two combinations of types: what leads has all samples, and nothing else has more than the first
+    assert found["samples"] == 8 and found["leaders_samples"] == 32
+    assert 0 < sum(row["samples"] > 8 for row in rows) <= 2 * LEADERS
+    (naive,) = [row for row in rows if row["rival"] == "naive stacking" and row["types"] == chosen["types"]]
+    assert (naive["ratio"]["mean"], naive["ratio"]["standard_error"]) == (0, 0)
+    assert chosen["ratio"]["mean"] <= 2 * chosen["ratio"]["standard_error"]
     full_steps = filled_interval_steps(8, chosen["asked_nfc"], 2)
     recipe = load_recipe(tuned / "recipe.yaml")
     timesteps = Rollout(load_pipeline(recipe.model), recipe.sampling).timesteps
@@ -183,15 +187,15 @@ def test_what_the_search_has_calibrated_is_what_the_recipe_calibrates(
     searched: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: str
 ) -> None:
     recipe, work = searched
-    rows = [row for row in Tried(work / "tried.jsonl").rows if row["calibrated"] == calibrated and not row["rival"]]
-    row = min((row for row in rows if row["asked_nfc"] == max(r["asked_nfc"] for r in rows)), key=lambda r: r["E_qc"])
-    combination = next(c for c in type_combinations(recipe) if c.name == row["types"])
-    final = chosen_recipe(combination.recipe, row)
+    ours = [c for c in Tried(work / "tried.jsonl").candidates if c.calibrated == calibrated and not c.rival]
+    best = choose(c for c in ours if c.asked_nfc == max(other.asked_nfc for other in ours)).best
+    combination = next(c for c in type_combinations(recipe) if c.name == best.types)
+    final = chosen_recipe(combination.recipe, best)
     finals = [
         final.model_copy(update={"export": final.export.model_copy(update={"output": str(tmp_path / name)})})
         for name in ("afresh", "handed")
     ]
-    hand_over(finals[1], row, work, kept_in(work, combination), tmp_path / "handed.partial")
+    hand_over(finals[1], best, work, kept_in(work, combination), tmp_path / "handed.partial")
     afresh = calibrate(finals[0], QUIET)
     with monkeypatch.context() as patch:
         patch.setattr(Tuner, "_update", Mock(side_effect=AssertionError("an update was made again")))
@@ -227,17 +231,20 @@ def test_a_budget_for_every_step_is_no_mistake(model_folder: Path, tmp_path: Pat
 # ---- interruption
 
 
+@pytest.mark.parametrize("stopped_at", [39, "leaders"])
 def test_an_interrupted_search_goes_on_and_repeats_nothing(
-    tuned: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuned: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int | str
 ) -> None:
+    """After 39 candidates; and after three leaders have got more samples."""
     recipe, add = tune_recipe(model_folder, tmp_path / "out"), Tried.add
-    counts = [0, 0]
+    before, after = list[tuple[str, int]](), list[tuple[str, int]]()
 
-    def stop(self: Tried, row: dict[str, Any]) -> dict[str, Any]:
-        counts[0] += 1
-        if counts[0] == 40:
+    def stop(self: Tried, candidate: Candidate) -> Candidate:
+        further = sum(samples > 8 for _, samples in before)
+        if len(before) == stopped_at or (stopped_at == "leaders" and further == 3):
             raise KeyboardInterrupt
-        return add(self, row)
+        before.append((candidate.key, candidate.samples))
+        return add(self, candidate)
 
     monkeypatch.setattr(Tried, "add", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -251,14 +258,15 @@ def test_an_interrupted_search_goes_on_and_repeats_nothing(
     with pytest.raises(RecipeError, match="the recipe has changed"):
         tune(changed, QUIET, resume=True)
 
-    def count(self: Tried, row: dict[str, Any]) -> dict[str, Any]:
-        counts[1] += 1
-        return add(self, row)
+    def count(self: Tried, candidate: Candidate) -> Candidate:
+        after.append((candidate.key, candidate.samples))
+        return add(self, candidate)
 
     monkeypatch.setattr(Tried, "add", count)
     folder = tune(recipe, QUIET, resume=True)
     ours, theirs = record(folder)["tried"], record(tuned)["tried"]
-    assert counts[1] == len(theirs) - 39
+    made = before + after
+    assert len(set(made)) == len(made) and len({key for key, _ in made}) == len(theirs)
     timed = ("elapsed", "seconds")
     assert [{k: v for k, v in r.items() if k not in timed} for r in ours] == [
         {k: v for k, v in r.items() if k not in timed} for r in theirs

@@ -43,14 +43,16 @@ from accuquant.evaluation.measure import HeldOut, held_out_reference
 from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.programs.calibrate import calibrate_alone, calibrate_cached
-from accuquant.programs.tune import calibrate_with, learn
+from accuquant.programs.tune import learn, model_as
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import cached
 from accuquant.tuning.budget import Combination, step_times, type_combinations
-from accuquant.tuning.candidates import NAIVE, TUNING_SAMPLES, Place, Tried, as_cache, learned_of, worse_error
+from accuquant.tuning.candidates import TUNING_SAMPLES, Place
+from accuquant.tuning.choice import choose, settle
+from accuquant.tuning.tried import NAIVE, Tried
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
@@ -164,18 +166,17 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     folder.mkdir(exist_ok=True)
     combination: Combination = type_combinations(bench_recipe(types, seed, nfc))[0]
     seconds = step_times(session, combination, section, folder / "seconds.json")
-    place = Place(combination, section, session, seconds, Tried(folder / "tried.jsonl"), QUIET)
-
     session.restore(bench.start)
+    place = Place(combination, section, session, seconds, Tried(folder / "tried.jsonl"), QUIET, folder)
     place.naive(nfc)
     place.cachequant(nfc)
-    for row in [row for row in place.tried.rows if row["rival"]]:
-        config = as_cache(row)
-        yield ("(a) naive: TaylorSeer" if row["rival"] == NAIVE else f"(b) {row['rival']}"), bench.judge(config)
-        if row["rival"] == NAIVE:
+    for rival in [candidate for candidate in place.tried.candidates if candidate.rival]:
+        config = rival.config
+        yield ("(a) naive: TaylorSeer" if rival.rival == NAIVE else f"(b) {rival.rival}"), bench.judge(config)
+        if rival.rival == NAIVE:
             naive = config
             yield "E_c of (a)", bench.full_precision(config)
-        elif row["rival"] == "CacheQuant" and nfc == 14:
+        elif rival.rival == "CacheQuant" and nfc == 14:
             own = config.model_copy(update={"measured_on": "quantized"})
             yield "(b') CacheQuant, corrected on its own trajectory", bench.judge(own)
 
@@ -190,18 +191,17 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     for forecast in place.best_forecasts(nfc, section.finalists):
         place.refine(forecast, nfc)
     place.correct(nfc)
-    alone = place.best(nfc)
-    about = {"cache": alone["cache"], "validation": alone["E_qc"]}
-    yield "(d') tuner without calibration", bench.judge(as_cache(alone)) | about
+    as_tried = partial(model_as, place, bench.alone, nfc, folder)
+    best = choose(settle(place, place.own(nfc), False, as_tried)).best
+    about = {"cache": best.cache, "validation": statistics.mean(best.latent_errors)}
+    as_tried(best.calibrated)
+    yield "(d') tuner without calibration", bench.judge(best.config) | about
     learn(place, bench.alone, nfc, folder)
-    best = place.best(nfc)
-    about = {"cache": best["cache"], "validation": best["E_qc"], "calibrated": best["calibrated"]}
-    session.restore(bench.start)
-    learned = None
-    if (what := learned_of(best)) is not None:
-        calibrate_with(place, what, bench.alone, nfc, folder)
-        learned = place.learned
-    yield "(d) tuner", bench.judge(as_cache(best), learned) | about | {"seconds": time.monotonic() - started}
+    best = choose(settle(place, place.own(nfc), False, as_tried)).best
+    about = {"cache": best.cache, "validation": statistics.mean(best.latent_errors), "calibrated": best.calibrated}
+    as_tried(best.calibrated)
+    found = bench.judge(best.config, place.learned)
+    yield "(d) tuner", found | about | {"seconds": time.monotonic() - started}
     session.restore(bench.start)
 
 
@@ -219,7 +219,7 @@ def stacking(
     for bench, key in _missing(out, "run", pairs_of(types, seeds, shard), cells):
         config = Cache(estimation="taylor", order=2, schedule="best", target_nfc=key[3], trials=TUNED["trials"])
         with bench.session.full_precision():
-            config = searched(config, bench.session, QUIET, worse_of_both=True, samples=TUNING_SAMPLES)
+            config = searched(config, bench.session, QUIET, samples=TUNING_SAMPLES)
         _write(out, shard, key, bench.judge(config))
 
 
@@ -326,14 +326,12 @@ def latency(
 def _chosen(folder: Path) -> Iterator[tuple[str, Cache]]:
     """Both rivals and the tuner's choice at every NFC that was run."""
     for nfc in NFC:
-        rows = Tried(folder / str(nfc) / "tried.jsonl").rows
-        for row in rows:
-            if row["rival"] in (NAIVE, "CacheQuant"):
-                yield f"{row['rival']}, NFC {nfc}", as_cache(row)
-        naive = next((row for row in rows if row["rival"] == NAIVE), None)
-        if naive and any(not row["rival"] for row in rows):
-            best = min(rows, key=partial(worse_error, naive=naive))
-            yield f"tuner, NFC {nfc}", as_cache(best)
+        tried = Tried(folder / str(nfc) / "tried.jsonl").candidates
+        for candidate in tried:
+            if candidate.rival in (NAIVE, "CacheQuant"):
+                yield f"{candidate.rival}, NFC {nfc}", candidate.config
+        if any(not candidate.rival for candidate in tried):
+            yield f"tuner, NFC {nfc}", choose(tried).best.config
 
 
 def _seconds(rollout: Rollout, conditions: Conditions) -> float:

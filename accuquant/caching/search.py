@@ -4,8 +4,8 @@ A list of full steps (`schedule: best`, the default of a target) is found in thr
 truth than the one before: dynamic programming over forecast errors of one recorded trajectory, for several weightings
 of early against late steps; a sampled trajectory for each of these lists and the fixed interval; moves of single full
 steps, kept where a sampled trajectory gets nearer to the reference: by the geometric mean of the relative errors of
-latents and images, for what is far in one can be near in the other; for the tuner by the worse of the two, each in that
-of the fixed interval. `schedule: rcs` searches tau.
+latents and images, over both and over samples, for what is far in one can be near in the other (`core.choice`: the mean
+log ratio to the fixed interval, but for what is the same for all lists). `schedule: rcs` searches tau.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from accuquant.caching.noise import measure_noise
 from accuquant.calibration.session import Session
+from accuquant.core.choice import log_error
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import ForecastErrors, best_steps, dps_steps, filled_interval_steps
 from accuquant.errors import CacheError
@@ -52,14 +53,12 @@ def search_cache(
     reference: Tensor,
     config: Cache,
     reporter: Reporter,
-    worse_of_both: bool = False,
 ) -> Cache:
     """Replace the config's target by a list of full timesteps or a tau.
 
     Args:
         conditions: of B calibration samples.
         reference: (T + 1, B, C, H, W), the latents to come near to: those of full precision without a cache.
-        worse_of_both: a list of full steps is judged by its worse error, and not by the mean of both.
 
     Raises:
         CacheError: the target cannot be met.
@@ -69,7 +68,7 @@ def search_cache(
         if listed.searches:
             few = torch.arange(min(len(conditions), SEARCH_SAMPLES), device=reference.device)
             given = (conditions.take(few), reference[:, few])
-            listed = search_cache(rollout, *given, listed, reporter, worse_of_both)
+            listed = search_cache(rollout, *given, listed, reporter)
         return _choose_forecast(rollout, conditions, reference, listed, reporter)
     if config.schedule == "dps":
         return _dps(rollout, conditions, config, reporter)
@@ -78,7 +77,7 @@ def search_cache(
         raise CacheError(f"target_nfc: {nfc:g} is more than the {rollout.num_steps} steps there are")
     if config.schedule == "rcs":
         return _search_tau(rollout, conditions, config, nfc, reporter)
-    return _search_steps(rollout, conditions, reference, config, int(nfc), reporter, worse_of_both)
+    return _search_steps(rollout, conditions, reference, config, int(nfc), reporter)
 
 
 def _choose_forecast(
@@ -138,34 +137,21 @@ def _search_steps(
     config: Cache,
     nfc: int,
     reporter: Reporter,
-    worse_of_both: bool,
 ) -> Cache:
     """The best list of ``nfc`` full steps that was found."""
     num_steps, warmup = rollout.num_steps, min(config.warmup, rollout.num_steps)
-    measured: dict[tuple[int, ...], tuple[float, float]] = {}
     errors: dict[tuple[int, ...], float] = {}
     images = rollout.decode(reference[-1])
 
-    def measure(steps: tuple[int, ...]) -> tuple[float, float]:
-        if steps not in measured:
-            with cached(rollout.denoiser, _with(config, schedule=steps)):
-                final = rollout.trajectory(conditions)[0][-1]
-            image_error = float(relative_l2(rollout.decode(final), images).mean())
-            measured[steps] = float(relative_l2(final, reference[-1]).mean()), image_error
-        return measured[steps]
-
-    # proposals: the fixed interval that comes nearest from below, and dynamic programming
-    fixed = filled_interval_steps(num_steps, nfc, warmup)
-    proposals = {fixed}
-
     def error(steps: tuple[int, ...]) -> float:
-        latent, image = measure(steps)
-        if worse_of_both:
-            errors[steps] = max(a / max(b, 1e-30) for a, b in zip((latent, image), measure(fixed), strict=True))
-        else:
-            errors[steps] = math.sqrt(latent * image)
+        with cached(rollout.denoiser, _with(config, schedule=steps)):
+            final = rollout.trajectory(conditions)[0][-1]
+        both = relative_l2(final, reference[-1]), relative_l2(rollout.decode(final), images)
+        errors[steps] = math.exp(float(log_error(*both).mean()))
         return errors[steps]
 
+    # proposals: the fixed interval that comes nearest from below, and dynamic programming
+    proposals = {filled_interval_steps(num_steps, nfc, warmup)}
     longest = config.max_gap or max(
         8, math.ceil(4 * num_steps / nfc), math.ceil((num_steps - warmup + 1) / (nfc - warmup + 1))
     )
@@ -321,7 +307,6 @@ def searched(
     config: Cache,
     session: Session,
     reporter: Reporter,
-    worse_of_both: bool = False,
     samples: int = SEARCH_SAMPLES,
 ) -> Cache:
     """The cache with its noise measured, and its target searched for, on the session's model as it is."""
@@ -337,5 +322,5 @@ def searched(
             reference = session.reference.first(half).join(session.validation.first(half))
         given = (session.rollout, reference.conditions, reference.latents)
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():
-            config = search_cache(*given, config, reporter, worse_of_both)
+            config = search_cache(*given, config, reporter)
     return config

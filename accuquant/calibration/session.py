@@ -19,15 +19,14 @@ from accuquant.calibration.plan import PlannedModule, plan_modules
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
 from accuquant.model.families import load_pipeline, set_scheduler
-from accuquant.model.rollout import Rollout
-from accuquant.pipeline.data import Samples, Split, calibration_samples, draw, load_split
+from accuquant.model.rollout import Conditions, Rollout
+from accuquant.pipeline.data import Samples, Split, calibration_samples, load_split, validation_samples
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Objective, Recipe
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
 
-VALIDATION_SEED_OFFSET = 500_000  # noise that neither calibration nor evaluation uses
 OBSERVED_VALUES = 16384  # activations kept per module and timestep group for the scale search
 
 
@@ -142,9 +141,7 @@ def prepare(
         kept: file that keeps the reference trajectories, so that a resumed run need not sample them again.
     """
     samples = calibration_samples(split, recipe.data)
-    seed = recipe.data.seed * 100_000 + VALIDATION_SEED_OFFSET
-    seen = split.calibration[: recipe.data.num_samples]  # classes or prompts; others come first, where there are more
-    checked = draw(split.calibration[len(seen) :] + seen, recipe.data.validation_samples, seed)
+    checked = validation_samples(split, recipe.data, recipe.data.validation_samples)
     reference = _reference(rollout, samples, checked, recipe, reporter, kept)
     index = torch.arange(len(samples) + len(checked), device=reference.latents.device)
 
@@ -168,6 +165,36 @@ def prepare(
     if recipe.quantization.share_activation_scales:
         _share_activation_scales(session, reporter)
     return session
+
+
+def further_validation(
+    session: Session, span: tuple[int, int], reporter: Reporter, folder: Path | None = None
+) -> tuple[Conditions, Tensor]:
+    """Validation samples from the first of ``span`` up to the second, which go on from those that the session has.
+
+    Args:
+        folder: keeps what full precision makes of them, which then is sampled once.
+
+    Returns:
+        their noise and conditioning, and full precision's final latents (B, C, H, W).
+    """
+    rollout, recipe, (first, last) = session.rollout, session.recipe, span
+    samples = validation_samples(load_split(recipe.data, rollout.family.condition), recipe.data, last)
+    conditions = rollout.conditions(samples.inputs[first:], samples.seeds[first:])
+    kept = None if folder is None else folder / f"validation-{first}-{last}.safetensors"
+    if kept is not None and kept.is_file():
+        return conditions, load_file(kept, device=str(conditions.noise.device))["latents"]
+    batches, parts = conditions.batches(recipe.evaluation.batch_size), list[Tensor]()
+    what = "further validation samples, full precision"
+    with session.full_precision(), reporter.bar(what, rollout.num_steps * len(batches)) as advance:
+        for batch in batches:
+            parts.append(rollout.trajectory(batch, lambda: advance(""))[0][-1])
+    final = torch.cat(parts)
+    if kept is not None:
+        temporary = kept.with_suffix(".tmp")
+        save_file({"latents": final.contiguous()}, temporary)
+        temporary.rename(kept)
+    return conditions, final
 
 
 def _reference(

@@ -125,7 +125,7 @@ def tune(
             return
         with _nothing_lost(loaded.export.output, ".tuning"):
             folder = run(loaded, Reporter(quiet, verbose), resume=resume, overwrite=overwrite)
-        print_tried(json.loads((folder / "tuning.json").read_text(encoding="utf-8"))["tried"])
+        print_tried(json.loads((folder / "tuning.json").read_text(encoding="utf-8")))
         print_metrics(folder)
         typer.echo(f"\nexport: {folder}\nrecipe: {folder / 'recipe.yaml'}\nreport: {folder / 'report.html'}")
 

@@ -95,8 +95,9 @@ def print_tuning_plan(recipe: Recipe) -> None:
     out.print("\ndry run: nothing was written")
 
 
-def print_tried(rows: list[dict[str, Any]]) -> None:
-    """The Pareto front of what was tried, the chosen point, and the rivals."""
+def print_tried(tuning: dict[str, Any]) -> None:
+    """The Pareto front of what was tried, the chosen point, what is equal to it, and the rivals."""
+    rows = tuning["tried"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in (
         "",
@@ -108,11 +109,13 @@ def print_tried(rows: list[dict[str, Any]]) -> None:
         "seconds",
         "E_qc",
         "images",
+        "log ratio",
         "tried in",
     ):
         table.add_column(column)
     for row in sorted(rows, key=lambda row: float(row["E_qc"])):
-        mark = "chosen" if row["chosen"] else "front" if row["front"] else row["rival"] or ""
+        own = next((name for name in ("chosen", "equal", "front") if row[name]), None)
+        mark = ", ".join(name for name in (own, row["rival"]) if name)
         if mark:
             costs = (
                 f"{row['nfc']:g}",
@@ -120,10 +123,19 @@ def print_tried(rows: list[dict[str, Any]]) -> None:
                 f"{row['seconds']:.2f}",
                 f"{row['E_qc']:.4f}",
                 f"{row['image_error']:.4f}",
+                f"{row['ratio']['mean']:.3f} ± {row['ratio']['standard_error']:.3f}",
             )
             table.add_row(mark, row["types"], row["cache"], row["calibrated"], *costs, f"{row['elapsed']:.1f} s")
     out.print(table)
-    out.print("chosen by the worse of both errors, latents (E_qc) and images, each in that of the best naive stacking")
+    out.print(
+        "chosen by the log ratio to naive stacking, mean of both errors, latents (E_qc) and images, over samples, "
+        "with its standard error"
+    )
+    if (equal := sum(row["equal"] for row in rows)) > 1:
+        out.print(
+            f"{equal} candidates are equal to the best within the standard error on {tuning['leaders_samples']} "
+            "samples; the cheapest was taken"
+        )
     out.print(f"{len(rows)} candidates were tried; the report shows them all\n")
 
 

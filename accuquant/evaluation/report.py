@@ -262,7 +262,8 @@ def _tuning(tuning: dict[str, Any]) -> dict[str, Any] | None:
         tuning: ``budget`` (a limit or None for each of `charts.COSTS`), ``seconds`` of the search, ``tried``: rows of
             ``types``, ``cache``, ``nfc``, ``bit_operations`` (fraction of float32 without a cache), ``seconds`` (or
             None), ``E_qc``, ``calibrated``, ``elapsed`` (seconds it took to try), ``front``, ``chosen`` and ``rival``
-            (name or None).
+            (name or None); and, but in older exports, ``ratio``: ``mean`` over both errors of the log ratio to naive
+            stacking, its ``standard_error`` and ``samples``, and ``equal``: to the best, within it.
     """
     tried = tuning.get("tried")
     if not tried:
@@ -274,8 +275,23 @@ def _tuning(tuning: dict[str, Any]) -> dict[str, Any] | None:
         "rivals": _rivals(tried, chosen) if chosen else [],
         "budget": tuning.get("budget") or {},
         "seconds": tuning.get("seconds"),
+        "ratio": _factor(chosen["ratio"]) if chosen and chosen.get("ratio") else None,
+        "equal": sum(bool(row.get("equal")) for row in tried),
+        "leaders_samples": tuning.get("leaders_samples"),
+        "compared": all(row.get("ratio") for row in tried),
         "timed": any(row.get("seconds") is not None for row in tried),
         "charts": {cost: chart for cost in charts.COSTS if (chart := charts.pareto(tuning, cost))},
+    }
+
+
+def _factor(ratio: dict[str, Any]) -> dict[str, Any]:
+    """The log ratio as a factor, with one standard error to both sides."""
+    mean, error = ratio["mean"], ratio["standard_error"]
+    return {
+        "factor": round(math.exp(mean), 3),
+        "low": round(math.exp(mean - error), 3),
+        "high": round(math.exp(mean + error), 3),
+        "samples": ratio["samples"],
     }
 
 

@@ -13,6 +13,7 @@ from accuquant.errors import RecipeError
 from accuquant.recipe import Data
 from accuquant.recipe.file import find_shipped
 
+VALIDATION_SEED_OFFSET = 500_000  # noise that neither calibration nor evaluation uses
 HELD_OUT_SEED_OFFSET = 1_000_000  # keeps held-out noise apart from calibration noise
 
 
@@ -94,6 +95,12 @@ def draw(values: list[Any], count: int, first_seed: int) -> Samples:
 
 def calibration_samples(split: Split, data: Data) -> Samples:
     return draw(split.calibration, data.num_samples, data.seed * 100_000)
+
+
+def validation_samples(split: Split, data: Data, count: int) -> Samples:
+    """The first ``count`` of as many as are wanted; inputs that are not calibrated on come first, if there are any."""
+    seen = split.calibration[: data.num_samples]
+    return draw(split.calibration[len(seen) :] + seen, count, data.seed * 100_000 + VALIDATION_SEED_OFFSET)
 
 
 def held_out_samples(split: Split, data: Data, count: int) -> Samples:

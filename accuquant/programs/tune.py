@@ -7,6 +7,7 @@ For each combination of types, the most promising by tables first (`budget.py`):
     the best few again with their full steps refined, and the best of all with each correction
     calibrate with the best cache on (its forecasts; weights and forecasts), and correct again
     fewer full steps, for the Pareto front
+    more samples for those that lead, until they are told apart; of equals the cheapest
 
 Tables choose nothing: every candidate is confirmed by a rollout of the quantized, cached model, on noise that neither
 calibration nor evaluation uses. What was chosen becomes a recipe; `calibrate` makes the export from it and from what
@@ -18,7 +19,10 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import yaml
 
@@ -38,17 +42,9 @@ from accuquant.tuning.budget import (
     step_times,
     type_combinations,
 )
-from accuquant.tuning.candidates import (
-    LEARNED,
-    NAIVE,
-    Place,
-    Row,
-    Tried,
-    as_cache,
-    as_forecast,
-    learned_of,
-    worse_error,
-)
+from accuquant.tuning.candidates import Place
+from accuquant.tuning.choice import Choice, choose, ratio, settle
+from accuquant.tuning.tried import LEARNED, NAIVE, Candidate, Tried
 
 WRITTEN = (
     *("noise", "measured_nfc", "correction_timesteps", "correction_full_timesteps", "correction_channels"),
@@ -71,41 +67,49 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
     if recipe.cache is not None and (given := recipe.cache.model_fields_set - {*KEPT}):
         reporter.say(f"cache: the search has its own {', '.join(sorted(given))}; the rest holds for all candidates")
     combinations = ordered(recipe, type_combinations(recipe), work, reporter)[: section.combinations]
-    tried, bests = Tried(work / "tried.jsonl"), list[Row]()
+    tried, leading = Tried(work / "tried.jsonl"), list[Candidate]()
     for number, combination in enumerate(combinations):
         reporter.say(f"types {number + 1} of {len(combinations)}: {combination.name}")
-        bests += search(combination, section, tried, work, reporter)
+        leading += search(combination, section, tried, work, reporter, alone=len(combinations) == 1)
 
-    if not bests:
+    if not leading:
         raise RecipeError(f"tune.seconds: {section.seconds} s pay for fewer than {LEAST_NFC} full steps of any types")
-    naive = min((row for row in tried.rows if row["rival"] == NAIVE), key=lambda row: float(row["E_qc"]))
-    best = min(bests, key=lambda row: worse_error(row, naive))
-    name = f" ({best['rival']})" if best["rival"] else ""
-    reporter.say(f"chosen: {best['types']}; {best['cache']}{name}; NFC {best['nfc']:g}, E_qc {best['E_qc']:.4f}")
-    combination = next(c for c in combinations if c.name == best["types"])
+    choice = choose(leading)
+    best = choice.best
+    name = f" ({best.rival})" if best.rival else ""
+    errors = f"E_qc {mean(best.latent_errors):.4f}, images {mean(best.image_errors):.4f} on {best.samples} samples"
+    reporter.say(f"chosen: {best.types}; {best.cache}{name}; NFC {best.nfc:g}, {errors}")
+    if len(choice.equal) > 1:
+        reporter.say(f"the cheapest of {len(choice.equal)} that are equal within the standard error")
+    combination = next(c for c in combinations if c.name == best.types)
     final = chosen_recipe(combination.recipe, best)
     if not _says(partial / "recipe.yaml", final):
         hand_over(final, best, work, kept_in(work, combination), partial)
-    folder = calibrate(final, reporter, True, overwrite, record(section, tried.rows, best))
+    folder = calibrate(final, reporter, True, overwrite, record(section, tried.candidates, choice))
     shutil.rmtree(work)
     return folder
 
 
-def search(combination: Combination, section: Tune, tried: Tried, work: Path, reporter: Reporter) -> list[Row]:
-    """Calibrate one combination of types and confirm its candidates; the best at each level of the budget.
+def search(
+    combination: Combination, section: Tune, tried: Tried, work: Path, reporter: Reporter, alone: bool = True
+) -> list[Candidate]:
+    """Calibrate one combination of types and confirm its candidates; those that lead, of all levels of the budget.
 
     None where seconds do not suffice. What is cheaper may be better too: more full steps are not always nearer.
+
+    Args:
+        alone: these types are the only ones that are searched.
     """
     folder = kept_in(work, combination)
     folder.mkdir(exist_ok=True)
     session = open_session(combination, work, reporter)
-    alone, _ = calibrate_alone(session, reporter, folder, resume=True)
+    tuner, _ = calibrate_alone(session, reporter, folder, resume=True)
     seconds = step_times(session, combination, section, folder / "seconds.json")
     most = combination.full_steps(section, seconds)
     if most < LEAST_NFC:
         reporter.say(f"{section.seconds} s pay for fewer than {LEAST_NFC} full steps of these types")
         return []
-    place = Place(combination, section, session, seconds, tried, reporter)
+    place = Place(combination, section, session, seconds, tried, reporter, work)
     levels = [max(LEAST_NFC, math.floor(share * most + 1e-9)) for share in section.levels]
     fewer = sorted({*levels} - {most})
     for nfc in fewer:
@@ -118,21 +122,29 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
     for forecast in place.best_forecasts(most, section.finalists):
         place.refine(forecast, most)
     place.correct(most)
-    learn(place, alone, most, folder)
-    return [place.best(nfc) for nfc in (*fewer, most)]
+    learn(place, tuner, most, folder)
+    candidates = [candidate for nfc in (*fewer, most) for candidate in place.own(nfc)]
+    return settle(place, candidates, not alone, partial(model_as, place, tuner, most, folder))
 
 
 def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
     """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
-    row = place.best_uncorrected(nfc)
-    if not place.combination.recipe.objective.cached_iterations or row["nfc"] == place.session.rollout.num_steps:
+    best = place.best_uncorrected(nfc)
+    if not place.combination.recipe.objective.cached_iterations or best.nfc == place.session.rollout.num_steps:
         return
-    start = place.session.snapshot()
     for what in place.section.learning:
-        place.session.restore(start)
+        place.restore()
         config = calibrate_with(place, what, alone, nfc, folder)
-        place.confirm(as_forecast(row), row["schedule"], "none", nfc, lambda config=config: config)  # type: ignore[misc]
+        place.confirm(best.forecast, best.schedule, "none", nfc, lambda config=config: config)  # type: ignore[misc]
         place.correct(nfc)
+
+
+def model_as(place: Place, alone: Tuner, nfc: int, folder: Path, calibrated: str) -> None:
+    """Have the model as it was with this calibration, by what is kept of it."""
+    place.restore()
+    for what, words in LEARNED.items():
+        if words == calibrated:
+            calibrate_with(place, what, alone, nfc, folder)
 
 
 def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: Path) -> Cache:
@@ -140,7 +152,7 @@ def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: Path
     recipe, state = place.combination.recipe, learned_in(folder, nfc, what)
     state.mkdir(exist_ok=True)
     objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
-    config = as_cache(place.best_uncorrected(nfc))
+    config = place.best_uncorrected(nfc).config
     tuner = calibrate_cached(place.session, objective, config, alone, place.reporter, state, resume=True)
     assert tuner is not None and tuner.cache is not None
     place.calibrated, place.learned = LEARNED[what], tuner.learned
@@ -153,25 +165,25 @@ def learnable(recipe: Recipe, what: str) -> tuple[str, ...]:
     return weights if what == "weights" else (*weights, "forecast")
 
 
-def chosen_recipe(recipe: Recipe, row: Row) -> Recipe:
+def chosen_recipe(recipe: Recipe, best: Candidate) -> Recipe:
     """The recipe that makes the chosen candidate from nothing; what calibration writes into a cache is left to it."""
-    cache = as_cache(row)
+    cache = best.config
     cache = cache.model_copy(update=dict.fromkeys(WRITTEN) | ({"noise": cache.noise} if cache.tau else {}))
-    what = learned_of(row)
+    what = best.learned
     changes = {"cached_learn": learnable(recipe, what)} if what else {"cached_iterations": 0, "cached_learn": None}
     objective = recipe.objective.model_copy(update=changes)
     return recipe.model_copy(update={"cache": cache, "objective": objective})
 
 
-def hand_over(final: Recipe, best: Row, work: Path, folder: Path, partial: Path) -> None:
+def hand_over(final: Recipe, best: Candidate, work: Path, folder: Path, partial: Path) -> None:
     """What the search has sampled and calibrated for the chosen point, for `calibrate` to go on from."""
     shutil.rmtree(partial, ignore_errors=True)  # of another choice, before it was interrupted
     partial.mkdir()
     kept = [work / "reference.safetensors", folder / "state.safetensors"]
     if (folder / "auto.json").is_file():
         kept.append(folder / "auto.json")
-    if what := learned_of(best):
-        kept.append(learned_in(folder, best["asked_nfc"], what) / "state-cached.safetensors")
+    if what := best.learned:
+        kept.append(learned_in(folder, best.asked_nfc, what) / "state-cached.safetensors")
     for path in kept:
         shutil.copyfile(path, partial / path.name)
     (partial / "recipe.yaml").write_text(dump_recipe(final), encoding="utf-8")  # last: it says that all is there
@@ -185,22 +197,31 @@ def learned_in(folder: Path, nfc: int, what: str) -> Path:
     return folder / f"{nfc}-{what}"
 
 
-def record(section: Tune, rows: list[Row], best: Row) -> Row:
-    """What the export and its report keep of the search."""
-    front, least = list[Row](), math.inf
-    for row in sorted(rows, key=lambda row: (row["bit_operations"], row["E_qc"], row["rival"] is not None)):
-        if row["E_qc"] < least:
-            front, least = [*front, row], row["E_qc"]
+def record(section: Tune, candidates: list[Candidate], choice: Choice) -> dict[str, Any]:
+    """What the export and its report keep of the search; errors are of the samples that all candidates have."""
+    best, samples = choice.best, min(c.samples for c in candidates)
+    error = {c.key: mean(c.latent_errors[:samples]) for c in candidates}
+    front, least = set[str](), math.inf
+    for one in sorted(candidates, key=lambda c: (c.bit_operations, error[c.key], c.rival is not None)):
+        if error[one.key] < least:
+            front, least = front | {one.key}, error[one.key]
 
-    same = [row for row in rows if all(row[key] == best[key] for key in ("types", "asked_nfc"))]
-    naive = next((row for row in same if row["rival"] == NAIVE), None)
-    shown = [{k: v for k, v in row.items() if k not in ("config", "key", "forecast")} for row in rows]
-    marks = [{"front": any(row is r for r in front), "chosen": row is best} for row in rows]
+    same = [c for c in candidates if (c.types, c.asked_nfc) == (best.types, best.asked_nfc)]
+    naive = next(c for c in same if c.rival == NAIVE)
+    equal = {c.key for c in choice.equal}
+    names = ("types", "cache", "schedule", "parts", "asked_nfc", "nfc", "bit_operations", "seconds", "calibrated")
     return {
         "budget": {key: getattr(section, key) for key in ("nfc", "bit_operations", "seconds")},
-        "tried": [row | mark for row, mark in zip(shown, marks, strict=True)],
-        "seconds": round(sum(row["elapsed"] for row in rows), 1),
-        "naive": naive["config"] if naive else None,
+        "tried": [
+            {name: getattr(one, name) for name in (*names, "elapsed", "rival", "samples")}
+            | {"E_qc": error[one.key], "image_error": mean(one.image_errors[:samples]), "ratio": ratio(one, naive)}
+            | {"front": one.key in front, "chosen": one.key == best.key, "equal": one.key in equal}
+            for one in candidates
+        ],
+        "samples": samples,
+        "leaders_samples": choice.samples,
+        "seconds": round(sum(one.elapsed for one in candidates), 1),
+        "naive": naive.config.model_dump(mode="json", exclude_none=True),
     }
 
 

@@ -57,6 +57,11 @@ class Tune(Section):
     )
     finalists: int = Field(3, ge=1, description="forecasts whose full steps are refined")
     trials: int = Field(24, ge=0, description="sampled trajectories that refine a list of full steps")
+    more_samples: int = Field(
+        4,
+        ge=1,
+        description="times data.validation_samples: what leaders get at most, until they are told apart",
+    )
     learning: tuple[Learning, ...] = Field(
         ("forecast", "both"),
         description="what objective.cached_iterations updates with the best cache on learn, each from the model "

@@ -24,6 +24,7 @@ from accuquant.runtime.cache.hooks import cached
 
 LEAST_NFC = 3
 TIMED_SAMPLES = 8
+LEADERS = 4  # candidates that get more samples, at most, of each combination of types; 6 were no better (measured)
 TABLE_NFC = (25, 14, 10, 7, 4)
 KEPT = ("norm", "differences", "modules", "feature", "blocks", "factors_dtype", "factors_device", "warmup")
 
@@ -235,6 +236,8 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     stages = len(section.learning) * bool(objective.cached_iterations)  # of calibration with the cache on
     refined = (section.trials + 5) * section.finalists
     rollouts = tried * (proposals * len(section.levels) + refined)
+    further = section.more_samples - 1  # times the samples of a rollout, that leaders get
+    rollouts += tried * LEADERS * further
     fitted = len(set(section.corrections) - {"none"})
     fits = tried * ((fitted + len(section.estimations) - 1) * len(section.levels) + fitted * stages)
     m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
@@ -245,5 +248,6 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
         alone, _ = block_costs(rollout, planned, recipe)
     updates = tried * (alone + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
+    sampling += further * steps
     calls = rollouts * (nfc + (steps - nfc) / 4) + fits * steps + 3.5 * updates + sampling
     return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates, "seconds": call * calls}

@@ -1,68 +1,52 @@
 """Candidates of the tuner, for one choice of types: caches made, corrected and confirmed by a rollout, and the best.
 
-Every candidate is judged on noise that neither calibration nor evaluation uses, by the worse of its latent and image
-error, each in that of naive stacking.
+Every candidate is judged on noise that neither calibration nor evaluation uses, by the mean of the logarithms of its
+latent and its image error: by the geometric mean of both, over samples and in that of naive stacking.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from accuquant.caching.correct import Targets, fit_correction
 from accuquant.caching.noise import measure_noise
 from accuquant.caching.search import TAU_TOLERANCE, searched
-from accuquant.calibration.session import Session
+from accuquant.calibration.session import Session, further_validation
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.errors import CacheError
+from accuquant.model.rollout import Conditions
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Tune
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import cached
 from accuquant.tuning.budget import LEAST_NFC, Combination, base_settings
+from accuquant.tuning.tried import ALONE, CORRECTED, LEARNED, NAIVE, PARTS, Candidate, Forecast, Tried
 
-ALONE, NAIVE = "alone", "naive stacking"
-CORRECTED = {
-    "none": "",
-    "cache": ", forecasts corrected",
-    "quantization": ", full steps corrected",
-    "both": ", all corrected",
-}
-LEARNED = {
-    "forecast": "forecasts, with the cache on",
-    "weights": "weights, with the cache on",
-    "both": "weights and forecasts, with the cache on",
-}
-PARTS = {"none": (False, False), "cache": (True, False), "quantization": (False, True), "both": (True, True)}
 TUNING_SAMPLES = 16  # that full steps are searched on; fewer do not carry over to other classes
-Row = dict[str, Any]
-Forecast = tuple[str, int, bool]  # estimation, order, noise_aware
 
 
-class Tried:
-    """Every candidate that was confirmed, a line of JSON each."""
+@dataclass(frozen=True)
+class Checked:
+    """Validation samples and what full precision makes of them.
 
-    def __init__(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.path, self.rows = path, [json.loads(line) for line in lines if line.endswith("}")]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")  # the last was cut off
+    Attributes:
+        latents: (B, C, H, W), the final ones; images: (B, C', H', W').
+    """
 
-    def find(self, key: str) -> Row | None:
-        return next((row for row in self.rows if row["key"] == key), None)
-
-    def add(self, row: Row) -> Row:
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        return row
+    conditions: Conditions
+    latents: Tensor
+    images: Tensor
 
 
 @dataclass
@@ -73,6 +57,7 @@ class Place:
         seconds: of a full and of a skipped step of eight samples.
         calibrated: how the session's model has been, by now: alone, or what was learned with the cache on.
         learned: weights of the forecasts, where these were.
+        kept: folder of the references of further validation samples.
     """
 
     combination: Combination
@@ -81,10 +66,31 @@ class Place:
     seconds: tuple[float, float]
     tried: Tried
     reporter: Reporter
+    kept: Path | None = None
     calibrated: str = ALONE
     learned: Correction | None = None
     noises: dict[tuple[str, int], Any] = field(default_factory=dict)  # as calibrated, by gap
     targets: Targets = field(default_factory=Targets)
+    corrections: dict[str, Correction | None] = field(default_factory=dict)  # of candidates that get more samples
+    further: dict[tuple[int, int], Checked] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._start = self.session.snapshot()
+
+    def restore(self) -> None:
+        """Have the model as it was when the search of it began: calibrated alone."""
+        self.session.restore(self._start)
+        self.calibrated, self.learned = ALONE, None
+
+    @property
+    def samples(self) -> int:
+        """Validation samples that every candidate gets."""
+        return len(self.session.validation.conditions)
+
+    @cached_property
+    def checked(self) -> Checked:
+        final = self.session.validation.latents[-1]
+        return Checked(self.session.validation.conditions, final, self.session.rollout.decode(final))
 
     def try_forecasts(self, nfc: int) -> None:
         """Every forecast under every schedule, with lists of full steps as they are found without refining."""
@@ -100,14 +106,14 @@ class Place:
                             config = config.model_copy(update={"full_timesteps": found})
                         return self.searched(config)
 
-                    row = self.confirm(forecast, schedule, "none", nfc, make)
-                    advance(f"{row['cache']}: {row['E_qc']:.4f}" if row else "")
+                    found = self.confirm(forecast, schedule, "none", nfc, make)
+                    advance(f"{found.cache}: {math.exp(self.score(found)):.4f}" if found else "")
 
     def full_timesteps(self, forecast: Forecast, nfc: int) -> tuple[float, ...] | None:
         """A list without refining, which serves all orders of an estimation."""
-        rows = [r for r in self.own_rows(nfc) if r["schedule"] == "best" and r["calibrated"] == self.calibrated]
-        known = next((row for row in rows if row["forecast"][0] == forecast[0]), None)
-        config = as_cache(known) if known else self.searched(self.cache(forecast, "best", nfc, trials=0))
+        same = [c for c in self.own(nfc) if c.schedule == "best" and c.calibrated == self.calibrated]
+        known = next((c for c in same if c.forecast[0] == forecast[0]), None)
+        config = known.config if known else self.searched(self.cache(forecast, "best", nfc, trials=0))
         return config.full_timesteps
 
     def refine(self, forecast: Forecast, nfc: int) -> None:
@@ -117,21 +123,19 @@ class Place:
 
     def correct(self, nfc: int) -> None:
         """Every correction of the best candidate without one, as the model is; both, of other estimations' best."""
-        rows = [r for r in self.own_rows(nfc) if r["parts"] == "none" and r["calibrated"] == self.calibrated]
-        rows = [r for r in rows if as_cache(r).tau is None]  # RCS skips other steps with every sample
-        best = dict[str, Row]()
-        for row in sorted(rows, key=self.score):
-            best.setdefault(as_forecast(row)[0], row)
-        for number, row in enumerate(best.values()):
+        best = dict[str, Candidate]()
+        for candidate in sorted(self.plain(nfc, self.calibrated), key=self.score):
+            best.setdefault(candidate.forecast[0], candidate)
+        for number, one in enumerate(best.values()):
             for parts in self.section.corrections if number == 0 else {"both"} & {*self.section.corrections}:
-                self.confirm(as_forecast(row), row["schedule"], parts, nfc, lambda row=row: as_cache(row))  # type: ignore[misc]
+                self.confirm(one.forecast, one.schedule, parts, nfc, lambda one=one: one.config)  # type: ignore[misc]
 
-    def naive(self, nfc: int) -> Row:
+    def naive(self, nfc: int) -> Candidate:
         """Naive stacking: TaylorSeer, as if alone, on the model calibrated alone. Candidates are judged against it."""
         config = self.cache(("taylor", 2, False), "interval", nfc)
-        row = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: config, NAIVE)
-        assert row is not None
-        return row
+        found = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: config, NAIVE)
+        assert found is not None
+        return found
 
     def cachequant(self, nfc: int) -> None:
         """The other rival, by module as ours, and with one feature as published."""
@@ -153,7 +157,7 @@ class Place:
 
     def confirm(
         self, forecast: Forecast, schedule: str, parts: str, nfc: int, make: Callable[[], Cache], rival: str = ""
-    ) -> Row | None:
+    ) -> Candidate | None:
         """Roll the candidate out, unless that was done; None where there is no such cache."""
         words = f"{_words(forecast)}, {schedule} steps{CORRECTED[parts]}"
         calibrated = ALONE if rival else self.calibrated  # rivals are measured first, and stay what they were
@@ -171,36 +175,64 @@ class Place:
             wanted = {"corrected": of_forecasts, "corrected_quantization": of_full_steps}
             config = config.model_copy(update=wanted)
             config, correction = fit_correction(self.session, config, Reporter(quiet=True), self.learned, self.targets)
-        with cached(self.session.rollout.denoiser, config, correction) as controller:
-            finals, counts = [], []
-            size = 1 if config.tau else self.session.recipe.evaluation.batch_size
-            for batch in self.session.validation.conditions.batches(size):
-                finals.append(self.session.rollout.trajectory(batch)[0][-1])
-                counts.append(controller.stats().nfc)
-        mean, skipped_by = sum(counts) / len(counts), (*controller.modules, *controller.bypassed)
-        final, true = torch.cat(finals), self.session.validation.latents[-1]
-        decode = self.session.rollout.decode
-        full, skipped = self.seconds
+        latents, images, counts, skipped_by = self.rolled_out(config, correction, self.checked)
+        mean, (full, skipped) = sum(counts) / len(counts), self.seconds
         return self.tried.add(
-            {
-                "key": key,
-                "types": self.combination.name,
-                "cache": words,
-                "forecast": list(forecast),
-                "schedule": schedule,
-                "parts": parts,
-                "asked_nfc": nfc,
-                "nfc": mean,
-                "bit_operations": self.combination.bit_operations(mean, skipped_by),
-                "seconds": mean * full + (self.session.rollout.num_steps - mean) * skipped,
-                "E_qc": float(relative_l2(final, true).mean()),
-                "image_error": float(relative_l2(decode(final), decode(true)).mean()),
-                "calibrated": calibrated,
-                "elapsed": round(time.monotonic() - started, 2),
-                "rival": rival or None,
-                "config": config.model_dump(mode="json", exclude_none=True),
-            }
+            Candidate(
+                key=key,
+                types=self.combination.name,
+                cache=words,
+                forecast=forecast,
+                schedule=schedule,
+                parts=parts,
+                asked_nfc=nfc,
+                nfc=mean,
+                bit_operations=self.combination.bit_operations(mean, skipped_by),
+                seconds=mean * full + (self.session.rollout.num_steps - mean) * skipped,
+                latent_errors=latents,
+                image_errors=images,
+                calibrated=calibrated,
+                elapsed=round(time.monotonic() - started, 2),
+                config=config,
+                rival=rival or None,
+            )
         )
+
+    def rolled_out(
+        self, config: Cache, correction: Correction | None, checked: Checked
+    ) -> tuple[tuple[float, ...], tuple[float, ...], list[int], tuple[str, ...]]:
+        """Latent and image error of each sample, full computations of each batch, and names of what was skipped."""
+        rollout, finals, counts = self.session.rollout, list[Tensor](), list[int]()
+        size = 1 if config.tau else self.session.recipe.evaluation.batch_size
+        with cached(rollout.denoiser, config, correction) as controller:
+            for batch in checked.conditions.batches(size):
+                finals.append(rollout.trajectory(batch)[0][-1])
+                counts.append(controller.stats().nfc)
+        final = torch.cat(finals)
+        latents, images = relative_l2(final, checked.latents), relative_l2(rollout.decode(final), checked.images)
+        return tuple(latents.tolist()), tuple(images.tolist()), counts, (*controller.modules, *controller.bypassed)
+
+    def extended(self, candidate: Candidate, samples: int) -> Candidate:
+        """The candidate on this many validation samples; the model has to be as it was tried with."""
+        if candidate.samples >= samples:
+            return candidate
+        started, span = time.monotonic(), (candidate.samples, samples)
+        if candidate.key not in self.corrections:
+            correction, quiet = self.learned, Reporter(quiet=True)
+            if candidate.config.fits:
+                _, correction = fit_correction(self.session, candidate.config, quiet, self.learned, self.targets)
+            self.corrections[candidate.key] = correction
+        if span not in self.further:
+            conditions, final = further_validation(self.session, span, Reporter(quiet=True), self.kept)
+            self.further[span] = Checked(conditions, final, self.session.rollout.decode(final))
+        latents, images, *_ = self.rolled_out(candidate.config, self.corrections[candidate.key], self.further[span])
+        more = replace(
+            candidate,
+            latent_errors=candidate.latent_errors + latents,
+            image_errors=candidate.image_errors + images,
+            elapsed=round(candidate.elapsed + time.monotonic() - started, 2),
+        )
+        return self.tried.add(more)
 
     def searched(self, config: Cache) -> Cache:
         quiet = Reporter(quiet=True)
@@ -210,7 +242,7 @@ class Place:
             if (self.calibrated, gap) not in self.noises:
                 self.noises[self.calibrated, gap] = measure_noise(self.session, gap, quiet, config.modules)
             config = config.model_copy(update={"noise": self.noises[self.calibrated, gap]})
-        return searched(config, self.session, quiet, worse_of_both=True, samples=TUNING_SAMPLES)
+        return searched(config, self.session, quiet, samples=TUNING_SAMPLES)
 
     def forecasts(self, nfc: int) -> list[Forecast]:
         """Those that the section allows and ``nfc`` full steps are enough for."""
@@ -235,7 +267,7 @@ class Place:
             given |= {"schedule": schedule, "target_nfc": nfc}
         return Cache(**(settings | given))
 
-    def own_rows(self, nfc: int) -> list[Row]:
+    def own(self, nfc: int) -> list[Candidate]:
         """Of this combination, this NFC, and no later calibration; what a rival does may be chosen too.
 
         Not under a budget of seconds: a skipped step of one feature takes others than those that were measured. RCS may
@@ -243,46 +275,26 @@ class Place:
         """
         stages = [ALONE, *(LEARNED[what] for what in self.section.learning)]
         known = stages[: stages.index(self.calibrated) + 1]
-        mine = [r for r in self.tried.rows if (r["types"], r["asked_nfc"]) == (self.combination.name, nfc)]
-        mine = [row for row in mine if row["rival"] in (None, NAIVE) or not self.section.seconds]
-        mine = [row for row in mine if row["nfc"] <= nfc + TAU_TOLERANCE]
-        return [row for row in mine if row["calibrated"] in known]
+        mine = [c for c in self.tried.candidates if (c.types, c.asked_nfc) == (self.combination.name, nfc)]
+        mine = [c for c in mine if c.rival in (None, NAIVE) or not self.section.seconds]
+        return [c for c in mine if c.nfc <= nfc + TAU_TOLERANCE and c.calibrated in known]
 
-    def score(self, row: Row) -> float:
-        """The worse of latent and image error, each in that of naive stacking: both have to be better."""
-        return worse_error(row, self.naive(row["asked_nfc"]))
+    def plain(self, nfc: int, calibrated: str = ALONE) -> list[Candidate]:
+        """Those without a correction on the model calibrated so, whose skipped steps are the same for all samples."""
+        found = [c for c in self.own(nfc) if c.parts == "none" and c.calibrated == calibrated]
+        return [c for c in found if c.config.tau is None]  # RCS skips other steps with every sample
 
-    def best(self, nfc: int) -> Row:
-        return min(self.own_rows(nfc), key=lambda row: (self.score(row), row["rival"] is not None))
+    def score(self, candidate: Candidate) -> float:
+        """Mean over samples and both errors of their logarithm, on the samples that every candidate has."""
+        return float(candidate.measure(self.samples).mean())
 
-    def best_uncorrected(self, nfc: int) -> Row:
-        """The best whose skipped steps are the same for all samples, on the model calibrated alone."""
-        rows = [row for row in self.own_rows(nfc) if row["parts"] == "none" and row["calibrated"] == ALONE]
-        return min((row for row in rows if as_cache(row).tau is None), key=self.score)
+    def best_uncorrected(self, nfc: int) -> Candidate:
+        return min(self.plain(nfc), key=self.score)
 
     def best_forecasts(self, nfc: int, count: int) -> list[Forecast]:
         """The best different ones, before corrections."""
-        rows = [row for row in self.own_rows(nfc) if row["parts"] == "none" and row["calibrated"] == ALONE]
-        return list(dict.fromkeys(as_forecast(row) for row in sorted(rows, key=self.score)))[:count]
-
-
-def worse_error(row: Row, naive: Row) -> float:
-    """Of latents and images, each in that of naive stacking."""
-    return max(float(row[name] / max(naive[name], 1e-30)) for name in ("E_qc", "image_error"))
-
-
-def as_cache(row: Row) -> Cache:
-    return Cache.model_validate_json(json.dumps(row["config"]))
-
-
-def learned_of(row: Row) -> str | None:
-    """What the candidate's model has learned with the cache on, in the words of `tune.learning`."""
-    return next((what for what, words in LEARNED.items() if words == row["calibrated"]), None)
-
-
-def as_forecast(row: Row) -> Forecast:
-    estimation, order, noise_aware = row["forecast"]
-    return estimation, order, noise_aware
+        found = [c for c in self.own(nfc) if c.parts == "none" and c.calibrated == ALONE]
+        return list(dict.fromkeys(c.forecast for c in sorted(found, key=self.score)))[:count]
 
 
 def _words(forecast: Forecast) -> str:
