@@ -5,7 +5,7 @@ Importing the package makes diffusers' `from_pretrained` understand the checkpoi
 
 import accuquant.quiet  # noqa: F401 (before all that imports diffusers)
 from accuquant.caching.enable import cache_stats, compile_cached, disable_cache, enable_cache
-from accuquant.errors import CacheError, CheckpointError, RecipeError
+from accuquant.errors import AccuQuantError, CacheError, CheckpointError, RecipeError
 from accuquant.recipe import Cache, FORAConfig, Recipe, RFCConfig, TaylorSeerConfig
 from accuquant.recipe.file import load_recipe
 from accuquant.runtime.cache.stats import CacheStats
@@ -17,6 +17,7 @@ register()
 
 __all__ = [
     "AccuQuantConfig",
+    "AccuQuantError",
     "Cache",
     "CacheError",
     "CacheStats",

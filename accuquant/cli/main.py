@@ -15,7 +15,7 @@ import typer
 from diffusers.utils import logging as diffusers_logging
 
 from accuquant.cli.plan_view import errors, out, print_metrics, print_plan, print_tried, print_tuning_plan
-from accuquant.errors import CheckpointError, RecipeError
+from accuquant.errors import AccuQuantError, RecipeError
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import list_shipped, load_recipe, shipped_folder
@@ -231,7 +231,7 @@ def _readable_errors(verbose: bool = False) -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     try:
         yield
-    except (RecipeError, CheckpointError) as error:
+    except AccuQuantError as error:
         errors.print(f"error: {error}", soft_wrap=True)
         raise typer.Exit(2) from None
     except (OSError, FloatingPointError) as error:  # a full disk, no permission, a loss that is not a number
