@@ -15,6 +15,7 @@ from torch import Tensor
 
 from accuquant.errors import AccuQuantError
 from accuquant.evaluation import charts
+from accuquant.evaluation.metrics import METRICS, Metric
 
 TEMPLATES = Path(__file__).parent / "templates"
 REQUIRED = ("model", "num_samples", "final_relative_l2", "relative_l2_per_step", "latent_psnr")
@@ -62,6 +63,7 @@ def write_report(
         smaller=_reduction(metrics.get("size"), "float_bytes", "quantized_bytes"),
         cheaper=_reduction(metrics.get("bit_operations"), "float", "quantized"),
         change=_change(metrics),
+        figures=_figures(metrics),
         images=_images(full, quantized, others or {}, _name(metrics)),
         accumulation=charts.accumulation(metrics),
         decomposition=charts.decomposition(metrics),
@@ -175,6 +177,25 @@ def _change(metrics: dict[str, Any]) -> dict[str, float] | None:
     before = ((metrics.get("initial") or {}).get("final_relative_l2") or {}).get("mean")
     after = metrics.get("E_q", metrics["final_relative_l2"]["mean"])
     return {"before": before, "after": after, "less": 1 - after / before} if before and after == after else None
+
+
+def _figures(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """A card of each metric that was measured; without a cache, with its figure before calibration."""
+    initial = {} if metrics.get("decomposition") else metrics.get("initial") or {}
+    found = []
+    for metric in METRICS:
+        if shown := _shown(metric, metrics):
+            before = _shown(metric, initial).get(metric.main)
+            text = metric.sentence.format(**shown)
+            found.append({"title": metric.title, "value": shown[metric.main], "text": text, "before": before})
+    return found
+
+
+def _shown(metric: Metric, metrics: dict[str, Any]) -> dict[str, str]:
+    """Its numbers as text, by name; none where it was not measured."""
+    write = {"": plain, "dB": decibel, "fraction": percent}[metric.unit]
+    value = metrics.get(metric.name)
+    return {} if value is None else {name: write(number) for name, number in metric.numbers(value).items()}
 
 
 def _name(metrics: dict[str, Any]) -> str:
