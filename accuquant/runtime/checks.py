@@ -7,7 +7,8 @@ points, biases and what was fitted for a cache: little beside the weights, which
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+import json
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,12 +27,13 @@ FORMAT_VERSION = 1
 LARGEST = torch.finfo(torch.float32).max
 DEPTH = 3  # cache.noise.<module>: a list
 NUMBERS = ("tau", "target_nfc", "target_seconds")  # a recipe may write them as text, such as 1e-4
-# what safetensors calls the types of tensors that are no quantized layer's
-FLOATS = ("F64", "F32", "F16", "BF16")
+# what safetensors calls torch's types
+FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+STORED = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"} | FLOATS
 
 
-def refuse(key: str, problem: str, file: str | Path = "config.json") -> CheckpointError:
-    return CheckpointError(f"{file}: {key} {problem}")
+def refuse(key: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {key} {problem}")
 
 
 def shown(value: Any) -> str:
@@ -40,12 +42,8 @@ def shown(value: Any) -> str:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    text = (
-        {None: "null", True: "true", False: "false"}.get(value)
-        if value is None or value is True or value is False
-        else repr(value)
-    )
-    return text if text is not None and len(text) <= 60 else f"{text[:57]}..."
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_plain(value: Any, key: str, depth: int = 0) -> None:
@@ -186,11 +184,6 @@ class Files:
             found: Tensor = file.get_tensor(key)
         return found
 
-    def last_columns(self, key: str, count: int) -> Tensor:
-        with safe_open(self.path[key], framework="pt") as file:
-            found: Tensor = file.get_slice(key)[:, -count:]
-        return found
-
 
 def check_tensors(model: nn.Module, files: Files, fitted: str) -> None:
     """Each tensor has the shape and the type that the config promises, and small ones hold what can be.
@@ -207,21 +200,22 @@ def check_tensors(model: nn.Module, files: Files, fitted: str) -> None:
             found, shape = files.shape[key], tuple(expected.shape)
             raise CheckpointError(f"{files.path[key]}: {key} has shape {found}, its config promises {shape}")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-    for key in promised:
-        if key not in files.path:
-            continue
-        name, _, leaf = key.rpartition(".")
-        layer, stored = layers.get(name), promised[key].dtype
-        if layer is not None or key.startswith(f"{fitted}."):
-            small = layer is None or leaf != "weight"
-            value = files.tensor(key) if small else files.last_columns(key, layer.spec.weight_type.bits)  # type: ignore[union-attr]
-            problem = f"is {value.dtype}, its config promises {stored}" if value.dtype != stored else ""
-            problem = problem or (_small(leaf, value, layer) if small else _padding(value, layer))
-        else:
-            wrong = stored.is_floating_point and files.dtype[key] not in FLOATS
-            problem = f"is {files.dtype[key]}, the model has floats there" if wrong else ""
-        if problem:
-            raise CheckpointError(f"{files.path[key]}: {key} {problem}")
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in {*files.path.values()}}
+        for key in sorted(promised.keys() & files.path.keys()):
+            name, _, leaf = key.rpartition(".")
+            layer, stored, found = layers.get(name), promised[key].dtype, files.dtype[key]
+            if layer is None and not key.startswith(f"{fitted}."):
+                wrong = stored.is_floating_point and found not in FLOATS.values()
+                problem = f"is {found}, the model has floats there" if wrong else ""
+            elif found != STORED[stored]:
+                problem = f"is {found}, its config promises {stored}"
+            elif layer is not None and leaf == "weight":
+                problem = _padding(opened[files.path[key]], key, layer)
+            else:
+                problem = _small(leaf, opened[files.path[key]].get_tensor(key), layer)
+            if problem:
+                raise CheckpointError(f"{files.path[key]}: {key} {problem}")
 
 
 def _small(leaf: str, value: Tensor, layer: QuantizedLayer | None) -> str:
@@ -243,11 +237,12 @@ def _outside(low: int, high: int, qtype: QType) -> str:
     return f"must lie in the range of {qtype.name}, {qtype.qmin} to {qtype.qmax} (found {low} to {high})"
 
 
-def _padding(last: Tensor, layer: QuantizedLayer | None) -> str:
+def _padding(file: Any, key: str, layer: QuantizedLayer) -> str:
     """What is wrong with the last bytes of packed rows: where a row does not fill them, the rest is zero."""
-    if layer is None or layer.spec.weight_type.bits == 8 or not layer.in_features % 8:
+    bits, rest = layer.spec.weight_type.bits, layer.in_features % 8
+    if bits == 8 or not rest:
         return ""
-    used = layer.in_features % 8 * layer.spec.weight_type.bits
-    word = sum(last[:, i].to(torch.int64) << (8 * i) for i in range(last.shape[1]))
-    full = bool((torch.as_tensor(word) >> used).any())
+    last = file.get_slice(key)[:, -bits:].to(torch.int64)
+    word = (last << torch.arange(0, 8 * bits, 8, device=last.device)).sum(1)
+    full = bool((word >> (rest * bits)).any())
     return "has bits set behind the last column of a row, where the format has zeros" if full else ""
