@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def _figures(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _shown(metric: Metric, metrics: dict[str, Any]) -> dict[str, str]:
     """Its numbers as text, by name; none where it was not measured."""
-    write = {"": plain, "dB": decibel, "fraction": percent}[metric.unit]
+    write: Callable[[float], str] = {"": plain, "dB": decibel, "fraction": percent}[metric.unit]
     value = metrics.get(metric.name)
     return {} if value is None else {name: write(number) for name, number in metric.numbers(value).items()}
 

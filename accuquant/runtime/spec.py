@@ -145,7 +145,7 @@ class Layer(nn.Module):
         self.in_features, self.out_features = columns, rows
         self.groups = spec.num_groups(columns, name)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for leaf, stored in self._parameters.items():
             value = state_dict.get(f"{prefix}{leaf}")
             if stored is None or not isinstance(value, Tensor) or value.dtype == stored.dtype:
@@ -155,7 +155,7 @@ class Layer(nn.Module):
                     f"{prefix}{leaf} is {value.dtype}, and this layer stores {stored.dtype}: weights of another kind "
                     "of model; load an export by from_pretrained, or make one of them by `accuquant calibrate`"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight={self.spec.weight}, activation={self.spec.activation}"
