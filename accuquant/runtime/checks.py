@@ -197,8 +197,8 @@ def check_tensors(model: nn.Module, files: Files, fitted: str) -> None:
     promised = model.state_dict()
     for key, expected in promised.items():
         if key in files.path and files.shape[key] != tuple(expected.shape):
-            found, shape = files.shape[key], tuple(expected.shape)
-            raise CheckpointError(f"{files.path[key]}: {key} has shape {found}, its config promises {shape}")
+            words = f"has shape {files.shape[key]}, its config promises {tuple(expected.shape)}"
+            raise CheckpointError(f"{files.path[key]}: {key} {words}")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     with ExitStack() as stack:
         opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in {*files.path.values()}}
