@@ -194,9 +194,9 @@ def _figures(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _shown(metric: Metric, metrics: dict[str, Any]) -> dict[str, str]:
     """Its numbers as text, by name; none where it was not measured."""
-    write: Callable[[float], str] = {"": plain, "dB": decibel, "fraction": percent}[metric.unit]
-    value = metrics.get(metric.name)
-    return {} if value is None else {name: write(number) for name, number in metric.numbers(value).items()}
+    write: dict[str, Callable[[float], str]] = {"": plain, "dB": decibel, "fraction": percent}
+    numbers = {} if metrics.get(metric.name) is None else metric.numbers(metrics[metric.name])
+    return {name: write[metric.unit](number) for name, number in numbers.items()}
 
 
 def _name(metrics: dict[str, Any]) -> str:
