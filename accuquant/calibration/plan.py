@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from accuquant.core.packing import packed_columns
-from accuquant.errors import RecipeError
+from accuquant.errors import AccuQuantError, RecipeError, closest
 from accuquant.kernels.select import fixed
 from accuquant.recipe import Rule
 from accuquant.runtime.spec import Conv, LayerSpec
@@ -81,7 +81,7 @@ def plan_modules(denoiser: nn.Module, rules: tuple[Rule, ...]) -> list[PlannedMo
                 try:
                     Conv.of(module, name)
                     spec.num_groups(module.weight.flatten(1).shape[1], name)
-                except ValueError as error:
+                except AccuQuantError as error:
                     raise RecipeError(f"quantization.rules.{index}: {error}") from error
         rows, columns = module.weight.flatten(1).shape
         planned.append(PlannedModule(name, type(module).__name__, (rows, columns), module.bias is not None, spec, tune))
@@ -143,7 +143,5 @@ def _unused(index: int, text: str, pattern: re.Pattern[str], names: list[str]) -
     inside = [n for n in names if pattern.search(n)]
     if inside:
         return where + f"matches no module in full; it is found inside {inside[0]!r}: add .* where the rest may follow"
-    import difflib
-
-    close = difflib.get_close_matches(text.replace("\\", ""), names, n=1, cutoff=0)
-    return where + f"matches no Linear or Conv2d of this model; a similar name: {close[0] if close else 'none'}"
+    close = closest(text.replace("\\", ""), names, cutoff=0)
+    return where + f"matches no Linear or Conv2d of this model; a similar name: {close or 'none'}"

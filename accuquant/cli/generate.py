@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from accuquant.errors import RecipeError
+from accuquant.errors import RecipeError, nearest
 from accuquant.export.load import load_export, recipe_of
 from accuquant.model.families import denoiser_of, family_of
 from accuquant.pipeline.data import load_split
@@ -90,6 +89,5 @@ def _class_id(text: str, pipeline: Any) -> int:
         return int(labels[text])
     if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) in known:
         return int(text)
-    close = difflib.get_close_matches(text, labels, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    hint = nearest(text[:60], labels)
     raise RecipeError(f"--class {text[:60]!r}: this model has the classes {known[0]} to {known[-1]}{hint}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from accuquant.evaluation.metrics import METRICS
 from accuquant.export.torchao import TORCHAO_VERSIONS
 from accuquant.recipe import Recipe
 from accuquant.runtime.arithmetic import describe_arithmetic
@@ -65,8 +66,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
 
 def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """The short table: what terminal and model card show."""
-    final, size = metrics["final_relative_l2"], metrics["size"]
-    rows = []
+    rows, size = [], metrics["size"]
     if "initial" in metrics:
         before = metrics["initial"]
         rows.append(
@@ -75,21 +75,7 @@ def figures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{before['final_relative_l2']['mean']:.4f} relative L2, {before['latent_psnr']:.2f} dB",
             )
         )
-    rows += [
-        ("relative L2 of the final latent", f"{final['mean']:.4f} ± {final['std']:.4f}"),
-        ("latent PSNR", f"{metrics['latent_psnr']:.2f} dB"),
-    ]
-    if "psnr" in metrics:
-        rows += [("image PSNR", f"{metrics['psnr']:.2f} dB"), ("SSIM", f"{metrics['ssim']:.4f}")]
-    if "frechet_distance" in metrics:
-        agreement = metrics["agreement"]
-        rows += [
-            ("Fréchet distance to full precision", f"{metrics['frechet_distance']:.4f}"),
-            (
-                "classifier agrees with asked class",
-                f"{agreement['quantized']:.1%} (full {agreement['full_precision']:.1%})",
-            ),
-        ]
+    rows += [metric.row(metrics[metric.name]) for metric in METRICS if metrics.get(metric.name) is not None]
     if "cache" in metrics:
         cache = metrics["cache"]
         spread = f" ± {cache['nfc']['std']:.1f}" if cache["nfc"]["std"] else ""

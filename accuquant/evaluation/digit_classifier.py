@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from accuquant.errors import CheckpointError
+
 IMAGE_SHAPE = (1, 32, 32)
 NUM_FEATURES = 64
 WEIGHTS_NAME = "classifier.safetensors"
@@ -63,7 +65,7 @@ class DigitClassifier(nn.Module):
 
         Raises:
             FileNotFoundError: if the folder holds no `classifier.safetensors`.
-            ValueError: if the file's tensors are not exactly those of this network.
+            CheckpointError: if the file's tensors are not exactly those of this network.
         """
         file = Path(path) / WEIGHTS_NAME
         if not file.is_file():
@@ -72,5 +74,5 @@ class DigitClassifier(nn.Module):
         try:
             model.load_state_dict(load_file(file), strict=True)
         except RuntimeError as error:
-            raise ValueError(f"{file} does not hold a DigitClassifier: {error}") from error
+            raise CheckpointError(f"{file} does not hold a DigitClassifier: {error}") from error
         return model.eval()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accuquant.core.metrics import latent_psnr, relative_l2, trajectory_error
+from accuquant.core.metrics import trajectory_error
 from accuquant.core.schedule import RCS
+from accuquant.evaluation.metrics import Sides, measured
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import held_out_samples, load_split
 from accuquant.progress import Reporter
@@ -64,12 +65,9 @@ def sample(
 
 def latent_metrics(latents: Tensor, reference: Tensor) -> dict[str, Any]:
     """Figures that need no images."""
-    final = relative_l2(latents[-1], reference[-1])
     mean, std = trajectory_error(latents, reference)
-    spread = {"mean": final.mean(), "std": final.std(), "min": final.min(), "max": final.max()}
     return {
-        "final_relative_l2": {k: float(v) for k, v in spread.items()},
-        "latent_psnr": latent_psnr(latents[-1], reference[-1]),
+        **measured("latents", Sides(latents[-1], reference[-1])),
         "relative_l2_per_step": mean.tolist(),
         "relative_l2_per_step_std": std.tolist(),
     }

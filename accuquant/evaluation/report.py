@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
+from accuquant.errors import AccuQuantError
 from accuquant.evaluation import charts
+from accuquant.evaluation.metrics import METRICS, Metric
 from accuquant.runtime.arithmetic import describe_arithmetic
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -47,7 +50,7 @@ def write_report(
         Path of the report.
 
     Raises:
-        ValueError: a required key is missing (the message names it), or the images or curves do not fit each other.
+        AccuQuantError: a required key is missing (the message names it), or the images or curves do not fit each other.
     """
     _check(metrics)
     calibration = metrics.get("calibration") or {}
@@ -62,6 +65,7 @@ def write_report(
         smaller=_reduction(metrics.get("size"), "float_bytes", "quantized_bytes"),
         cheaper=_reduction(metrics.get("bit_operations"), "float", "quantized"),
         change=_change(metrics),
+        figures=_figures(metrics),
         images=_images(full, quantized, others or {}, _name(metrics)),
         accumulation=charts.accumulation(metrics),
         decomposition=charts.decomposition(metrics),
@@ -140,21 +144,21 @@ def _digits(value: float, digits: int = 3) -> str:
 def _check(metrics: dict[str, Any]) -> None:
     for key in REQUIRED:
         if metrics.get(key) is None:
-            raise ValueError(f"metrics lacks the required key {key!r}")
+            raise AccuQuantError(f"metrics lacks the required key {key!r}")
     for where in (metrics, metrics.get("initial") or {}):
         spread = where.get("final_relative_l2") or dict.fromkeys(SPREAD)
         for key in SPREAD:
             if key not in spread:
-                raise ValueError(f"metrics['final_relative_l2'] lacks the required key {key!r}")
+                raise AccuQuantError(f"metrics['final_relative_l2'] lacks the required key {key!r}")
     steps, band = len(metrics["relative_l2_per_step"]), metrics.get("relative_l2_per_step_std")
     before = (metrics.get("initial") or {}).get("relative_l2_per_step")
     for name, curve in (("relative_l2_per_step_std", band), ("initial.relative_l2_per_step", before)):
         if curve is not None and len(curve) != steps:
-            raise ValueError(f"metrics {name!r} has {len(curve)} entries but 'relative_l2_per_step' has {steps}")
+            raise AccuQuantError(f"metrics {name!r} has {len(curve)} entries but 'relative_l2_per_step' has {steps}")
     cache = metrics.get("cache") or {}
     errors = cache.get("input_errors") or ()
     if errors and len(errors) > cache["num_steps"]:
-        raise ValueError(f"metrics 'cache.input_errors' has {len(errors)} entries for {cache['num_steps']} steps")
+        raise AccuQuantError(f"metrics 'cache.input_errors' has {len(errors)} entries for {cache['num_steps']} steps")
 
 
 def _types(metrics: dict[str, Any]) -> str:
@@ -178,6 +182,25 @@ def _change(metrics: dict[str, Any]) -> dict[str, float] | None:
     return {"before": before, "after": after, "less": 1 - after / before} if before and after == after else None
 
 
+def _figures(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """A card of each metric that was measured; without a cache, with its figure before calibration."""
+    initial = {} if metrics.get("decomposition") else metrics.get("initial") or {}
+    found = []
+    for metric in METRICS:
+        if shown := _shown(metric, metrics):
+            before = _shown(metric, initial).get(metric.main)
+            text = metric.sentence.format(**shown)
+            found.append({"title": metric.title, "value": shown[metric.main], "text": text, "before": before})
+    return found
+
+
+def _shown(metric: Metric, metrics: dict[str, Any]) -> dict[str, str]:
+    """Its numbers as text, by name; none where it was not measured."""
+    write: dict[str, Callable[[float], str]] = {"": plain, "dB": decibel, "fraction": percent}
+    numbers = {} if metrics.get(metric.name) is None else metric.numbers(metrics[metric.name])
+    return {name: write[metric.unit](number) for name, number in numbers.items()}
+
+
 def _name(metrics: dict[str, Any]) -> str:
     """What the export's images are called."""
     if metrics.get("tuning"):
@@ -192,14 +215,14 @@ def _images(
     if full is None and quantized is None and not others:
         return None
     if full is None or quantized is None:
-        raise ValueError("images of both full precision and the quantized model are needed, or of neither")
+        raise AccuQuantError("images of both full precision and the quantized model are needed, or of neither")
     if full.shape != quantized.shape or full.dim() != 4 or full.shape[1] not in (1, 3) or not len(full):
         found = f"{tuple(full.shape)} and {tuple(quantized.shape)}"
-        raise ValueError(f"images must both be (K, C, H, W) with K > 0 and C 1 or 3, found {found}")
+        raise AccuQuantError(f"images must both be (K, C, H, W) with K > 0 and C 1 or 3, found {found}")
     for other, images in others.items():
         if images.shape != full.shape:
             found = f"{tuple(full.shape)}, found {tuple(images.shape)}"
-            raise ValueError(f"images of {other!r} must have the shape of full precision, {found}")
+            raise AccuQuantError(f"images of {other!r} must have the shape of full precision, {found}")
     columns = [(title, images.detach().cpu()) for title, images in (*others.items(), (name, quantized))]
     reference = full.detach().cpu()
     difference = (_unit(reference) - _unit(columns[-1][1])).abs()

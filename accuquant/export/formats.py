@@ -7,7 +7,7 @@ from torch import nn
 
 from accuquant.calibration.plan import PlannedModule
 from accuquant.calibration.session import Session
-from accuquant.errors import RecipeError
+from accuquant.errors import AccuQuantError, RecipeError
 from accuquant.export.native import harden_model
 from accuquant.export.torchao import INSTALL_TORCHAO, convert_model, input_dimensions, torchao_installed
 from accuquant.model.rollout import Rollout
@@ -41,7 +41,7 @@ def check_format(recipe: Recipe, rollout: Rollout, planned: list[PlannedModule],
     conditions = rollout.conditions(samples.inputs, samples.seeds)
     try:
         return input_dimensions(rollout.denoiser, static, lambda: rollout.predict(0, conditions.noise, conditions))
-    except ValueError as error:
+    except AccuQuantError as error:
         raise RecipeError(
             f"export.format: torchao: {error}; give it activation_scale: dynamic, or write export.format: accuquant"
         ) from error

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from accuquant.caching.search import search_on_inputs
-from accuquant.errors import RecipeError
+from accuquant.errors import CheckpointError, RecipeError
 from accuquant.export.torchao import INSTALL_TORCHAO, torchao_installed, torchao_layers
 from accuquant.model.families import denoiser_of, family_of, pick_device
 from accuquant.model.rollout import Rollout
@@ -26,6 +26,7 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
 
     Raises:
         RecipeError: the folder is no export of this package.
+        CheckpointError: its denoiser is not what its config promises.
     """
     if not (folder / "model_index.json").is_file():
         raise RecipeError(f"{folder} is no export: it has no model_index.json")
@@ -33,7 +34,9 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
         raise RecipeError(f"{folder} is in torchao's format, and torchao is not installed: {INSTALL_TORCHAO}")
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=getattr(torch, recipe.model.dtype))
-    except (OSError, ValueError, RuntimeError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:  # diffusers' own
         raise RecipeError(f"{folder} cannot be loaded: {error}") from error
     if not exported_layers(denoiser_of(pipeline)):
         raise RecipeError(f"{folder} holds no quantized layer: it was not written by accuquant")

@@ -20,6 +20,7 @@ from diffusers.quantizers.torchao import TorchAoHfQuantizer
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import DYNAMIC_CLIP, trainable_layers
+from accuquant.errors import AccuQuantError
 from accuquant.runtime.layer import QuantizedLayer
 
 TORCHAO_VERSIONS = "0.18"  # that this format is tested with; its place in torchao is torchao.prototype
@@ -34,7 +35,7 @@ def input_dimensions(model: nn.Module, names: Iterable[str], run: Callable[[], o
     """How many dimensions each named module's input has in ``run``: torchao's static scale must have as many.
 
     Raises:
-        ValueError: a module is not called, or its inputs differ.
+        AccuQuantError: a module is not called, or its inputs differ.
     """
     seen: dict[str, set[int]] = {name: set() for name in names}
 
@@ -51,7 +52,7 @@ def input_dimensions(model: nn.Module, names: Iterable[str], run: Callable[[], o
     for name, found in seen.items():
         if len(found) != 1:
             what = f"has inputs of {' and '.join(map(str, sorted(found)))} dimensions" if found else "is not called"
-            raise ValueError(f"{name} {what}, and torchao's static activation scale must fit all of its inputs")
+            raise AccuQuantError(f"{name} {what}, and torchao's static activation scale must fit all of its inputs")
     return {name: found.pop() for name, found in seen.items()}
 
 
@@ -63,7 +64,7 @@ def convert_model(model: Any, dimensions: dict[str, int], dtype: torch.dtype) ->
         dtype: of the model, and so of biases and of what a weight is dequantized to.
 
     Raises:
-        ValueError: a layer has something that torchao cannot hold.
+        AccuQuantError: a layer has something that torchao cannot hold.
     """
     from torchao.quantization import FqnToConfig
 
@@ -101,12 +102,12 @@ def _convert(layer: QuantizedLayer, dimensions: int, dtype: torch.dtype) -> tupl
     spec, scale, zero = layer.spec, layer.activation_scale, layer.activation_zero_point
     plain = spec.weight == "int8" and spec.symmetric and layer.groups == 1 and layer.conv is None
     if not plain or spec.activation not in ("int8", "float"):
-        raise ValueError(f"{layer.name}: torchao's Int8Tensor cannot hold {spec}")
+        raise AccuQuantError(f"{layer.name}: torchao's Int8Tensor cannot hold {spec}")
     given: dict[str, Any] = {}
     config: Any = Int8WeightOnlyConfig()
     if scale is not None and spec.static:
         if len(scale) != 1:
-            raise ValueError(f"{layer.name}: torchao has one static activation scale a module, not {len(scale)}")
+            raise AccuQuantError(f"{layer.name}: torchao has one static activation scale a module, not {len(scale)}")
         mapping = MappingType.SYMMETRIC if zero is None else MappingType.ASYMMETRIC
         shape = (1,) * dimensions
         given = {
@@ -117,7 +118,8 @@ def _convert(layer: QuantizedLayer, dimensions: int, dtype: torch.dtype) -> tupl
         config = Int8StaticActivationInt8WeightConfig(granularity=[PerTensor(), PerRow()], act_mapping_type=mapping)
     elif scale is not None:
         if abs(float(scale) / DYNAMIC_CLIP - 1) > 1e-6:
-            raise ValueError(f"{layer.name}: torchao's dynamic scale has no clip ratio, this one is {float(scale):.4f}")
+            found = f"this one is {float(scale):.4f}"
+            raise AccuQuantError(f"{layer.name}: torchao's dynamic scale has no clip ratio, {found}")
         given = {"act_quant_kwargs": QuantizeTensorToInt8Kwargs(granularity=PerRow())}
         config = Int8DynamicActivationInt8WeightConfig()
     weight = Int8Tensor(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from accuquant.errors import RecipeError
+from accuquant.errors import RecipeError, nearest
 from accuquant.recipe import Model
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
@@ -116,10 +115,8 @@ def resolve(model_id: str) -> str:
             sorted(p.name for p in BUNDLED.iterdir() if (p / "model_index.json").is_file()) if BUNDLED.is_dir() else []
         )
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
             raise RecipeError(
-                f"model.id: no bundled model {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; "
-                f"bundled models: {', '.join(known)}"
+                f"model.id: no bundled model {name!r}{nearest(name, known)}; bundled models: {', '.join(known)}"
             )
         return str(BUNDLED / name)
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
@@ -141,9 +138,7 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise RecipeError(f"sampling.scheduler: diffusers has no scheduler {name!r}{hint}")
+        raise RecipeError(f"sampling.scheduler: diffusers has no scheduler {name!r}{nearest(name, known)}")
     scheduler: Any = found
     pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
 

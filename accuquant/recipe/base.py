@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Any
 
@@ -15,22 +14,6 @@ def found(value: Any) -> str:
         return "nothing" if value is None else "a section"
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def closest(word: str, valid: list[str]) -> str:
-    """The most similar one; of equals the one with the nearest letters, so for int5 it is int4 and not int8."""
-
-    def likeness(name: str) -> tuple[float, int]:
-        apart = sum(abs(ord(a) - ord(b)) for a, b in zip(word, name, strict=False))
-        return difflib.SequenceMatcher(None, word.lower(), name).ratio(), -apart
-
-    best = max(sorted(valid), key=likeness, default="")
-    return best if likeness(best)[0] >= 0.5 else ""
-
-
-def nearest(word: Any, valid: list[str]) -> str:
-    close = closest(word, valid) if isinstance(word, str) else ""
-    return f" (did you mean {close!r}?)" if close else ""
 
 
 def _scientific(value: Any) -> Any:

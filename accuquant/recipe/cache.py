@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from accuquant.errors import RecipeError
-from accuquant.recipe.base import Number, Section, found, nearest
+from accuquant.errors import RecipeError, nearest
+from accuquant.recipe.base import Number, Section, found
 
 
 def _schedule(value: Any) -> Any:
@@ -194,6 +194,17 @@ class Cache(Section):
             raise ValueError(f"order {order} needs {order + 1} full steps, and there are {most:g}; lower the order")
 
 
+def cache_mistakes(error: ValidationError) -> str:
+    """What pydantic found wrong with the fields of a cache, in one line: each key and what would do."""
+    lines = []
+    for e in error.errors():
+        key, message = ".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")
+        if e["type"] == "extra_forbidden":
+            message = f"no such setting{nearest(key, Cache.model_fields)}"
+        lines.append(f"{key}: {message}" if key else message)
+    return "; ".join(lines)
+
+
 class _Config(Cache):
     """A cache as Python code asks for it: mistakes are `RecipeError`s in one line."""
 
@@ -201,13 +212,7 @@ class _Config(Cache):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            lines = []
-            for e in error.errors():
-                key, message = ".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")
-                if e["type"] == "extra_forbidden":
-                    message = f"no such setting{nearest(key, list(type(self).model_fields))}"
-                lines.append(f"{key}: {message}" if key else message)
-            raise RecipeError(f"{type(self).__name__}: {'; '.join(lines)}") from None
+            raise RecipeError(f"{type(self).__name__}: {cache_mistakes(error)}") from None
 
 
 class FORAConfig(_Config):

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from accuquant.errors import RecipeError
-from accuquant.recipe.base import closest, found, nearest
+from accuquant.errors import RecipeError, closest, nearest
+from accuquant.recipe.base import found
 from accuquant.recipe.schema import Recipe
 
 Shipped = Literal["recipes", "calib_data"]

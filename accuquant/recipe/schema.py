@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from accuquant.recipe.base import Number, Section, found, nearest
+from accuquant.errors import nearest
+from accuquant.recipe.base import Number, Section, found
 from accuquant.recipe.cache import Cache
 from accuquant.recipe.export import Export, check_torchao
 from accuquant.recipe.rule import Rule

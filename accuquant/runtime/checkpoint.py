@@ -13,19 +13,27 @@ from typing import Any
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from pydantic import ValidationError
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from accuquant.errors import CacheError, CheckpointError
-from accuquant.recipe import Cache
+from accuquant.errors import AccuQuantError, CacheError, CheckpointError, nearest
 from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import CORRECTION, attach_cache
+from accuquant.runtime.checks import (
+    FORMAT_VERSION,
+    Files,
+    check_fits,
+    check_plain,
+    check_tensors,
+    checked_cache,
+    checked_edges,
+    checked_layers,
+    shown,
+)
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import GRID, QuantizedLayer, quantized_layers
 from accuquant.runtime.spec import Conv, LayerSpec, keep_float32, share_grids
 
-FORMAT_VERSION = 1
+KEYS = ("quant_method", "version", "timestep_edges", "layers", "cache")
 
 
 class Method(StrEnum):
@@ -44,7 +52,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
         version: of the file format.
 
     Raises:
-        CheckpointError: the version is newer than this package, or a field of a layer is unknown.
+        CheckpointError: the version is not this package's, or a key is missing, unknown, or holds what cannot be.
     """
 
     def __init__(
@@ -56,33 +64,35 @@ class AccuQuantConfig(QuantizationConfigMixin):
         quant_method: str = Method.ACCUQUANT.value,
         **unknown: Any,
     ) -> None:
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
+            found = shown(version).strip("'")
             raise CheckpointError(
-                f"this checkpoint has format version {version}; this accuquant reads version {FORMAT_VERSION}. "
-                "Install the accuquant that wrote it, or export the model again"
+                f"config.json: quantization_config.version: this checkpoint has format version {found}; this accuquant "
+                f"reads version {FORMAT_VERSION}. Install the accuquant that wrote it, or export the model again"
             )
         if unknown:
-            raise CheckpointError(f"quantization_config has unknown keys: {', '.join(sorted(unknown))}")
+            words = ", ".join(f"{key}{nearest(key, KEYS)}" for key in sorted(unknown))
+            raise CheckpointError(f"config.json: quantization_config has unknown keys: {words}")
         if layers is None or timestep_edges is None:
-            raise CheckpointError("quantization_config needs layers and timestep_edges")
+            missing = "layers" if layers is None else "timestep_edges"
+            raise CheckpointError(f"config.json: quantization_config.{missing} is missing")
+        check_plain(layers, "quantization_config.layers", 1)
         self.quant_method = Method.ACCUQUANT
         self.version = version
-        self.timestep_edges = timestep_edges
+        self.timestep_edges = checked_edges(timestep_edges)
+        self._specs = checked_layers(layers)
         self.layers = layers
-        try:
-            self.cache = None if cache is None else Cache(**cache)
-        except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()]
-            raise CheckpointError(f"quantization_config.cache: {'; '.join(lines)}") from error
-        except TypeError as error:
-            raise CheckpointError(f"quantization_config.cache: {error}") from error
-        self.specs()
+        self.cache = checked_cache(cache)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers calls it; a key of the file that is named like an argument of Python is unknown too."""
+        if "self" in config_dict:
+            raise CheckpointError("config.json: quantization_config has unknown keys: self")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def specs(self) -> dict[str, LayerSpec]:
-        try:
-            return {name: LayerSpec(**fields) for name, fields in self.layers.items()}
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"quantization_config.layers: {error}") from error
+        return self._specs
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -107,12 +117,15 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             module = modules.get(name)
             if not isinstance(module, nn.Linear | nn.Conv2d):
                 found = "nothing" if module is None else type(module).__name__
-                raise CheckpointError(f"quantization_config names {name}, where {type(model).__name__} has {found}")
-            weight = module.weight.flatten(1)
-            with torch.device("meta"):
-                layer = QuantizedLayer(
-                    spec, weight.shape[1], weight.shape[0], Conv.of(module, name), clock, name, module.bias is not None
-                )
+                where = f"where {type(model).__name__} has {found}"
+                raise CheckpointError(f"config.json: quantization_config.layers names {name}, {where}")
+            rows, columns = module.weight.flatten(1).shape
+            try:
+                with torch.device("meta"):
+                    bias = module.bias is not None
+                    layer = QuantizedLayer(spec, columns, rows, Conv.of(module, name), clock, name, bias)
+            except AccuQuantError as error:
+                raise CheckpointError(f"config.json: quantization_config.layers.{name}.{error}") from error
             model.set_submodule(name, layer)
         self.clock = clock
         cache = config.cache
@@ -130,35 +143,36 @@ class AccuQuantQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, layer in quantized_layers(model).items():
             key = f"{name}.weight"
-            if layer.repacks and key in self.files:
-                # read by a mapping of its own, which goes afterwards: pages that diffusers has mapped stay in memory
-                with safe_open(self.files[key], framework="pt") as file:
-                    layer.weight = nn.Parameter(file.get_tensor(key), requires_grad=False)
+            if layer.repacks and key in self.files.path:
+                layer.weight = nn.Parameter(self.files.tensor(key), requires_grad=False)
             layer.prepare()
         share_grids(quantized_layers(model).values(), *GRID)
         self.clock.attach(model)
         keep_float32(model, [*self.quantization_config.layers, CORRECTION])
         if self.quantization_config.cache is not None:
             try:
-                attach_cache(model, self.quantization_config.cache)
+                controller = attach_cache(model, self.quantization_config.cache)
             except CacheError as error:
-                raise CheckpointError(f"quantization_config.cache: {error}") from error
+                raise CheckpointError(f"config.json: quantization_config.cache: {error}") from error
+            check_fits(self.quantization_config.cache, controller.modules)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        self.files: dict[str, str] = {}  # what they hold; for shards, loaded_keys is what their index says
-        for path in checkpoint_files:
-            with safe_open(path, framework="pt") as file:
-                self.files.update(dict.fromkeys(file.keys(), path))
-        return sorted(self.files)
+        self.files = Files(checkpoint_files)  # what they hold; for shards, loaded_keys is what their index says
+        return sorted(self.files.path)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """diffusers would load a missing tensor as zeros and only warn."""
+        """diffusers would load a missing tensor as zeros and only warn. What is there is checked here, once."""
         if missing_keys:
-            shown = ", ".join(sorted(missing_keys)[:5]) + (" ..." if len(missing_keys) > 5 else "")
-            raise CheckpointError(f"{len(missing_keys)} tensors are missing from the checkpoint: {shown}")
-        extra = sorted(set(self.files) - set(model.state_dict()))
+            names = ", ".join(sorted(missing_keys)[:5]) + (" ..." if len(missing_keys) > 5 else "")
+            count = len(missing_keys)
+            raise CheckpointError(f"{self.files.where}: {count} tensors are missing from the checkpoint: {names}")
+        extra = sorted(set(self.files.path) - set(model.state_dict()))
         if extra:
-            raise CheckpointError(f"the checkpoint holds tensors its config does not promise: {', '.join(extra[:5])}")
+            where = self.files.path[extra[0]]
+            raise CheckpointError(
+                f"{where}: the checkpoint holds tensors its config does not promise: {', '.join(extra[:5])}"
+            )
+        check_tensors(model, self.files, CORRECTION)
         return missing_keys
 
     def check_if_quantized_param(
@@ -180,17 +194,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
         """Keep the file's types: diffusers casts scales in ``param_value`` to the load dtype, ``state_dict`` not."""
         name, _, leaf = param_name.rpartition(".")
         layer, value = model.get_submodule(name), state_dict[param_name]
-        promised = getattr(layer, leaf).dtype
-        if value.dtype != promised:
-            raise CheckpointError(f"{param_name} is {value.dtype}, its config promises {promised}")
         setattr(layer, leaf, nn.Parameter(value.to(target_device), requires_grad=False))
-
-    def check_quantized_param_shape(self, param_name: str, expected: Tensor, found: Tensor) -> bool:
-        if expected.shape != found.shape:
-            raise CheckpointError(
-                f"{param_name} has shape {tuple(found.shape)}, its config promises {tuple(expected.shape)}"
-            )
-        return True
 
     @property
     def is_serializable(self) -> bool:

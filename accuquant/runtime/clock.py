@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accuquant.errors import AccuQuantError
+
 
 class LastInput:
     """The tensor that was quantized last and what it became: Q, K and V read one tensor, which is quantized once.
@@ -58,7 +60,7 @@ class StepClock:
 
     def __init__(self, edges: list[float]) -> None:
         if any(a <= b for a, b in itertools.pairwise(edges)):
-            raise ValueError(f"timestep edges must descend strictly, found {edges}")
+            raise AccuQuantError(f"timestep edges must descend strictly, found {edges}")
         self.edges = edges
         self.position = 0
         # the current group: a tensor, so that one graph serves all groups
@@ -103,11 +105,11 @@ class StepClock:
         The clock becomes ``denoiser.step_clock``; a deep copy of the denoiser has, and follows, a clock of its own.
 
         Raises:
-            ValueError: the denoiser's forward has no such argument.
+            AccuQuantError: the denoiser's forward has no such argument.
         """
         parameters = list(inspect.signature(denoiser.forward).parameters)
         if "timestep" not in parameters:
-            raise ValueError(f"{type(denoiser).__name__}.forward has no argument 'timestep': it cannot be followed")
+            raise AccuQuantError(f"{type(denoiser).__name__}.forward has no argument 'timestep': it cannot be followed")
         self.position = parameters.index("timestep")
         denoiser.step_clock = self  # type: ignore[assignment]
         denoiser.register_forward_pre_hook(_follow, with_kwargs=True)

@@ -16,6 +16,7 @@ from accuquant.core.numerics import (
     QTYPES,
     QType,
 )
+from accuquant.errors import AccuQuantError, CheckpointError, nearest
 from accuquant.runtime.clock import StepClock
 
 
@@ -31,14 +32,31 @@ class LayerSpec:
     activation_symmetric: bool = False
 
     def __post_init__(self) -> None:
-        for name in (self.weight, *([] if self.activation == "float" else [self.activation])):
-            if name not in QTYPES:
-                raise ValueError(f"unknown type {name!r}; known types: {', '.join(QTYPES)}")
+        self._check_types()
+        for key, name, known in (
+            ("weight", self.weight, [*QTYPES]),
+            ("activation", self.activation, ["float", *QTYPES]),
+        ):
+            if name not in known:
+                hint = nearest(name, known)
+                raise AccuQuantError(f"{key}: unknown type {name!r}{hint}; known types: {', '.join(known)}")
         self._check_floats()
         if self.activation_scale not in ("static", "dynamic"):
-            raise ValueError(f"activation_scale must be 'static' or 'dynamic', found {self.activation_scale!r}")
+            hint = nearest(self.activation_scale, ("static", "dynamic"))
+            raise AccuQuantError(
+                f"activation_scale: must be 'static' or 'dynamic' (found {self.activation_scale!r}){hint}"
+            )
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive, found {self.group_size}")
+            raise AccuQuantError(f"group_size: must be positive (found {self.group_size})")
+
+    def _check_types(self) -> None:
+        """Exactly those of the fields: what comes from JSON may be anything, and true is an integer to Python."""
+        words = {str: "text", bool: "true or false", int: "a whole number or null"}
+        fields = (("weight", str), ("activation", str), ("activation_scale", str), ("symmetric", bool))
+        for key, kind in (*fields, ("activation_symmetric", bool), ("group_size", int)):
+            value: Any = getattr(self, key)
+            if type(value) is not kind and not (key == "group_size" and value is None):
+                raise AccuQuantError(f"{key}: must be {words[kind]} (found {type(value).__name__})")
 
     def _check_floats(self) -> None:
         """Small floats are multiplied with each other only, and have no zero point."""
@@ -46,11 +64,12 @@ class LayerSpec:
         if name is None:
             return
         if self.weight != name or self.activation not in (name, "float"):
-            raise ValueError(
-                f"{name} is multiplied with {name} or with float (found {self.weight} x {self.activation})"
+            raise AccuQuantError(
+                f"activation: {name} is multiplied with {name} or with float (found {self.weight} x {self.activation})"
             )
         if not self.symmetric or (self.activation == name and not self.activation_symmetric):
-            raise ValueError(f"{name} has no zero point: it needs symmetric and activation_symmetric: true")
+            key = "activation_symmetric" if self.symmetric else "symmetric"
+            raise AccuQuantError(f"{key}: {name} has no zero point: it needs symmetric and activation_symmetric: true")
 
     @property
     def weight_type(self) -> QType:
@@ -71,13 +90,13 @@ class LayerSpec:
         """Weight scales per row.
 
         Raises:
-            ValueError: the group size does not divide the row.
+            AccuQuantError: the group size does not divide the row.
         """
         if self.group_size is None:
             return 1
         if columns % self.group_size:
             fits = [s for s in (128, 64, 32, 16, 8) if columns % s == 0]
-            raise ValueError(
+            raise AccuQuantError(
                 f"group_size {self.group_size} does not divide the {columns} inputs of {name}; would fit: {fits}"
             )
         return columns // self.group_size
@@ -97,7 +116,9 @@ class Conv:
         if not isinstance(module, nn.Conv2d):
             return None
         if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise ValueError(f"{name}: grouped or specially padded convolutions stay float; give them weight: float")
+            raise AccuQuantError(
+                f"{name}: grouped or specially padded convolutions stay float; give them weight: float"
+            )
         pairs = (module.kernel_size, module.stride, module.padding, module.dilation)
         return cls(*((int(a), int(b)) for a, b in pairs))
 
@@ -122,6 +143,18 @@ class Layer(nn.Module):
         self.spec, self.conv, self.clock, self.name = spec, conv, clock, name
         self.in_features, self.out_features = columns, rows
         self.groups = spec.num_groups(columns, name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for leaf, stored in self._parameters.items():
+            value = state_dict.get(f"{prefix}{leaf}")
+            if stored is None or not isinstance(value, Tensor) or value.dtype == stored.dtype:
+                continue
+            if not (wide_float(stored) and wide_float(value)):  # torch would round floats to integers, and say nothing
+                raise CheckpointError(
+                    f"{prefix}{leaf} is {value.dtype}, and this layer stores {stored.dtype}: weights of another kind "
+                    "of model; load an export by from_pretrained, or make one of them by `accuquant calibrate`"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight={self.spec.weight}, activation={self.spec.activation}"
@@ -150,6 +183,10 @@ def share_grids(layers: Iterable[Layer], scale: str, zero_point: str) -> int:
         for name in (scale, zero_point):
             setattr(layer, name, getattr(other, name))
     return shared
+
+
+def wide_float(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dtype.itemsize > 1
 
 
 def keep_float32(model: Any, names: Iterable[str]) -> None:
