@@ -226,11 +226,14 @@ def put(key: str, value: float, last: bool) -> Callable[[dict[str, Tensor]], Non
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -1.0], ids=str)
-@pytest.mark.parametrize("key", FINITE)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in FINITE for value in (math.nan, math.inf, -math.inf)),
+        *((key, value) for key in FINITE if key.endswith("scale") for value in (0.0, -1.0)),
+    ],
+)
 def test_value_that_cannot_be(folders: dict[str, Path], key: str, value: float, last: bool) -> None:
-    if math.isfinite(value) and not key.endswith("scale"):
-        pytest.skip("a bias or a correction may be any number")
     attacked_tensors(folders["w4a8-cached"], put(key, value, last), key)
 
 
