@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -70,11 +71,11 @@ def test_latent_figures_by_hand() -> None:
     reference = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [3.0, 4.0]]])  # two time steps of two samples
     latents = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.5], [3.0, 3.0]]])
     found = latent_metrics(latents[..., None, None], reference[..., None, None])
-    assert found["relative_l2_per_step"] == pytest.approx([0, 0.15])
-    assert found["relative_l2_per_step_std"] == pytest.approx([0, 0.1 / math.sqrt(2)])
+    assert found.relative_l2_per_step == pytest.approx([0, 0.15])
+    assert found.relative_l2_per_step_std == pytest.approx([0, 0.1 / math.sqrt(2)])
     spread = {"mean": 0.15, "std": 0.1 / math.sqrt(2), "min": 0.1, "max": 0.2}
-    assert found["final_relative_l2"] == pytest.approx(spread)
-    assert found["latent_psnr"] == pytest.approx(10 * math.log10(1 / (1.25 / 4)))
+    assert asdict(found.final_relative_l2) == pytest.approx(spread)
+    assert found.latent_psnr == pytest.approx(10 * math.log10(1 / (1.25 / 4)))
 
 
 def digits(seed: int) -> Tensor:

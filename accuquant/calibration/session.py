@@ -5,47 +5,53 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer, adopt_dynamic_scales, full_precision, quantize_model
 from accuquant.calibration.loop import Reference, Tuner
-from accuquant.calibration.objectives.blocks import evaluations_made, parts_of, spread_calls
 from accuquant.calibration.plan import PlannedModule, plan_modules
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
+from accuquant.files import KeptFiles
 from accuquant.model.families import load_pipeline, set_scheduler
-from accuquant.model.rollout import Rollout
-from accuquant.pipeline.data import Samples, Split, calibration_samples, draw, load_split
+from accuquant.model.rollout import Conditions, Rollout
+from accuquant.pipeline.data import Split, calibration_samples, draw, load_split
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Objective, Recipe
+from accuquant.recipe import Cache, Data, Objective, Quantization, Recipe
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
 
 VALIDATION_SEED_OFFSET = 500_000  # noise that neither calibration nor evaluation uses
+REFERENCE = "reference.safetensors"
 OBSERVED_VALUES = 16384  # activations kept per module and timestep group for the scale search
 
 
 @dataclass
 class Session:
-    """A model ready to be tuned: quantized in place, with initial scales and its full-precision reference."""
+    """A model ready to be tuned: quantized in place, with initial scales and its full-precision reference.
 
-    recipe: Recipe
+    Attributes:
+        seed: what batches and groups are drawn by.
+    """
+
     rollout: Rollout
     clock: StepClock
     planned: list[PlannedModule]
     layers: dict[str, TrainableLayer]
     reference: Reference
     validation: Reference
+    seed: int
 
     def tuner(self, objective: Objective, steps_per_group: int, cache: Cache | None = None) -> Tuner:
-        tuned, seed = {p.name: self.layers[p.name] for p in self.planned if p.tune}, self.recipe.data.seed
-        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, seed, steps_per_group, cache)
+        tuned = {p.name: self.layers[p.name] for p in self.planned if p.tune}
+        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, self.seed, steps_per_group, cache)
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Everything calibration may change."""
@@ -119,86 +125,100 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     return rollout, planned, split
 
 
-def block_costs(rollout: Rollout, planned: list[PlannedModule], recipe: Recipe) -> tuple[int, int]:
-    """About how many calls of the denoiser block reconstruction makes, and how many calls of a block it keeps."""
-    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
-    sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in planned if p.spec}
-    parts, iterations = parts_of(sizes, {p.name for p in planned if p.tune}).values(), recipe.objective.iterations
-    calls = len(spread_calls(clock.groups(rollout.timesteps), iterations))
-    return evaluations_made(iterations * len(parts), iterations, calls, parts), calls
-
-
-def prepare(
-    recipe: Recipe,
-    rollout: Rollout,
-    planned: list[PlannedModule],
-    split: Split,
-    reporter: Reporter,
-    kept: Path | None = None,
-) -> Session:
-    """Sample the references in full precision, replace the modules, and find the initial scales.
+def open_session(recipe: Recipe, reporter: Reporter, kept: KeptFiles | None = None) -> Session:
+    """All of a recipe up to the first update: its model opened, referred to, quantized and given its first scales.
 
     Args:
-        kept: file that keeps the reference trajectories, so that a resumed run need not sample them again.
+        kept: keeps the reference trajectories, so that they need not be sampled again.
     """
-    samples = calibration_samples(split, recipe.data)
-    seed = recipe.data.seed * 100_000 + VALIDATION_SEED_OFFSET
-    seen = split.calibration[: recipe.data.num_samples]  # classes or prompts; others come first, where there are more
-    checked = draw(split.calibration[len(seen) :] + seen, recipe.data.validation_samples, seed)
-    reference = _reference(rollout, samples, checked, recipe, reporter, kept)
-    index = torch.arange(len(samples) + len(checked), device=reference.latents.device)
-
-    specs = {p.name: p.spec for p in planned if p.spec is not None}
-    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
-    search = recipe.quantization.initialization == "mse"
-    reporter.detail(f"initial weight scales of {len(specs)} modules ({recipe.quantization.initialization})")
-    layers = quantize_model(rollout.denoiser, specs, clock, search)
+    rollout, planned, split = open_model(recipe)
+    references = sample_references(rollout, split, recipe.data, recipe.objective.batch_size, reporter, kept)
+    session = quantize(rollout, planned, references, recipe.quantization, recipe.data.seed, reporter)
     if recipe.export.format == "torchao":
-        adopt_dynamic_scales(layers.values())
-    session = Session(
-        recipe,
-        rollout,
-        clock,
-        planned,
-        layers,
-        reference.take(index[: len(samples)]),
-        reference.take(index[len(samples) :]),
-    )
-    _activation_scales(session, search, reporter)
-    if recipe.quantization.share_activation_scales:
-        _share_activation_scales(session, reporter)
+        adopt_dynamic_scales(session.layers.values())
+    find_activation_scales(session, recipe.quantization, recipe.objective.batch_size, reporter)
     return session
 
 
-def _reference(
-    rollout: Rollout, samples: Samples, checked: Samples, recipe: Recipe, reporter: Reporter, kept: Path | None
-) -> Reference:
-    """Full-precision trajectories of calibration and validation samples, in this order."""
+def sample_references(
+    rollout: Rollout, split: Split, data: Data, batch_size: int, reporter: Reporter, kept: KeptFiles | None = None
+) -> tuple[Reference, Reference]:
+    """Full-precision trajectories of the calibration samples, and of those that choices are made by.
+
+    Args:
+        kept: keeps them in a file, so that a resumed run need not sample them again.
+    """
+    samples = calibration_samples(split, data)
+    seen = split.calibration[: data.num_samples]  # classes or prompts; others come first, where there are more
+    unseen_first = split.calibration[len(seen) :] + seen
+    checked = draw(unseen_first, data.validation_samples, data.seed * 100_000 + VALIDATION_SEED_OFFSET)
     conditions = rollout.conditions(samples.inputs + checked.inputs, samples.seeds + checked.seeds)
-    if kept is not None and kept.is_file():
-        found = load_file(kept, device=str(conditions.noise.device))
-        return Reference(found["latents"], found["predictions"], conditions)
-    batches = conditions.batches(recipe.objective.batch_size)
-    parts = []
+    reference = None if kept is None else kept.read(REFERENCE, partial(_read_reference, conditions))
+    if reference is None:
+        reference = _sample_reference(rollout, conditions, batch_size, reporter)
+        if kept is not None:
+            kept.write_tensors(REFERENCE, {"latents": reference.latents, "predictions": reference.predictions})
+    index = torch.arange(len(conditions), device=reference.latents.device)
+    return reference.take(index[: len(samples)]), reference.take(index[len(samples) :])
+
+
+def _read_reference(conditions: Conditions, path: Path) -> Reference:
+    found = load_file(path, device=str(conditions.noise.device))
+    reference = Reference(found["latents"], found["predictions"], conditions)
+    if reference.latents.shape[1:] != conditions.noise.shape:
+        raise ValueError(f"latents of shape {tuple(reference.latents.shape)} for noise {tuple(conditions.noise.shape)}")
+    return reference
+
+
+def _sample_reference(rollout: Rollout, conditions: Conditions, batch_size: int, reporter: Reporter) -> Reference:
+    batches, parts = conditions.batches(batch_size), []
     with reporter.bar("sampling calibration set, full precision", rollout.num_steps * len(batches)) as advance:
         for batch in batches:
             parts.append(rollout.trajectory(batch, lambda: advance("")))
     latents, predictions = (torch.cat([p[k] for p in parts], 1) for k in (0, 1))
-    if kept is not None:
-        temporary = kept.with_suffix(".tmp")
-        save_file({"latents": latents.contiguous(), "predictions": predictions.contiguous()}, temporary)
-        temporary.rename(kept)
     return Reference(latents, predictions, conditions)
 
 
+def quantize(
+    rollout: Rollout,
+    planned: list[PlannedModule],
+    references: tuple[Reference, Reference],
+    quantization: Quantization,
+    seed: int,
+    reporter: Reporter,
+) -> Session:
+    """Replace the planned modules in place by trainable ones, with initial scales of their weights.
+
+    Args:
+        references: of calibration and of validation, sampled before.
+        seed: what batches and groups will be drawn by.
+    """
+    specs = {p.name: p.spec for p in planned if p.spec is not None}
+    clock = StepClock.from_timesteps(rollout.timesteps, quantization.timestep_groups)
+    reporter.detail(f"initial weight scales of {len(specs)} modules ({quantization.initialization})")
+    layers = quantize_model(rollout.denoiser, specs, clock, quantization.initialization == "mse")
+    return Session(rollout, clock, planned, layers, *references, seed)
+
+
+def find_activation_scales(session: Session, quantization: Quantization, batch_size: int, reporter: Reporter) -> None:
+    """Static scales per timestep group, of the inputs that modules see in full precision; shared, if that is asked.
+
+    Raises:
+        RecipeError: they are to be shared, and no two modules read the same tensor.
+    """
+    search = quantization.initialization == "mse"
+    _activation_scales(session, session.reference.first(batch_size), search, reporter)
+    if quantization.share_activation_scales:
+        _share_activation_scales(session, reporter)
+
+
 @torch.no_grad()
-def _activation_scales(session: Session, search: bool, reporter: Reporter) -> None:
-    """Static scales per timestep group, from the inputs modules see along the full-precision trajectories."""
+def _activation_scales(session: Session, reference: Reference, search: bool, reporter: Reporter) -> None:
+    """Static scales per timestep group, from the inputs modules see along these full-precision trajectories."""
     observed = {n: layer for n, layer in session.layers.items() if layer.spec.static}
     if not observed:
         return
     rollout, clock = session.rollout, session.clock
-    reference = session.reference.first(session.recipe.objective.batch_size)
     groups = torch.tensor(clock.groups(rollout.timesteps))
     values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(clock.num_groups)] for n in observed}
 

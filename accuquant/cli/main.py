@@ -81,7 +81,7 @@ def calibrate(
     """
     with _readable_errors(verbose):
         from accuquant.programs.calibrate import calibrate as run
-        from accuquant.programs.calibrate import describe
+        from accuquant.programs.describe import describe
 
         loaded = load_recipe(recipe, _with_output(overrides, output))
         if dry_run:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from accuquant.evaluation import charts
+from accuquant.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 REQUIRED = ("model", "num_samples", "final_relative_l2", "relative_l2_per_step", "latent_psnr")
@@ -74,9 +75,8 @@ def write_report(
         recipe_yaml=recipe_yaml,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(folder / "report.html")
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def percent(fraction: float | None, digits: int = 3) -> str:

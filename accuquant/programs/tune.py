@@ -20,20 +20,20 @@ import math
 import shutil
 from pathlib import Path
 
-import yaml
-
 from accuquant.calibration.loop import Tuner
+from accuquant.calibration.session import REFERENCE, open_session
+from accuquant.calibration.updates import CACHED_STATE, STATE, TRIED, calibrate_alone, calibrate_cached
 from accuquant.errors import RecipeError
-from accuquant.export.run_folder import check_output
-from accuquant.programs.calibrate import calibrate, calibrate_alone, calibrate_cached
+from accuquant.export.run_folder import RunFolder
+from accuquant.files import KeptFiles
+from accuquant.programs.calibrate import calibrate, run_folder
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe, Tune
-from accuquant.recipe.file import dump_recipe
 from accuquant.tuning.budget import (
     KEPT,
     LEAST_NFC,
     Combination,
-    open_session,
+    base_settings,
     ordered,
     step_times,
     type_combinations,
@@ -65,16 +65,28 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
     output, section = Path(recipe.export.output), recipe.tune
     if section is None:
         raise RecipeError("tune: the recipe has no such section; give it a budget, for example --set tune.nfc=14")
-    work, partial = output.with_name(output.name + ".tuning"), output.with_name(output.name + ".partial")
-    check_output(output, overwrite)
-    _begin(recipe, work, partial, resume, overwrite)
+    run, calibration = RunFolder(output, reporter, ".tuning", "search"), run_folder(recipe, reporter)
+    with run.opened(recipe, resume, overwrite):
+        if not resume:
+            _make_room(calibration, overwrite)
+        run.begin(recipe, resume)
+        final, told = choose(recipe, section, run, calibration, reporter)
+        folder = calibrate(final, reporter, True, overwrite, told)
+        run.drop()
+    return folder
+
+
+def choose(
+    recipe: Recipe, section: Tune, run: RunFolder, calibration: RunFolder, reporter: Reporter
+) -> tuple[Recipe, Row]:
+    """Search, and hand over what is made of the chosen point; its recipe, and what is told of the search."""
     if recipe.cache is not None and (given := recipe.cache.model_fields_set - {*KEPT}):
         reporter.say(f"cache: the search has its own {', '.join(sorted(given))}; the rest holds for all candidates")
-    combinations = ordered(recipe, type_combinations(recipe), work, reporter)[: section.combinations]
-    tried, bests = Tried(work / "tried.jsonl"), list[Row]()
+    combinations = ordered(recipe, type_combinations(recipe), run.kept, reporter)[: section.combinations]
+    tried, bests = Tried(run.kept.path("tried.jsonl")), list[Row]()
     for number, combination in enumerate(combinations):
         reporter.say(f"types {number + 1} of {len(combinations)}: {combination.name}")
-        bests += search(combination, section, tried, work, reporter)
+        bests += search(combination, section, tried, run.kept, reporter)
 
     if not bests:
         raise RecipeError(f"tune.seconds: {section.seconds} s pay for fewer than {LEAST_NFC} full steps of any types")
@@ -84,23 +96,21 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
     reporter.say(f"chosen: {best['types']}; {best['cache']}{name}; NFC {best['nfc']:g}, E_qc {best['E_qc']:.4f}")
     combination = next(c for c in combinations if c.name == best["types"])
     final = chosen_recipe(combination.recipe, best)
-    if not _says(partial / "recipe.yaml", final):
-        hand_over(final, best, work, kept_in(work, combination), partial)
-    folder = calibrate(final, reporter, True, overwrite, record(section, tried.rows, best))
-    shutil.rmtree(work)
-    return folder
+    if not calibration.says(final):
+        hand_over(final, best, run.kept, kept_in(run.kept, combination), calibration)
+    return final, record(section, tried.rows, best)
 
 
-def search(combination: Combination, section: Tune, tried: Tried, work: Path, reporter: Reporter) -> list[Row]:
+def search(combination: Combination, section: Tune, tried: Tried, kept: KeptFiles, reporter: Reporter) -> list[Row]:
     """Calibrate one combination of types and confirm its candidates; the best at each level of the budget.
 
     None where seconds do not suffice. What is cheaper may be better too: more full steps are not always nearer.
     """
-    folder = kept_in(work, combination)
-    folder.mkdir(exist_ok=True)
-    session = open_session(combination, work, reporter)
-    alone, _ = calibrate_alone(session, reporter, folder, resume=True)
-    seconds = step_times(session, combination, section, folder / "seconds.json")
+    folder, settings = kept_in(kept, combination), base_settings(combination.recipe)
+    session = open_session(combination.recipe, reporter, kept)
+    alone, _ = calibrate_alone(session, combination.recipe.objective, folder, reporter)
+    full, skipped = folder.json("seconds.json", lambda: step_times(session, settings, section))
+    seconds = (full, skipped)
     most = combination.full_steps(section, seconds)
     if most < LEAST_NFC:
         reporter.say(f"{section.seconds} s pay for fewer than {LEAST_NFC} full steps of these types")
@@ -122,7 +132,7 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
     return [place.best(nfc) for nfc in (*fewer, most)]
 
 
-def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
+def learn(place: Place, alone: Tuner, nfc: int, folder: KeptFiles) -> None:
     """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
     row = place.best_uncorrected(nfc)
     if not place.combination.recipe.objective.cached_iterations or row["nfc"] == place.session.rollout.num_steps:
@@ -135,13 +145,12 @@ def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
         place.correct(nfc)
 
 
-def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: Path) -> Cache:
+def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: KeptFiles) -> Cache:
     """Have the model, as calibrated alone, learn with the best cache on; updates that are kept are not made again."""
     recipe, state = place.combination.recipe, learned_in(folder, nfc, what)
-    state.mkdir(exist_ok=True)
     objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
     config = as_cache(place.best_uncorrected(nfc))
-    tuner = calibrate_cached(place.session, objective, config, alone, place.reporter, state, resume=True)
+    tuner = calibrate_cached(place.session, objective, config, alone, state, place.reporter)
     assert tuner is not None and tuner.cache is not None
     place.calibrated, place.learned = LEARNED[what], tuner.learned
     return tuner.cache
@@ -163,26 +172,26 @@ def chosen_recipe(recipe: Recipe, row: Row) -> Recipe:
     return recipe.model_copy(update={"cache": cache, "objective": objective})
 
 
-def hand_over(final: Recipe, best: Row, work: Path, folder: Path, partial: Path) -> None:
+def hand_over(final: Recipe, best: Row, search: KeptFiles, folder: KeptFiles, calibration: RunFolder) -> None:
     """What the search has sampled and calibrated for the chosen point, for `calibrate` to go on from."""
-    shutil.rmtree(partial, ignore_errors=True)  # of another choice, before it was interrupted
-    partial.mkdir()
-    kept = [work / "reference.safetensors", folder / "state.safetensors"]
-    if (folder / "auto.json").is_file():
-        kept.append(folder / "auto.json")
+    kept = [search.path(REFERENCE), folder.path(STATE)]
+    if folder.path(TRIED).is_file():
+        kept.append(folder.path(TRIED))
     if what := learned_of(best):
-        kept.append(learned_in(folder, best["asked_nfc"], what) / "state-cached.safetensors")
+        kept.append(learned_in(folder, best["asked_nfc"], what).path(CACHED_STATE))
+    shutil.rmtree(search.path("handed"), ignore_errors=True)
+    handed = search.inside("handed")
     for path in kept:
-        shutil.copyfile(path, partial / path.name)
-    (partial / "recipe.yaml").write_text(dump_recipe(final), encoding="utf-8")  # last: it says that all is there
+        handed.copy(path)
+    calibration.take_over(handed, final)  # in the place of another choice, made before an interruption
 
 
-def kept_in(work: Path, combination: Combination) -> Path:
-    return work / f"types-{'-'.join(map(str, combination.picks)) or 'as-given'}"
+def kept_in(search: KeptFiles, combination: Combination) -> KeptFiles:
+    return search.inside(f"types-{'-'.join(map(str, combination.picks)) or 'as-given'}")
 
 
-def learned_in(folder: Path, nfc: int, what: str) -> Path:
-    return folder / f"{nfc}-{what}"
+def learned_in(folder: KeptFiles, nfc: int, what: str) -> KeptFiles:
+    return folder.inside(f"{nfc}-{what}")
 
 
 def record(section: Tune, rows: list[Row], best: Row) -> Row:
@@ -204,33 +213,16 @@ def record(section: Tune, rows: list[Row], best: Row) -> Row:
     }
 
 
-def _begin(recipe: Recipe, work: Path, partial: Path, resume: bool, overwrite: bool) -> None:
-    """The folder of the search, new or gone on with; its export is made in ``partial``.
+def _make_room(calibration: RunFolder, overwrite: bool) -> None:
+    """Drop an interrupted calibration, whose place the search's choice will take.
 
     Raises:
-        RecipeError: there is an interrupted search or calibration and it was not said what to do with it, or no search
-            to go on with.
+        RecipeError: there is one, and it was not said what to do with it.
     """
-    kept = work / "recipe.yaml"
-    if resume:
-        if not kept.is_file():
-            raise RecipeError(f"--resume: there is no interrupted search in {work}")
-        if not _says(kept, recipe):
-            raise RecipeError(f"--resume: the recipe has changed since {work} was begun; --overwrite starts over")
-        return
-    if work.exists() and not overwrite:
-        raise RecipeError(f"{work} holds an interrupted search; --resume continues it, --overwrite starts over")
-    if partial.exists() and not overwrite:
+    calibration.check_ours()
+    if calibration.is_begun and not overwrite:
         raise RecipeError(
-            f"{partial} holds an interrupted calibration; finish it (`accuquant calibrate --resume`), give it up with "
-            "--overwrite, or choose another export.output"
+            f"{calibration.work} holds an interrupted calibration; finish it (`accuquant calibrate --resume`), give it "
+            "up with --overwrite, or choose another export.output"
         )
-    for folder in (work, partial):
-        shutil.rmtree(folder, ignore_errors=True)
-    work.mkdir(parents=True)
-    kept.write_text(dump_recipe(recipe), encoding="utf-8")
-
-
-def _says(kept: Path, recipe: Recipe) -> bool:
-    """Whether the file is this very recipe."""
-    return kept.is_file() and yaml.safe_load(kept.read_text(encoding="utf-8")) == yaml.safe_load(dump_recipe(recipe))
+    calibration.drop()

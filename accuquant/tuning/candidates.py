@@ -173,7 +173,7 @@ class Place:
             config, correction = fit_correction(self.session, config, Reporter(quiet=True), self.learned, self.targets)
         with cached(self.session.rollout.denoiser, config, correction) as controller:
             finals, counts = [], []
-            size = 1 if config.tau else self.session.recipe.evaluation.batch_size
+            size = 1 if config.tau else self.combination.recipe.evaluation.batch_size
             for batch in self.session.validation.conditions.batches(size):
                 finals.append(self.session.rollout.trajectory(batch)[0][-1])
                 counts.append(controller.stats().nfc)
