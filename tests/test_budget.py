@@ -88,12 +88,13 @@ def test_tables_order_by_error_and_by_what_is_left_for_the_cache(model_folder: P
     for int8, int4 in tables["types"]:
         assert 0 < int8 < int4
     # at equal numbers of full steps fewer bits are only worse
-    found = ordered(recipe, combinations, kept, QUIET)
+    found = ordered(recipe.tune, combinations, kept, QUIET)
     assert (found[0].picks, found[-1].picks) == ((0, 0), (1, 1))
     # with free quantization the cheaper types win, for they leave more full steps
     (tmp_path / "tables.json").write_text(json.dumps(tables | {"types": [[1e-9, 1e-9]] * 2}))
     cheap = tune_recipe(model_folder, tmp_path / "o", bit_operations=combinations[0].bit_operations(3))
-    assert ordered(cheap, combinations, kept, QUIET)[0].picks == (1, 1)
+    assert cheap.tune is not None
+    assert ordered(cheap.tune, combinations, kept, QUIET)[0].picks == (1, 1)
 
 
 def test_the_shipped_recipe_is_a_real_choice() -> None:

@@ -376,7 +376,7 @@ def test_progress_shows_the_time_left(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert work(Reporter()) == "tuning (4 steps)\n"
     assert work(Reporter(verbose=True)) == "tuning (4 steps)\na detail\n"
     assert work(Reporter(quiet=True, verbose=True)) == ""
-    monkeypatch.setattr("accuquant.console.LOG_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr("accuquant.progress.LOG_EVERY_SECONDS", -1.0)
     assert work(Reporter()).splitlines()[1] == "tuning: 2 of 4, 0 s left loss 1e-3"
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes anything for a terminal
     bar = work(Reporter())

@@ -164,7 +164,7 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     assert section is not None
     kept = bench.kept.inside(str(nfc))
     combination: Combination = type_combinations(bench_recipe(types, seed, nfc))[0]
-    settings = base_settings(combination.recipe)
+    settings = base_settings(combination.recipe.cache)
     full, skipped = kept.json("seconds.json", lambda: step_times(session, settings, section))
     place = Place(combination, section, session, (full, skipped), Tried(kept.path("tried.jsonl")), QUIET)
 

@@ -23,7 +23,7 @@ from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import Split, calibration_samples, draw, load_split
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Data, Objective, Quantization, Recipe
+from accuquant.recipe import Cache, Data, Model, Objective, Quantization, Recipe, Sampling
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
@@ -105,24 +105,42 @@ def validation_error(session: Session) -> float:
     return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
 
+def open_rollout(model: Model, sampling: Sampling) -> Rollout:
+    """The pipeline that a recipe names, with its scheduler, taken apart.
+
+    Raises:
+        RecipeError: see `load_pipeline`, `set_scheduler` and `Rollout`.
+    """
+    pipeline = load_pipeline(model)
+    set_scheduler(pipeline, sampling.scheduler)
+    return Rollout(pipeline, sampling)
+
+
+def load_inputs(rollout: Rollout, data: Data) -> Split:
+    """What the pipeline is conditioned on, to calibrate with and to judge by.
+
+    Raises:
+        RecipeError: see `load_split`; or there is a class that the model does not know.
+    """
+    split = load_split(data, rollout.family.condition)
+    if rollout.family.condition == "class_id":
+        highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
+        if highest >= count:
+            raise RecipeError(f"data.path: {data.path} has class_id {highest}; this model has 0 to {count - 1}")
+    return split
+
+
 def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     """Load pipeline and data names and apply the rules; whatever is wrong with a recipe shows here.
 
     Raises:
-        RecipeError: see `load_pipeline`, `plan_modules`, `load_split` and `Rollout`.
+        RecipeError: see `open_rollout`, `plan_modules`, `cached_features` and `load_inputs`.
     """
-    pipeline = load_pipeline(recipe.model)
-    set_scheduler(pipeline, recipe.sampling.scheduler)
-    rollout = Rollout(pipeline, recipe.sampling)
+    rollout = open_rollout(recipe.model, recipe.sampling)
     planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
     if recipe.cache is not None:
         cached_features(rollout.denoiser, recipe.cache)
-    split = load_split(recipe.data, rollout.family.condition)
-    if rollout.family.condition == "class_id":
-        highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
-        if highest >= count:
-            raise RecipeError(f"data.path: {recipe.data.path} has class_id {highest}; this model has 0 to {count - 1}")
-    return rollout, planned, split
+    return rollout, planned, load_inputs(rollout, recipe.data)
 
 
 def open_session(recipe: Recipe, reporter: Reporter, kept: KeptFiles | None = None) -> Session:

@@ -82,7 +82,7 @@ def choose(
     """Search, and hand over what is made of the chosen point; its recipe, and what is told of the search."""
     if recipe.cache is not None and (given := recipe.cache.model_fields_set - {*KEPT}):
         reporter.say(f"cache: the search has its own {', '.join(sorted(given))}; the rest holds for all candidates")
-    combinations = ordered(recipe, type_combinations(recipe), run.kept, reporter)[: section.combinations]
+    combinations = ordered(section, type_combinations(recipe), run.kept, reporter)[: section.combinations]
     tried, bests = Tried(run.kept.path("tried.jsonl")), list[Row]()
     for number, combination in enumerate(combinations):
         reporter.say(f"types {number + 1} of {len(combinations)}: {combination.name}")
@@ -106,7 +106,7 @@ def search(combination: Combination, section: Tune, tried: Tried, kept: KeptFile
 
     None where seconds do not suffice. What is cheaper may be better too: more full steps are not always nearer.
     """
-    folder, settings = kept_in(kept, combination), base_settings(combination.recipe)
+    folder, settings = kept_in(kept, combination), base_settings(combination.recipe.cache)
     session = open_session(combination.recipe, reporter, kept)
     alone, _ = calibrate_alone(session, combination.recipe.objective, folder, reporter)
     full, skipped = folder.json("seconds.json", lambda: step_times(session, settings, section))

@@ -72,9 +72,9 @@ class Combination:
         return max(0, math.floor(min(most) + 1e-9))
 
 
-def base_settings(recipe: Recipe) -> dict[str, Any]:
+def base_settings(cache: Cache | None) -> dict[str, Any]:
     """What a recipe's own cache says of every candidate."""
-    return {} if recipe.cache is None else {k: getattr(recipe.cache, k) for k in KEPT}
+    return {} if cache is None else {k: getattr(cache, k) for k in KEPT}
 
 
 def type_combinations(recipe: Recipe) -> list[Combination]:
@@ -89,7 +89,7 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     one = rollout.conditions(split.calibration[:1], [0])
     planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, one.noise, one), 1)
     macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
-    with cached(rollout.denoiser, Cache(**base_settings(recipe), estimation="reuse", interval=1)) as controller:
+    with cached(rollout.denoiser, Cache(**base_settings(recipe.cache), estimation="reuse", interval=1)) as controller:
         skipped = (*controller.modules, *controller.bypassed)
     for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
         chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
@@ -108,10 +108,8 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     return found
 
 
-def ordered(recipe: Recipe, combinations: list[Combination], kept: KeptFiles, reporter: Reporter) -> list[Combination]:
+def ordered(section: Tune, combinations: list[Combination], kept: KeptFiles, reporter: Reporter) -> list[Combination]:
     """Those that the budget leaves enough full steps for, the most promising first."""
-    section = recipe.tune
-    assert section is not None
     found = affordable(section, combinations)
     if len(found) == 1:
         return found
@@ -155,7 +153,8 @@ def error_tables(section: Tune, combinations: list[Combination], kept: KeptFiles
             for name, layer in session.layers.items():
                 layer.quantized = matches(each.choose[0], name)
             types[i][picks[i]] = validation_error(session)
-    steps, cache, settings = session.rollout.num_steps, list[tuple[int, float]](), base_settings(combinations[0].recipe)
+    steps, cache = session.rollout.num_steps, list[tuple[int, float]]()
+    settings = base_settings(combinations[0].recipe.cache)
     for nfc in [n for n in TABLE_NFC if n < steps] or [steps]:
         full_steps = filled_interval_steps(steps, nfc, 2)
         config = Cache(**(settings | {"warmup": 2}), estimation="taylor", order=1, schedule=full_steps)

@@ -215,7 +215,7 @@ class Place:
     def forecasts(self, nfc: int) -> list[Forecast]:
         """Those that the section allows and ``nfc`` full steps are enough for."""
         found: list[Forecast] = [("reuse", 0, False)] if "reuse" in self.section.estimations else []
-        blocks = base_settings(self.combination.recipe).get("feature") == "blocks"  # noise is measured of modules
+        blocks = base_settings(self.combination.recipe.cache).get("feature") == "blocks"  # noise is measured of modules
         knowing = [aware for aware in self.section.noise_aware if not (aware and blocks)]
         for estimation in ("taylor", "rfe"):
             for order in self.section.orders if estimation in self.section.estimations else ():
@@ -225,7 +225,7 @@ class Place:
     def cache(self, forecast: Forecast, schedule: str, nfc: int, **more: Any) -> Cache:
         """A candidate before anything of it was searched for."""
         estimation, order, noise_aware = forecast
-        settings = base_settings(self.combination.recipe)
+        settings = base_settings(self.combination.recipe.cache)
         given: dict[str, Any] = {"estimation": estimation, "order": order, "noise_aware": noise_aware, **more}
         if schedule == "interval":  # by timestep, as lists that are searched: at any number of steps they mean the same
             rollout = self.session.rollout
