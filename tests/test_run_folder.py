@@ -269,6 +269,7 @@ def test_a_folder_of_the_users_is_spared(tmp_path: Path, suffix: str, overwrite:
     theirs = tmp_path / f"out{suffix}"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("years of work")
+    (theirs / "recipe.yaml").write_text("flour: 500 g\n")
     run = RunFolder(tmp_path / "out", QUIET, suffix)
     with (
         pytest.raises(RecipeError, match=rf"out\{suffix} is in the way; it holds no recipe\.yaml of accuquant"),

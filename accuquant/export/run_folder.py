@@ -208,7 +208,9 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        return isinstance(self._begun(), dict)
+        """Whether a recipe of ours is in the folder."""
+        begun = self._begun()
+        return isinstance(begun, dict) and bool(begun) and begun.keys() <= Recipe.model_fields.keys()
 
     def is_ours(self) -> bool:
         """Whether nothing of the user's is there: no such folder, or a run's, which may have no recipe yet."""
