@@ -206,7 +206,7 @@ def test_killed_after_every_file_a_run_goes_on_to_the_same_result(
     assert process.returncode == 0, errors
     exported = ("recipe.yaml", "calibration.json", "naive.safetensors", "metrics.json", "report.html", "README.md")
     assert {Path(name) for name in json.loads(names)} == {
-        *(Path("out.partial") / name for name in ("recipe.yaml", *KEPT, *KEPT_OF_CACHE)),
+        *(Path("out.partial") / name for name in ("recipe.yaml", *KEPT, *KEPT_OF_CACHE, "published.json")),
         *(Path("out.partial") / "export" / name for name in exported),
     }
     assert_same_weights(whole, output)
@@ -322,6 +322,26 @@ def test_an_export_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytes
     (run.output / "of the old one").write_text("")
     run.publish()
     assert {p.name: p.read_text() for p in run.output.iterdir()} == {"model_index.json": "new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_was_killed_when_all_was_done_is_done(tmp_path: Path) -> None:
+    run, recipe = RunFolder(tmp_path / "out", QUIET), make_recipe("m", tmp_path / "out")
+    run.begin(recipe, resume=False)
+    run.staging.mkdir()
+    (run.staging / "model_index.json").write_text("new")
+    assert not run.finish()
+    left = {p.name: p.read_text() for p in run.work.iterdir() if p.is_file()}
+    run.kept.write_json("published.json", run.staging.stat().st_ino)
+    assert not run.finish(), "what is there is not it"
+    left["published.json"] = run.kept.path("published.json").read_text()
+    run.publish()
+    run.work.mkdir()  # as it is before `publish` has dropped it
+    for name, text in left.items():
+        (run.work / name).write_text(text)
+    with pytest.raises(RecipeError, match="exists"):
+        calibrate(recipe, QUIET)
+    assert calibrate(recipe, QUIET, resume=True) == run.output
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -28,7 +28,7 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import dump_recipe
 
-RECIPE = "recipe.yaml"
+RECIPE, PUBLISHED = "recipe.yaml", "published.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
@@ -228,7 +228,7 @@ class RunFolder:
             return
         if (replaced := self.work / "replaced").is_dir() and not self.output.exists():
             os.replace(replaced, self.output)
-        for path in [p for p in self.work.iterdir() if p.name != RECIPE]:  # which says that the rest is ours
+        for path in [p for p in self.work.iterdir() if p.name not in (RECIPE, PUBLISHED)]:  # they say what the rest is
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         shutil.rmtree(self.work)
 
@@ -260,6 +260,7 @@ class RunFolder:
         """Put the whole export in its place, at once where the system can exchange two folders; drop the rest."""
         for path in (*self.staging.rglob("*"), self.staging):
             flush(path)
+        self.kept.write_json(PUBLISHED, self.staging.stat().st_ino)
         if not self.output.exists():
             os.replace(self.staging, self.output)
         elif not _exchange(self.staging, self.output):
@@ -270,6 +271,15 @@ class RunFolder:
         flush(self.output.absolute().parent)
         self.drop()
         return self.output
+
+    def finish(self) -> bool:
+        """Whether an interrupted run has put its export in place already; what is left of it then goes."""
+        published = self.kept.read_json(PUBLISHED)
+        if published is None or not self.output.exists() or self.output.stat().st_ino != published:
+            return False
+        with self.locked():
+            self.drop()
+        return True
 
 
 def _tree(recipe: Recipe) -> Any:

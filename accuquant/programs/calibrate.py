@@ -59,6 +59,8 @@ def calibrate(
     check_sections(recipe)
     run, started = run_folder(recipe, reporter), time.monotonic()
     objective, batch_size = recipe.objective, recipe.objective.batch_size
+    if resume and run.finish():
+        return run.output
     with run.opened(recipe, resume, overwrite):
         rollout, planned, split = open_model(recipe)
         dimensions = check_format(recipe.export.format, rollout, planned, calibration_samples(split, recipe.data))

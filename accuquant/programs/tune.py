@@ -66,6 +66,9 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
     if section is None:
         raise RecipeError("tune: the recipe has no such section; give it a budget, for example --set tune.nfc=14")
     run, calibration = RunFolder(output, reporter, ".tuning", "search"), run_folder(recipe, reporter)
+    if resume and calibration.finish():
+        run.drop()
+        return output
     with run.opened(recipe, resume, overwrite):
         if not resume:
             _make_room(calibration, overwrite)
