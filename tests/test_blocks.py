@@ -20,12 +20,13 @@ from accuquant.calibration.objectives.blocks import (
     evaluations_made,
     spread_calls,
 )
-from accuquant.calibration.session import Session, open_model, prepare, validation_error
+from accuquant.calibration.session import Session, open_session, validation_error
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
 from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import Samples
-from accuquant.programs.calibrate import calibrate, describe
+from accuquant.programs.calibrate import calibrate
+from accuquant.programs.describe import describe
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe, Sampling
 from accuquant.recipe.file import parse_recipe
@@ -41,7 +42,7 @@ def block_recipe(model: Path, output: Path, **objective: Any) -> Recipe:
 
 
 def prepared(recipe: Recipe) -> Session:
-    return prepare(recipe, *open_model(recipe), QUIET)
+    return open_session(recipe, QUIET)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +77,15 @@ def test_inputs_are_taken_in_every_timestep_group(num_steps: int, num_groups: in
 
 
 def test_inputs_are_of_the_quantized_network_and_targets_of_the_original(model_folder: Path, tmp_path: Path) -> None:
-    session = prepared(block_recipe(model_folder, tmp_path / "out"))
+    recipe = block_recipe(model_folder, tmp_path / "out")
+    session = prepared(recipe)
     as_allocated(session.rollout.denoiser)  # as is the model that is made here to compare with
-    tuner = session.tuner(session.recipe.objective, 1)
+    tuner = session.tuner(recipe.objective, 1)
     assert tuner.blocks is not None
     for update in range(11):  # all of the first block, and one of the second
         tuner.history.append(tuner._update(update))
     original, seen = make_pipeline(), dict[str, Any]()
-    rollout = Rollout(original, session.recipe.sampling)
+    rollout = Rollout(original, session.rollout.sampling)
 
     def keep(name: str) -> Any:
         return lambda module, args, kwargs, output: seen.update({name: (args, kwargs, output)})
@@ -105,8 +107,9 @@ def test_inputs_are_of_the_quantized_network_and_targets_of_the_original(model_f
 
 
 def test_one_block_learns_at_a_time(model_folder: Path, tmp_path: Path) -> None:
-    session = prepared(block_recipe(model_folder, tmp_path / "out"))
-    tuner = session.tuner(session.recipe.objective, 1)
+    recipe = block_recipe(model_folder, tmp_path / "out")
+    session = prepared(recipe)
+    tuner = session.tuner(recipe.objective, 1)
     assert tuner.updates == 20
 
     def changed(before: dict[str, Any]) -> set[str]:
@@ -148,9 +151,10 @@ def test_blocks_and_whole_trajectories_come_nearer(model_folder: Path, tmp_path:
     """
     rounding = {"iterations": 400, "learn": ["rounding"], "learning_rates": {"rounding": 0.03}}
     how = rounding if adaround else {"iterations": 150}
-    session = prepared(block_recipe(model_folder, tmp_path / "out", batch_size=4, **how))
+    recipe = block_recipe(model_folder, tmp_path / "out", batch_size=4, **how)
+    session = prepared(recipe)
     before, plain = validation_error(session), block_errors(session)
-    session.tuner(session.recipe.objective, 1).run()
+    session.tuner(recipe.objective, 1).run()
     most = 1.0 if adaround else 0.97
     with session.hardened():
         assert sum(block_errors(session)) < most * sum(plain)
@@ -159,7 +163,7 @@ def test_blocks_and_whole_trajectories_come_nearer(model_folder: Path, tmp_path:
 
 def block_errors(session: Session) -> list[float]:
     """Of what each block gives in the quantized network, validation samples, steps 0 and 3."""
-    originals, outputs = Rollout(make_pipeline(), session.recipe.sampling), dict[str, list[torch.Tensor]]()
+    originals, outputs = Rollout(make_pipeline(), session.rollout.sampling), dict[str, list[torch.Tensor]]()
     for name, rollout in (("full precision", originals), ("quantized", session.rollout)):
         handles, found = [], outputs.setdefault(name, [])
         blocks: Any = rollout.denoiser.transformer_blocks
@@ -278,8 +282,9 @@ def test_export_and_report_say_how(model_folder: Path, tmp_path: Path) -> None:
 
 def test_an_unlearned_objective_gathers_nothing(model_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(blocks.Reconstruction, "_gather", lambda *_: pytest.fail("gathered"))
-    session = prepared(block_recipe(model_folder, tmp_path / "out", iterations=0, learn=["weight"]))
-    tuner: Tuner = session.tuner(session.recipe.objective, 1)
+    recipe = block_recipe(model_folder, tmp_path / "out", iterations=0, learn=["weight"])
+    session = prepared(recipe)
+    tuner: Tuner = session.tuner(recipe.objective, 1)
     tuner.run()
     assert tuner.blocks is None and tuner.history == []
 
@@ -292,8 +297,9 @@ def test_blocks_without_anything_to_learn_are_passed_over(model_folder: Path, tm
     objective = {"target": "blocks", "iterations": 3, "batch_size": 2, "learn": ["activation_scale"]}
     tree = recipe_tree(model_folder, tmp_path / "out", objective=objective)
     tree["quantization"] = {"timestep_groups": 3, "rules": rules}
-    session = prepared(parse_recipe(tree, "test"))
-    tuner = session.tuner(session.recipe.objective, 1)
+    recipe = parse_recipe(tree, "test")
+    session = prepared(recipe)
+    tuner = session.tuner(recipe.objective, 1)
     tuner.run()
     assert tuner.blocks is not None and tuner.blocks.blocks == ["transformer_blocks.1"]
     assert [entry["block"] for entry in tuner.history] == ["transformer_blocks.1"] * 3
@@ -333,8 +339,9 @@ def test_gradients_are_not_lost_in_float16(model_folder: Path, tmp_path: Path) -
     """Those of a mean over as many values as a block of a large model gives are below what float16 can tell from 0."""
     tree = recipe_tree(model_folder, tmp_path / "out", objective={"target": "blocks", "batch_size": 64})
     tree["model"]["dtype"], tree["data"]["num_samples"] = "float16", 64
-    session = prepared(parse_recipe(tree, "test"))
-    tuner, found = session.tuner(session.recipe.objective, 1), list[torch.Tensor]()
+    recipe = parse_recipe(tree, "test")
+    session = prepared(recipe)
+    tuner, found = session.tuner(recipe.objective, 1), list[torch.Tensor]()
     assert tuner.blocks is not None
     tuner.blocks.gradient(0, lambda n, count: 0)  # gathers
     first: nn.Module = session.rollout.denoiser.transformer_blocks[0]  # type: ignore[index, assignment]

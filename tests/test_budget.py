@@ -11,6 +11,7 @@ import pytest
 from conftest import INT8, tune_recipe
 
 from accuquant.errors import RecipeError
+from accuquant.files import KeptFiles
 from accuquant.programs.tune import tune
 from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe
@@ -82,16 +83,18 @@ def test_tables_order_by_error_and_by_what_is_left_for_the_cache(model_folder: P
     recipe = tune_recipe(model_folder, tmp_path / "o", bit_operations=None, nfc=6)
     combinations = type_combinations(recipe)
     assert recipe.tune is not None
-    tables = error_tables(recipe.tune, combinations, tmp_path, QUIET)
+    kept = KeptFiles(tmp_path, QUIET)
+    tables = error_tables(recipe.tune, combinations, kept, QUIET)
     for int8, int4 in tables["types"]:
         assert 0 < int8 < int4
     # at equal numbers of full steps fewer bits are only worse
-    found = ordered(recipe, combinations, tmp_path, QUIET)
+    found = ordered(recipe.tune, combinations, kept, QUIET)
     assert (found[0].picks, found[-1].picks) == ((0, 0), (1, 1))
     # with free quantization the cheaper types win, for they leave more full steps
     (tmp_path / "tables.json").write_text(json.dumps(tables | {"types": [[1e-9, 1e-9]] * 2}))
     cheap = tune_recipe(model_folder, tmp_path / "o", bit_operations=combinations[0].bit_operations(3))
-    assert ordered(cheap, combinations, tmp_path, QUIET)[0].picks == (1, 1)
+    assert cheap.tune is not None
+    assert ordered(cheap.tune, combinations, kept, QUIET)[0].picks == (1, 1)
 
 
 def test_the_dry_run_counts_the_further_samples_of_leaders(model_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from accuquant.evaluation.costs import cost_metrics
 from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.model.families import BUNDLED
 from accuquant.model.rollout import Rollout
-from accuquant.programs.calibrate import describe
+from accuquant.programs.describe import describe
 from accuquant.recipe import Sampling
 from accuquant.recipe.file import list_shipped, load_recipe
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.search import record_features, search_cache, searched
-from accuquant.calibration.session import Session, open_model, prepare, watched
+from accuquant.calibration.session import Session, open_model, open_session, watched
 from accuquant.core.correction import fit_affine
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import dps_steps
@@ -34,7 +34,7 @@ BLOCKS = {"feature": "blocks", "estimation": "reuse"}
 
 def make_session(model: Path, output: Path, **changes: Any) -> Session:
     recipe = parse_recipe(recipe_tree(model, output, **changes), "test")
-    return prepare(recipe, *open_model(recipe), QUIET)
+    return open_session(recipe, QUIET)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import yaml
 from conftest import as_allocated, assert_same_weights, recipe_tree
 from diffusers import DiTPipeline
 
-from accuquant.calibration.session import open_model, prepare
+from accuquant.calibration.session import open_model, open_session
 from accuquant.errors import RecipeError
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
@@ -74,8 +74,8 @@ def test_loaded_model_equals_the_one_before_saving(model_folder: Path, tmp_path:
     from accuquant.export.native import harden_model
 
     recipe = make_recipe(model_folder, tmp_path / "out")
-    rollout, planned, split = open_model(recipe)
-    session = prepare(recipe, rollout, planned, split, QUIET)
+    session = open_session(recipe, QUIET)
+    rollout = session.rollout
     as_allocated(rollout.denoiser)
     session.tuner(recipe.objective, 2).run()
     conditions = session.validation.conditions
@@ -111,8 +111,7 @@ def test_tuning_lowers_the_group_loss(model_folder: Path, tmp_path: Path) -> Non
     recipe = make_recipe(
         model_folder, tmp_path / "out", objective={"iterations": 60, "batch_size": 4, "steps_per_group": 1}
     )
-    rollout, planned, split = open_model(recipe)
-    session = prepare(recipe, rollout, planned, split, QUIET)
+    session = open_session(recipe, QUIET)
     before = validation_error(session)
     session.tuner(recipe.objective, 1).run()
     assert validation_error(session) < 0.97 * before
@@ -216,8 +215,7 @@ def test_full_precision_is_the_original_model_also_after_calibration(model_folde
     learn = ["weight", "weight_scale", "bias"]
     objective = {"iterations": 3, "batch_size": 2, "learn": learn, "learning_rates": {"weight": 0.1, "bias": 0.1}}
     recipe = parse_recipe(recipe_tree(model_folder, tmp_path / "out", objective=objective), "test")
-    original, planned, split = open_model(recipe)
-    session = prepare(recipe, open_model(recipe)[0], planned, split, Reporter(quiet=True))
+    original, session = open_model(recipe)[0], open_session(recipe, Reporter(quiet=True))
     for rollout in (original, session.rollout):
         as_allocated(rollout.denoiser)
     expected, _ = original.trajectory(session.validation.conditions)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from accuquant.caching import correct
 from accuquant.caching.correct import fit_correction
-from accuquant.calibration.session import Session, open_model, prepare
+from accuquant.calibration.session import Session, open_session
 from accuquant.core.correction import apply_affine, fit_affine
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import CacheError, RecipeError
@@ -40,7 +40,7 @@ def make_recipe(model: Path, output: Path, **changes: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def session(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Session:
     recipe = make_recipe(model_folder, tmp_path_factory.mktemp("correction") / "out")
-    return prepare(recipe, *open_model(recipe), QUIET)
+    return open_session(recipe, QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_metrics_are_of_the_corrected_cache(export: Path) -> None:
 def test_cached_only_is_without_what_was_fitted_to_the_quantized_model(export: Path) -> None:
     recipe, metrics = recipe_of(export), json.loads((export / "metrics.json").read_text())
     full = Rollout(load_pipeline(recipe.model), recipe.sampling)
-    held_out = held_out_reference(full, recipe, QUIET)
+    held_out = held_out_reference(full, recipe.data, recipe.evaluation, QUIET)
     with cached(full.denoiser, Cache(**(CACHE | {"corrected": False}))):
         final = full.trajectory(held_out.conditions)[0][-1]
     assert metrics["E_c"] == pytest.approx(float(relative_l2(final, held_out.latents[-1]).mean()), rel=1e-6)

@@ -73,7 +73,8 @@ ROWS = (
     ("kernels",),
     ("core", "recipe"),
 )
-BASE = ("accuquant.errors", "accuquant.progress", "accuquant.version")  # import nothing of ours; all may import them
+# All may import them; they import nothing of ours but one another.
+BASE = ("accuquant.errors", "accuquant.files", "accuquant.progress", "accuquant.version")
 ROW = {f"accuquant.{folder}": number for number, row in enumerate(ROWS) for folder in row}
 ENTRANCES = ("accuquant", "accuquant.__main__", "accuquant.registration")  # what a user imports or starts
 

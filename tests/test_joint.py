@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import assert_same_weights, interrupt_cached_update, recipe_tree
 
-from accuquant.calibration.session import Session, open_model, prepare
+from accuquant.calibration.session import Session, open_session
 from accuquant.cli.main import app
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
@@ -53,7 +53,7 @@ def test_the_parts_of_the_error_are_measured_apart(export: Path, metrics: dict[s
     full = load_pipeline(recipe.model)
     plain, both = Rollout(full, recipe.sampling), Rollout(load_export(export, recipe), recipe.sampling)
     alone = Rollout(load_export(export, recipe.model_copy(update={"cache": None})), recipe.sampling)
-    held_out = held_out_reference(plain, recipe, QUIET)
+    held_out = held_out_reference(plain, recipe.data, recipe.evaluation, QUIET)
 
     def error(rollout: Rollout) -> float:
         return float(relative_l2(rollout.trajectory(held_out.conditions)[0][-1], held_out.latents[-1]).mean())
@@ -124,7 +124,7 @@ def test_calibrating_with_the_cache_lowers_the_error_with_the_cache(
     """The claim: on validation noise, the cached quantized rollout gets nearer to full precision without a cache."""
     objective = {"iterations": 60, "batch_size": 4, "gradient": gradient}
     recipe = make_recipe(model_folder, tmp_path / "out", objective=objective)
-    session = prepare(recipe, *open_model(recipe), QUIET)
+    session = open_session(recipe, QUIET)
     cache = Cache(**CACHE)  # type: ignore[arg-type]
 
     def error() -> float:
@@ -139,7 +139,7 @@ def test_calibrating_with_the_cache_lowers_the_error_with_the_cache(
 
 def test_rcs_is_calibrated_with_the_full_steps_it_takes(model_folder: Path, tmp_path: Path) -> None:
     recipe = make_recipe(model_folder, tmp_path / "out", objective={"iterations": 2, "batch_size": 2})
-    session = prepare(recipe, *open_model(recipe), QUIET)
+    session = open_session(recipe, QUIET)
     tuner = session.tuner(recipe.objective, 1, Cache(tau=0.5, order=1))
     tuner.run()
     assert tuner.full_steps[:2] == (0, 1)
@@ -171,7 +171,7 @@ def test_an_export_keeps_its_cache_apart_from_its_weights(export: Path) -> None:
 
 def test_the_session_is_left_without_a_cache(model_folder: Path, tmp_path: Path) -> None:
     recipe = make_recipe(model_folder, tmp_path / "out", objective={"iterations": 1, "batch_size": 2})
-    session: Session = prepare(recipe, *open_model(recipe), QUIET)
+    session: Session = open_session(recipe, QUIET)
     before, _ = session.rollout.trajectory(session.validation.conditions)
     tuner = session.tuner(recipe.objective.model_copy(update={"iterations": 0}), 1, Cache(**CACHE))  # type: ignore[arg-type]
     tuner.run()

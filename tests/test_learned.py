@@ -15,15 +15,17 @@ from test_cached_objective import STEPS, setting, taken
 
 from accuquant.caching.correct import fit_correction
 from accuquant.calibration.objectives.cached_steps import CachedSteps
-from accuquant.calibration.session import open_model, prepare, validation_error
+from accuquant.calibration.session import open_session, validation_error
+from accuquant.calibration.updates import calibrate_alone, calibrate_cached
 from accuquant.core.cached_objective import cached_group_gradient, full_cached_gradient
 from accuquant.core.forecasts import RFE, Reuse, Taylor, weighted
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import CacheError, RecipeError
 from accuquant.export.load import load_export, recipe_of
+from accuquant.files import KeptFiles
 from accuquant.model.families import denoiser_of
 from accuquant.model.rollout import Rollout
-from accuquant.programs.calibrate import calibrate, calibrate_alone, calibrate_cached
+from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import parse_recipe
@@ -124,8 +126,8 @@ def test_learning_lowers_the_error_on_noise_it_has_not_seen(
 ) -> None:
     objective = OBJECTIVE | {"cached_iterations": 100, "batch_size": 4, "cached_learn": learn}
     recipe = make_recipe(model_folder, tmp_path / "out", objective=objective)
-    session = prepare(recipe, *open_model(recipe), QUIET)
-    alone, _ = calibrate_alone(session, QUIET, tmp_path, resume=False)
+    session, kept = open_session(recipe, QUIET), KeptFiles(tmp_path, QUIET)
+    alone, _ = calibrate_alone(session, recipe.objective, kept, QUIET)
     cache = Cache(estimation="taylor", order=1, schedule=(0, 1, 3))
 
     def error(config: Cache, correction: Correction | None = None) -> float:
@@ -134,7 +136,7 @@ def test_learning_lowers_the_error_on_noise_it_has_not_seen(
         return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
     before, weights, least = error(cache), session.snapshot(), validation_error(session)
-    tuner = calibrate_cached(session, recipe.objective, cache, alone, QUIET, tmp_path, resume=False)
+    tuner = calibrate_cached(session, recipe.objective, cache, alone, kept, QUIET)
     assert tuner is not None and tuner.learned is not None and tuner.cache is not None
     assert error(tuner.cache, tuner.learned) - least < 0.6 * (before - least), "what the cache adds to quantization"
     after = session.snapshot()

@@ -15,7 +15,7 @@ from torch import Tensor
 from accuquant.caching.enable import cache_stats, enable_cache
 from accuquant.caching.noise import measure_noise
 from accuquant.caching.search import searched
-from accuquant.calibration.session import Session, open_model, prepare
+from accuquant.calibration.session import Session, open_session
 from accuquant.core.forecasts import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor, change_weights
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import CacheError, RecipeError
@@ -116,7 +116,7 @@ def session(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ses
     tree = recipe_tree(model_folder, tmp_path_factory.mktemp("noise") / "out")
     tree["quantization"]["rules"][0] |= {"activation_scale": "dynamic", "activation": "int4"}
     recipe = parse_recipe(tree, "test")
-    return prepare(recipe, *open_model(recipe), Reporter(quiet=True))
+    return open_session(recipe, Reporter(quiet=True))
 
 
 def test_measured_noise_is_that_of_its_definition(session: Session) -> None:
@@ -150,7 +150,7 @@ def test_an_error_that_stays_is_no_noise(model_folder: Path, tmp_path: Path) -> 
         tree["quantization"]["rules"] = [rule]
         tree["objective"]["learn"] = ["weight", "weight_scale"]
         recipe = parse_recipe(tree, "test")
-        session = prepare(recipe, *open_model(recipe), Reporter(quiet=True))
+        session = open_session(recipe, Reporter(quiet=True))
         near, far = (measure_noise(session, gap, Reporter(quiet=True)) for gap in (1, 5))
         return sum(out for out, _ in near.values()) / sum(out for out, _ in far.values())
 

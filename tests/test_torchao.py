@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from accuquant.calibration.layers import DYNAMIC_CLIP, trainable_layers
-from accuquant.calibration.session import open_model, prepare
+from accuquant.calibration.session import open_session
 from accuquant.cli.generate import generate
 from accuquant.errors import RecipeError
 from accuquant.export.load import load_export, recipe_of
 from accuquant.export.native import harden_model
 from accuquant.export.torchao import convert_model, input_dimensions, torchao_installed, torchao_layers
 from accuquant.pipeline.data import load_split
-from accuquant.programs.calibrate import calibrate, describe
+from accuquant.programs.calibrate import calibrate
+from accuquant.programs.describe import describe
 from accuquant.programs.evaluate import evaluate
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
@@ -142,7 +143,7 @@ def test_a_stranger_gets_calibrations_integers_and_our_arithmetic(
 ) -> None:
     """Integers and scales are equal, outputs but for rounding, of static, dynamic and weight-only modules."""
     recipe = make_recipe(model_folder, tmp_path / "out", rules)
-    session = prepare(recipe, *open_model(recipe), QUIET)
+    session = open_session(recipe, QUIET)
     session.tuner(recipe.objective, 1).run()
     denoiser = session.rollout.denoiser
     twin = copy.deepcopy(denoiser)

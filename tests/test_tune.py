@@ -13,9 +13,12 @@ from diffusers import DiTPipeline
 from typer.testing import CliRunner
 
 from accuquant.calibration.loop import Tuner
+from accuquant.calibration.session import open_session
 from accuquant.cli.main import app
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.errors import RecipeError
+from accuquant.export.run_folder import RunFolder
+from accuquant.files import KeptFiles
 from accuquant.model.families import load_pipeline
 from accuquant.model.rollout import Rollout
 from accuquant.programs import tune as tuning
@@ -25,7 +28,7 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import dump_recipe, load_recipe
 from accuquant.runtime.cache.hooks import controller_of
-from accuquant.tuning.budget import LEADERS, describe_tuning, open_session, type_combinations
+from accuquant.tuning.budget import LEADERS, describe_tuning, type_combinations
 from accuquant.tuning.candidates import Place
 from accuquant.tuning.choice import choose
 from accuquant.tuning.tried import LEARNED, Candidate, Tried
@@ -195,7 +198,8 @@ def test_what_the_search_has_calibrated_is_what_the_recipe_calibrates(
         final.model_copy(update={"export": final.export.model_copy(update={"output": str(tmp_path / name)})})
         for name in ("afresh", "handed")
     ]
-    hand_over(finals[1], best, work, kept_in(work, combination), tmp_path / "handed.partial")
+    kept = KeptFiles(work, QUIET)
+    hand_over(finals[1], best, kept, kept_in(kept, combination), RunFolder(tmp_path / "handed", QUIET))
     afresh = calibrate(finals[0], QUIET)
     with monkeypatch.context() as patch:
         patch.setattr(Tuner, "_update", Mock(side_effect=AssertionError("an update was made again")))
@@ -278,6 +282,7 @@ def test_an_interrupted_calibration_is_in_the_way_before_the_search_and_not_afte
     model_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "recipe.yaml").write_text("model: {}\n")
     with pytest.raises(RecipeError, match=r"out\.partial holds an interrupted calibration"):
         tune(tune_recipe(model_folder, tmp_path / "out"), QUIET)
     assert not (tmp_path / "out.tuning").exists()
@@ -289,7 +294,7 @@ def test_one_list_serves_all_orders_of_an_estimation_after_an_interruption_too(
     only = {"orders": [1, 2], "estimations": ["taylor"], "schedules": ["best"], "noise_aware": [False]}
     recipe = tune_recipe(model_folder, tmp_path / "o", types=[], bit_operations=None, nfc=4, **only)
     combination = type_combinations(recipe)[0]
-    session, section = open_session(combination, tmp_path, QUIET), recipe.tune
+    session, section = open_session(combination.recipe, QUIET, KeptFiles(tmp_path, QUIET)), recipe.tune
     assert section is not None
     searched = list[Any]()
 

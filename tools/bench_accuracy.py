@@ -22,8 +22,10 @@ import torch
 import typer
 
 from accuquant.calibration.loop import REFRESHES
-from accuquant.calibration.session import Session, block_costs, open_model, prepare
+from accuquant.calibration.objectives import blocks
+from accuquant.calibration.session import Session, open_model, open_session
 from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_metrics
+from accuquant.files import KeptFiles
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
@@ -96,11 +98,9 @@ def updates(method: dict[str, Any], evaluations: int, refresh_cost: int) -> int:
 
 def updates_of_each_block(session: Session, evaluations: int) -> int:
     """Likewise, where blocks are reconstructed."""
-    recipe = session.recipe
 
     def cost(count: int) -> int:
-        objective = recipe.objective.model_copy(update={"iterations": count})
-        return block_costs(session.rollout, session.planned, recipe.model_copy(update={"objective": objective}))[0]
+        return blocks.cost(session.planned, session.rollout.timesteps, session.clock.num_groups, count, 1)[0]
 
     found = [count for count in range(1, evaluations) if cost(count) <= evaluations]
     if not found:
@@ -156,11 +156,10 @@ def _run_methods(
 ) -> None:
     """All methods of one model, from one preparation."""
     reporter = Reporter(quiet=True)
-    rollout, planned, split = open_model(recipe)
-    held_out = held_out_reference(rollout, recipe, reporter)
-    session = prepare(recipe, rollout, planned, split, reporter, out / f"reference-{seed}.safetensors")
+    held_out = held_out_reference(open_model(recipe)[0], recipe.data, recipe.evaluation, reporter)
+    session = open_session(recipe, reporter, KeptFiles(out, reporter).inside(f"seed-{seed}"))
     start = session.snapshot()
-    refresh = rollout.num_steps * -(-recipe.data.num_samples // recipe.objective.batch_size)
+    refresh = session.rollout.num_steps * -(-recipe.data.num_samples // recipe.objective.batch_size)
     for name in methods:
         method = METHODS[name]
         session.restore(start)

@@ -34,22 +34,23 @@ from accuquant.caching.correct import fit_correction
 from accuquant.caching.noise import measure_noise
 from accuquant.caching.search import searched
 from accuquant.calibration.loop import Tuner
-from accuquant.calibration.session import Session, open_model, prepare
+from accuquant.calibration.session import Session, open_model, open_session
+from accuquant.calibration.updates import calibrate_alone, calibrate_cached
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.evaluation.images import image_metrics
 from accuquant.evaluation.measure import HeldOut, held_out_reference
+from accuquant.files import KeptFiles
 from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.programs.calibrate import calibrate_alone, calibrate_cached
 from accuquant.programs.tune import learn, model_as
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import cached
-from accuquant.tuning.budget import Combination, step_times, type_combinations
+from accuquant.tuning.budget import Combination, base_settings, step_times, type_combinations
 from accuquant.tuning.candidates import TUNING_SAMPLES, Place
 from accuquant.tuning.choice import choose, settle
 from accuquant.tuning.tried import NAIVE, Tried
@@ -91,16 +92,17 @@ class Bench:
 
     def __init__(self, types: str, seed: int, work: Path, iterations: int = 150) -> None:
         recipe = bench_recipe(types, seed, iterations=iterations).model_copy(update={"tune": None})
-        rollout, planned, split = open_model(recipe)
-        self.held_out: HeldOut = held_out_reference(rollout, recipe, QUIET)
-        self.session: Session = prepare(recipe, rollout, planned, split, QUIET)
+        self.objective = recipe.objective
+        self.held_out: HeldOut = held_out_reference(open_model(recipe)[0], recipe.data, recipe.evaluation, QUIET)
+        self.session: Session = open_session(recipe, QUIET)
         self.folder = work / f"{types}-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.alone: Tuner = calibrate_alone(self.session, QUIET, self.folder, resume=True)[0]
+        self.kept = KeptFiles(self.folder, QUIET)
+        self.alone: Tuner = calibrate_alone(self.session, self.objective, self.kept, QUIET)[0]
         self.start = self.session.snapshot()
         self.classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
         with torch.no_grad():
-            self.images = rollout.decode(self.held_out.latents[-1])
+            self.images = self.session.rollout.decode(self.held_out.latents[-1])
 
     def judge(self, config: Cache | None, learned: Correction | None = None) -> dict[str, Any]:
         """Held-out figures of the model as it is under this cache; corrections are fitted first."""
@@ -126,7 +128,7 @@ class Bench:
     def learned_shares(self, config: Cache, steps_per_group: int, updates: int = 40) -> Tuner:
         """Forecasts' shares alone, by groups of this length; the weights stay as they are."""
         how = {"iterations": updates, "learn": ("forecast",), "gradient": "exact"}
-        objective = self.session.recipe.objective.model_copy(update=how)
+        objective = self.objective.model_copy(update=how)
         tuner = self.session.tuner(objective, steps_per_group, config)
         tuner.run()
         return tuner
@@ -162,12 +164,14 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     """(a) to (d) at one number of full computations."""
     session, section = bench.session, bench_recipe(types, seed, nfc).tune
     assert section is not None
-    folder = bench.folder / str(nfc)
-    folder.mkdir(exist_ok=True)
+    kept = bench.kept.inside(str(nfc))
     combination: Combination = type_combinations(bench_recipe(types, seed, nfc))[0]
-    seconds = step_times(session, combination, section, folder / "seconds.json")
+    settings = base_settings(combination.recipe.cache)
+    full, skipped = kept.json("seconds.json", lambda: step_times(session, settings, section))
+    tried = Tried(kept.path("tried.jsonl"))
+
     session.restore(bench.start)
-    place = Place(combination, section, session, seconds, Tried(folder / "tried.jsonl"), QUIET, folder)
+    place = Place(combination, section, session, (full, skipped), tried, QUIET, kept)
     place.naive(nfc)
     place.cachequant(nfc)
     for rival in [candidate for candidate in place.tried.candidates if candidate.rival]:
@@ -181,7 +185,7 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
             yield "(b') CacheQuant, corrected on its own trajectory", bench.judge(own)
 
     started = time.monotonic()
-    calibrate_cached(session, session.recipe.objective, naive, bench.alone, QUIET, folder, resume=True)
+    calibrate_cached(session, bench.objective, naive, bench.alone, kept, QUIET)
     spent = time.monotonic() - started
     yield "(c) calibrated with the cache of (a)", bench.judge(naive) | {"seconds": spent}
 
@@ -191,12 +195,12 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     for forecast in place.best_forecasts(nfc, section.finalists):
         place.refine(forecast, nfc)
     place.correct(nfc)
-    as_tried = partial(model_as, place, bench.alone, nfc, folder)
+    as_tried = partial(model_as, place, bench.alone, nfc, kept)
     best = choose(settle(place, place.own(nfc), False, as_tried)).best
     about = {"cache": best.cache, "validation": statistics.mean(best.latent_errors)}
     as_tried(best.calibrated)
     yield "(d') tuner without calibration", bench.judge(best.config) | about
-    learn(place, bench.alone, nfc, folder)
+    learn(place, bench.alone, nfc, kept)
     best = choose(settle(place, place.own(nfc), False, as_tried)).best
     about = {"cache": best.cache, "validation": statistics.mean(best.latent_errors), "calibrated": best.calibrated}
     as_tried(best.calibrated)

@@ -17,7 +17,7 @@ import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from accuquant.calibration.session import Session, open_model, prepare
+from accuquant.calibration.session import Session, open_session
 from accuquant.core.objective import full_gradient, group_gradient
 from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe
@@ -84,9 +84,8 @@ def main(
 ) -> None:
     """Measure every M and mode in one process."""
     loaded = load_recipe(recipe, [f"data.num_samples={batch}", f"objective.batch_size={batch}"])
-    rollout, planned, split = open_model(loaded)
-    session = prepare(loaded, rollout, planned, split, Reporter())
-    steps = [m for m in STEPS if m <= rollout.num_steps]
+    session = open_session(loaded, Reporter())
+    steps = [m for m in STEPS if m <= session.rollout.num_steps]
     rows: list[dict[str, Any]] = []
     for mode in MODES:
         for m in steps:

@@ -171,3 +171,8 @@ def _look(
         session.rollout.predict(i, latents, conditions)
     controller.paused = False
     return controller.features(seen)
+
+
+def fit_calls(config: Cache, num_steps: int, batch_size: int) -> int:
+    """Calls of the denoiser, of ``batch_size`` samples each, that `fit_correction` makes: two each step."""
+    return round(2 * num_steps * CORRECTION_SAMPLES / batch_size) if config.fits else 0

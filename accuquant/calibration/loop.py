@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer
@@ -27,6 +25,7 @@ from accuquant.core import rounding
 from accuquant.core.cached_objective import cached_group_gradient, cached_groups
 from accuquant.core.objective import group_gradient, groups
 from accuquant.errors import RecipeError
+from accuquant.files import write_tensors
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Cache, Objective
 from accuquant.runtime.cache.fitted import Correction
@@ -323,9 +322,7 @@ class Tuner:
             "seconds": self.seconds,
             "steps_per_group": self.steps_per_group,
         }
-        temporary = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"tuner": json.dumps(about)})
-        os.replace(temporary, path)
+        write_tensors(path, tensors, {"tuner": json.dumps(about)})
 
     def load(self, path: Path) -> None:
         """Continue where `save` was.

@@ -5,46 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer, adopt_dynamic_scales, full_precision, quantize_model
 from accuquant.calibration.loop import Reference, Tuner
-from accuquant.calibration.objectives.blocks import evaluations_made, parts_of, spread_calls
 from accuquant.calibration.plan import PlannedModule, plan_modules
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
+from accuquant.files import KeptFiles
 from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.pipeline.data import Samples, Split, calibration_samples, load_split, validation_samples
+from accuquant.pipeline.data import Split, calibration_samples, load_split, validation_samples
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Objective, Recipe
+from accuquant.recipe import Cache, Data, Model, Objective, Quantization, Recipe, Sampling
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
 
+REFERENCE = "reference.safetensors"
 OBSERVED_VALUES = 16384  # activations kept per module and timestep group for the scale search
 
 
 @dataclass
 class Session:
-    """A model ready to be tuned: quantized in place, with initial scales and its full-precision reference."""
+    """A model ready to be tuned: quantized in place, with initial scales and its full-precision reference.
 
-    recipe: Recipe
+    Attributes:
+        seed: what batches and groups are drawn by.
+    """
+
     rollout: Rollout
     clock: StepClock
     planned: list[PlannedModule]
     layers: dict[str, TrainableLayer]
     reference: Reference
     validation: Reference
+    seed: int
 
     def tuner(self, objective: Objective, steps_per_group: int, cache: Cache | None = None) -> Tuner:
-        tuned, seed = {p.name: self.layers[p.name] for p in self.planned if p.tune}, self.recipe.data.seed
-        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, seed, steps_per_group, cache)
+        tuned = {p.name: self.layers[p.name] for p in self.planned if p.tune}
+        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, self.seed, steps_per_group, cache)
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Everything calibration may change."""
@@ -98,134 +104,169 @@ def validation_error(session: Session) -> float:
     return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
 
+def open_rollout(model: Model, sampling: Sampling) -> Rollout:
+    """The pipeline that a recipe names, with its scheduler, taken apart.
+
+    Raises:
+        RecipeError: see `load_pipeline`, `set_scheduler` and `Rollout`.
+    """
+    pipeline = load_pipeline(model)
+    set_scheduler(pipeline, sampling.scheduler)
+    return Rollout(pipeline, sampling)
+
+
+def load_inputs(rollout: Rollout, data: Data) -> Split:
+    """What the pipeline is conditioned on, to calibrate with and to judge by.
+
+    Raises:
+        RecipeError: see `load_split`; or there is a class that the model does not know.
+    """
+    split = load_split(data, rollout.family.condition)
+    if rollout.family.condition == "class_id":
+        highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
+        if highest >= count:
+            raise RecipeError(f"data.path: {data.path} has class_id {highest}; this model has 0 to {count - 1}")
+    return split
+
+
 def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     """Load pipeline and data names and apply the rules; whatever is wrong with a recipe shows here.
 
     Raises:
-        RecipeError: see `load_pipeline`, `plan_modules`, `load_split` and `Rollout`.
+        RecipeError: see `open_rollout`, `plan_modules`, `cached_features` and `load_inputs`.
     """
-    pipeline = load_pipeline(recipe.model)
-    set_scheduler(pipeline, recipe.sampling.scheduler)
-    rollout = Rollout(pipeline, recipe.sampling)
+    rollout = open_rollout(recipe.model, recipe.sampling)
     planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
     if recipe.cache is not None:
         cached_features(rollout.denoiser, recipe.cache)
-    split = load_split(recipe.data, rollout.family.condition)
-    if rollout.family.condition == "class_id":
-        highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
-        if highest >= count:
-            raise RecipeError(f"data.path: {recipe.data.path} has class_id {highest}; this model has 0 to {count - 1}")
-    return rollout, planned, split
+    return rollout, planned, load_inputs(rollout, recipe.data)
 
 
-def block_costs(rollout: Rollout, planned: list[PlannedModule], recipe: Recipe) -> tuple[int, int]:
-    """About how many calls of the denoiser block reconstruction makes, and how many calls of a block it keeps."""
-    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
-    sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in planned if p.spec}
-    parts, iterations = parts_of(sizes, {p.name for p in planned if p.tune}).values(), recipe.objective.iterations
-    calls = len(spread_calls(clock.groups(rollout.timesteps), iterations))
-    return evaluations_made(iterations * len(parts), iterations, calls, parts), calls
-
-
-def prepare(
-    recipe: Recipe,
-    rollout: Rollout,
-    planned: list[PlannedModule],
-    split: Split,
-    reporter: Reporter,
-    kept: Path | None = None,
-) -> Session:
-    """Sample the references in full precision, replace the modules, and find the initial scales.
+def open_session(recipe: Recipe, reporter: Reporter, kept: KeptFiles | None = None) -> Session:
+    """All of a recipe up to the first update: its model opened, referred to, quantized and given its first scales.
 
     Args:
-        kept: file that keeps the reference trajectories, so that a resumed run need not sample them again.
+        kept: keeps the reference trajectories, so that they need not be sampled again.
     """
-    samples = calibration_samples(split, recipe.data)
-    checked = validation_samples(split, recipe.data, recipe.data.validation_samples)
-    reference = _reference(rollout, samples, checked, recipe, reporter, kept)
-    index = torch.arange(len(samples) + len(checked), device=reference.latents.device)
-
-    specs = {p.name: p.spec for p in planned if p.spec is not None}
-    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
-    search = recipe.quantization.initialization == "mse"
-    reporter.detail(f"initial weight scales of {len(specs)} modules ({recipe.quantization.initialization})")
-    layers = quantize_model(rollout.denoiser, specs, clock, search)
+    rollout, planned, split = open_model(recipe)
+    references = sample_references(rollout, split, recipe.data, recipe.objective.batch_size, reporter, kept)
+    session = quantize(rollout, planned, references, recipe.quantization, recipe.data.seed, reporter)
     if recipe.export.format == "torchao":
-        adopt_dynamic_scales(layers.values())
-    session = Session(
-        recipe,
-        rollout,
-        clock,
-        planned,
-        layers,
-        reference.take(index[: len(samples)]),
-        reference.take(index[len(samples) :]),
-    )
-    _activation_scales(session, search, reporter)
-    if recipe.quantization.share_activation_scales:
-        _share_activation_scales(session, reporter)
+        adopt_dynamic_scales(session.layers.values())
+    find_activation_scales(session, recipe.quantization, recipe.objective.batch_size, reporter)
     return session
 
 
 def further_validation(
-    session: Session, span: tuple[int, int], reporter: Reporter, folder: Path | None = None
+    session: Session,
+    split: Split,
+    data: Data,
+    span: tuple[int, int],
+    batch_size: int,
+    reporter: Reporter,
+    kept: KeptFiles | None = None,
 ) -> tuple[Conditions, Tensor]:
     """Validation samples from the first of ``span`` up to the second, which go on from those that the session has.
 
     Args:
-        folder: keeps what full precision makes of them, which then is sampled once.
+        kept: keeps what full precision makes of them, which then is sampled once.
 
     Returns:
         their noise and conditioning, and full precision's final latents (B, C, H, W).
     """
-    rollout, recipe, (first, last) = session.rollout, session.recipe, span
-    samples = validation_samples(load_split(recipe.data, rollout.family.condition), recipe.data, last)
+    rollout, (first, last) = session.rollout, span
+    samples, name = validation_samples(split, data, last), f"validation-{first}-{last}.safetensors"
     conditions = rollout.conditions(samples.inputs[first:], samples.seeds[first:])
-    kept = None if folder is None else folder / f"validation-{first}-{last}.safetensors"
-    if kept is not None and kept.is_file():
-        return conditions, load_file(kept, device=str(conditions.noise.device))["latents"]
-    batches, parts = conditions.batches(recipe.evaluation.batch_size), list[Tensor]()
+    found = None if kept is None else kept.read_tensors(name, str(conditions.noise.device))
+    if found is not None:
+        return conditions, found["latents"]
+    batches, parts = conditions.batches(batch_size), list[Tensor]()
     what = "further validation samples, full precision"
     with session.full_precision(), reporter.bar(what, rollout.num_steps * len(batches)) as advance:
         for batch in batches:
             parts.append(rollout.trajectory(batch, lambda: advance(""))[0][-1])
     final = torch.cat(parts)
     if kept is not None:
-        temporary = kept.with_suffix(".tmp")
-        save_file({"latents": final.contiguous()}, temporary)
-        temporary.rename(kept)
+        kept.write_tensors(name, {"latents": final})
     return conditions, final
 
 
-def _reference(
-    rollout: Rollout, samples: Samples, checked: Samples, recipe: Recipe, reporter: Reporter, kept: Path | None
-) -> Reference:
-    """Full-precision trajectories of calibration and validation samples, in this order."""
+def sample_references(
+    rollout: Rollout, split: Split, data: Data, batch_size: int, reporter: Reporter, kept: KeptFiles | None = None
+) -> tuple[Reference, Reference]:
+    """Full-precision trajectories of the calibration samples, and of those that choices are made by.
+
+    Args:
+        kept: keeps them in a file, so that a resumed run need not sample them again.
+    """
+    samples, checked = calibration_samples(split, data), validation_samples(split, data, data.validation_samples)
     conditions = rollout.conditions(samples.inputs + checked.inputs, samples.seeds + checked.seeds)
-    if kept is not None and kept.is_file():
-        found = load_file(kept, device=str(conditions.noise.device))
-        return Reference(found["latents"], found["predictions"], conditions)
-    batches = conditions.batches(recipe.objective.batch_size)
-    parts = []
+    reference = None if kept is None else kept.read(REFERENCE, partial(_read_reference, conditions))
+    if reference is None:
+        reference = _sample_reference(rollout, conditions, batch_size, reporter)
+        if kept is not None:
+            kept.write_tensors(REFERENCE, {"latents": reference.latents, "predictions": reference.predictions})
+    index = torch.arange(len(conditions), device=reference.latents.device)
+    return reference.take(index[: len(samples)]), reference.take(index[len(samples) :])
+
+
+def _read_reference(conditions: Conditions, path: Path) -> Reference:
+    found = load_file(path, device=str(conditions.noise.device))
+    reference = Reference(found["latents"], found["predictions"], conditions)
+    if reference.latents.shape[1:] != conditions.noise.shape:
+        raise ValueError(f"latents of shape {tuple(reference.latents.shape)} for noise {tuple(conditions.noise.shape)}")
+    return reference
+
+
+def _sample_reference(rollout: Rollout, conditions: Conditions, batch_size: int, reporter: Reporter) -> Reference:
+    batches, parts = conditions.batches(batch_size), []
     with reporter.bar("sampling calibration set, full precision", rollout.num_steps * len(batches)) as advance:
         for batch in batches:
             parts.append(rollout.trajectory(batch, lambda: advance("")))
     latents, predictions = (torch.cat([p[k] for p in parts], 1) for k in (0, 1))
-    if kept is not None:
-        temporary = kept.with_suffix(".tmp")
-        save_file({"latents": latents.contiguous(), "predictions": predictions.contiguous()}, temporary)
-        temporary.rename(kept)
     return Reference(latents, predictions, conditions)
 
 
+def quantize(
+    rollout: Rollout,
+    planned: list[PlannedModule],
+    references: tuple[Reference, Reference],
+    quantization: Quantization,
+    seed: int,
+    reporter: Reporter,
+) -> Session:
+    """Replace the planned modules in place by trainable ones, with initial scales of their weights.
+
+    Args:
+        references: of calibration and of validation, sampled before.
+        seed: what batches and groups will be drawn by.
+    """
+    specs = {p.name: p.spec for p in planned if p.spec is not None}
+    clock = StepClock.from_timesteps(rollout.timesteps, quantization.timestep_groups)
+    reporter.detail(f"initial weight scales of {len(specs)} modules ({quantization.initialization})")
+    layers = quantize_model(rollout.denoiser, specs, clock, quantization.initialization == "mse")
+    return Session(rollout, clock, planned, layers, *references, seed)
+
+
+def find_activation_scales(session: Session, quantization: Quantization, batch_size: int, reporter: Reporter) -> None:
+    """Static scales per timestep group, of the inputs that modules see in full precision; shared, if that is asked.
+
+    Raises:
+        RecipeError: they are to be shared, and no two modules read the same tensor.
+    """
+    search = quantization.initialization == "mse"
+    _activation_scales(session, session.reference.first(batch_size), search, reporter)
+    if quantization.share_activation_scales:
+        _share_activation_scales(session, reporter)
+
+
 @torch.no_grad()
-def _activation_scales(session: Session, search: bool, reporter: Reporter) -> None:
-    """Static scales per timestep group, from the inputs modules see along the full-precision trajectories."""
+def _activation_scales(session: Session, reference: Reference, search: bool, reporter: Reporter) -> None:
+    """Static scales per timestep group, from the inputs modules see along these full-precision trajectories."""
     observed = {n: layer for n, layer in session.layers.items() if layer.spec.static}
     if not observed:
         return
     rollout, clock = session.rollout, session.clock
-    reference = session.reference.first(session.recipe.objective.batch_size)
     groups = torch.tensor(clock.groups(rollout.timesteps))
     values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(clock.num_groups)] for n in observed}
 

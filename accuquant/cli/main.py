@@ -80,7 +80,7 @@ def calibrate(
         _quiet_diffusers(verbose)
         from accuquant.cli.plan_view import print_metrics, print_plan
         from accuquant.programs.calibrate import calibrate as run
-        from accuquant.programs.calibrate import describe
+        from accuquant.programs.describe import describe
         from accuquant.progress import Reporter
 
         if dry_run:

@@ -7,7 +7,7 @@ from typing import Any
 
 from accuquant.evaluation.metrics import METRICS
 from accuquant.export.torchao import TORCHAO_VERSIONS
-from accuquant.recipe import Recipe
+from accuquant.recipe import Export
 from accuquant.runtime.arithmetic import describe_arithmetic
 
 CARD = """---
@@ -45,8 +45,8 @@ pipeline = DiffusionPipeline.from_pretrained("{name}", dtype=torch.{dtype})""",
 }
 
 
-def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
-    """README.md of the export, with its figures."""
+def model_card(export: Export, dtype: str, metrics: dict[str, Any]) -> str:
+    """README.md of the export, with its figures; ``dtype`` is what its pipeline is to be loaded in."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures(metrics))
     types = sorted({f"{m['weight']}/{m['activation']}" for m in metrics["modules"] if m["weight"] != "float"})
     calibration, used = metrics["calibration"], metrics.get("arithmetic")
@@ -55,9 +55,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any]) -> str:
         **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps", "guidance_scale")},
         **{k: calibration[k] for k in ("network_evaluations", "seconds")},
         how="by block reconstruction" if calibration["target"] == "blocks" else how,
-        loading=LOADING[recipe.export.format].format(
-            name=Path(recipe.export.output).name, dtype=recipe.model.dtype, torchao=TORCHAO_VERSIONS
-        ),
+        loading=LOADING[export.format].format(name=Path(export.output).name, dtype=dtype, torchao=TORCHAO_VERSIONS),
         types=", ".join(f"`{t}`" for t in types),
         arithmetic=f"Layers were computed by {describe_arithmetic(used)}. " if used else "",
         rows=rows,

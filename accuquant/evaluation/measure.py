@@ -16,7 +16,7 @@ from accuquant.evaluation.metrics import Sides, measured
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import held_out_samples, load_split
 from accuquant.progress import Reporter
-from accuquant.recipe import Recipe
+from accuquant.recipe import Data, Evaluation
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.hooks import cached, controller_of, uncached
 from accuquant.runtime.clock import StepClock
@@ -34,20 +34,26 @@ class HeldOut:
     latents: Tensor
 
 
-def held_out_reference(rollout: Rollout, recipe: Recipe, reporter: Reporter) -> HeldOut:
+def held_out_reference(rollout: Rollout, data: Data, evaluation: Evaluation, reporter: Reporter) -> HeldOut:
     """Sample the held-out set in full precision."""
-    split = load_split(recipe.data, rollout.family.condition)
-    samples = held_out_samples(split, recipe.data, recipe.evaluation.num_samples)
+    samples = held_out_samples(load_split(data, rollout.family.condition), data, evaluation.num_samples)
     conditions = rollout.conditions(samples.inputs, samples.seeds)
-    return HeldOut(
-        samples.inputs, conditions, sample(rollout, conditions, recipe, reporter, "held-out, full precision")
-    )
+    latents = sample(rollout, conditions, evaluation.batch_size, reporter, "held-out, full precision")
+    return HeldOut(samples.inputs, conditions, latents)
+
+
+def evaluation_calls(evaluation: Evaluation, cached: bool, num_steps: int) -> int:
+    """Calls of the denoiser, with a sample each: in full precision, before and after; with a cache, all it is laid to.
+
+    Those are naive stacking, quantized without the cache, and full precision with it.
+    """
+    return (6 if cached else 3) * evaluation.num_samples * num_steps
 
 
 def sample(
     rollout: Rollout,
     conditions: Conditions,
-    recipe: Recipe,
+    batch_size: int,
     reporter: Reporter,
     what: str,
     after: Callable[[], None] = lambda: None,
@@ -55,7 +61,7 @@ def sample(
     """Latents (T + 1, B, C, H, W) of all samples, in batches; ``after`` is called when a batch is done."""
     controller, parts = controller_of(rollout.denoiser), []
     alone = controller is not None and controller.rcs is not None  # RCS decides for a batch; tau is for single samples
-    batches = conditions.batches(1 if alone else recipe.evaluation.batch_size)
+    batches = conditions.batches(1 if alone else batch_size)
     with reporter.bar(f"sampling {what}", rollout.num_steps * len(batches)) as advance:
         for batch in batches:
             parts.append(rollout.trajectory(batch, lambda: advance(""))[0])
@@ -107,7 +113,7 @@ def module_errors(
 
 
 def decompose(
-    full: Rollout, quantized: Rollout, both: Tensor, held_out: HeldOut, recipe: Recipe, reporter: Reporter
+    full: Rollout, quantized: Rollout, both: Tensor, held_out: HeldOut, batch_size: int, reporter: Reporter
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Where the error of a quantized model with a cache comes from: relative L2 against full precision, same noise.
 
@@ -123,9 +129,9 @@ def decompose(
     controller = controller_of(quantized.denoiser)
     assert controller is not None
     with uncached(quantized.denoiser):
-        alone = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized without the cache")
+        alone = sample(quantized, held_out.conditions, batch_size, reporter, "held-out, quantized without the cache")
     with cached(full.denoiser, controller.config.unfitted):
-        only = sample(full, held_out.conditions, recipe, reporter, "held-out, full precision with the cache")
+        only = sample(full, held_out.conditions, batch_size, reporter, "held-out, full precision with the cache")
     sides = (("E_q", alone), ("E_c", only), ("E_qc", both))
     curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}
     curves["interaction"] = curves["E_qc"] - curves["E_q"] - curves["E_c"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from accuquant.errors import AccuQuantError
 from accuquant.evaluation import charts
 from accuquant.evaluation.metrics import METRICS, Metric
+from accuquant.files import write_text
 from accuquant.runtime.arithmetic import describe_arithmetic
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -80,9 +81,8 @@ def write_report(
         recipe_yaml=recipe_yaml,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(folder / "report.html")
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def percent(fraction: float | None, digits: int = 3) -> str:

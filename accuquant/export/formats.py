@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -11,12 +13,16 @@ from accuquant.errors import AccuQuantError, RecipeError
 from accuquant.export.native import harden_model
 from accuquant.export.torchao import INSTALL_TORCHAO, convert_model, input_dimensions, torchao_installed
 from accuquant.model.rollout import Rollout
-from accuquant.pipeline.data import Split, calibration_samples
-from accuquant.recipe import Recipe
+from accuquant.pipeline.data import Samples
+
+Format = Literal["accuquant", "torchao"]
 
 
-def check_format(recipe: Recipe, rollout: Rollout, planned: list[PlannedModule], split: Split) -> dict[str, int]:
+def check_format(format: Format, rollout: Rollout, planned: list[PlannedModule], samples: Samples) -> dict[str, int]:
     """See to it before a long run that its result can be written.
+
+    Args:
+        samples: of which the first is looked at.
 
     Returns:
         for torchao, how many dimensions the inputs of modules with static scales have.
@@ -24,7 +30,7 @@ def check_format(recipe: Recipe, rollout: Rollout, planned: list[PlannedModule],
     Raises:
         RecipeError: torchao is missing, or a module is nothing that it can hold.
     """
-    if recipe.export.format != "torchao":
+    if format != "torchao":
         return {}
     if not torchao_installed():
         raise RecipeError(
@@ -37,8 +43,7 @@ def check_format(recipe: Recipe, rollout: Rollout, planned: list[PlannedModule],
                 "give it weight: float in a rule before that one, or write export.format: accuquant, which holds it"
             )
     static = [p.name for p in planned if p.spec is not None and p.spec.static]
-    samples = calibration_samples(split, recipe.data.model_copy(update={"num_samples": 1}))
-    conditions = rollout.conditions(samples.inputs, samples.seeds)
+    conditions = rollout.conditions(samples.inputs[:1], samples.seeds[:1])
     try:
         return input_dimensions(rollout.denoiser, static, lambda: rollout.predict(0, conditions.noise, conditions))
     except AccuQuantError as error:
@@ -47,9 +52,14 @@ def check_format(recipe: Recipe, rollout: Rollout, planned: list[PlannedModule],
         ) from error
 
 
-def write_format(session: Session, dimensions: dict[str, int]) -> None:
-    """Turn the calibrated layers in place into those that the pipeline's ``save_pretrained`` writes."""
-    if session.recipe.export.format == "torchao":
-        convert_model(session.rollout.denoiser, dimensions, getattr(torch, session.recipe.model.dtype))
+def write_format(session: Session, format: Format, dimensions: dict[str, int], dtype: torch.dtype) -> None:
+    """Turn the calibrated layers in place into those that the pipeline's ``save_pretrained`` writes.
+
+    Args:
+        dimensions: what `check_format` has found.
+        dtype: of the model.
+    """
+    if format == "torchao":
+        convert_model(session.rollout.denoiser, dimensions, dtype)
     else:
         harden_model(session.rollout.denoiser, session.clock)

@@ -11,11 +11,11 @@ from torch import nn
 from accuquant.caching.search import search_on_inputs
 from accuquant.errors import CheckpointError, RecipeError
 from accuquant.export.torchao import INSTALL_TORCHAO, torchao_installed, torchao_layers
-from accuquant.model.families import denoiser_of, family_of, pick_device
+from accuquant.model.families import denoiser_of, pick_device
 from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import load_split
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Recipe
+from accuquant.recipe import Cache, Data, Recipe
 from accuquant.recipe.file import load_recipe
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
 from accuquant.runtime.layer import quantized_layers
@@ -53,7 +53,11 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
                     f"{key}: the correction belongs to the cache that this export was calibrated with; "
                     f"another one needs --set {key}=false"
                 )
-            attach_cache(denoiser, _searched(recipe.cache, pipeline, recipe, reporter or Reporter(quiet=True)))
+            config = recipe.cache
+            if config.searches:
+                rollout = Rollout(pipeline, recipe.sampling)
+                config = _searched(config, rollout, recipe.data, reporter or Reporter(quiet=True))
+            attach_cache(denoiser, config)
     return pipeline
 
 
@@ -62,12 +66,10 @@ def exported_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     return {**quantized_layers(denoiser), **torchao_layers(denoiser)}
 
 
-def _searched(config: Cache, pipeline: DiffusionPipeline, recipe: Recipe, reporter: Reporter) -> Cache:
+def _searched(config: Cache, rollout: Rollout, data: Data, reporter: Reporter) -> Cache:
     """A target given on the command line: searched on calibration samples, against the export without a cache."""
-    if not config.searches:
-        return config
-    rollout, split = Rollout(pipeline, recipe.sampling), load_split(recipe.data, family_of(pipeline).condition)
-    return search_on_inputs(rollout, split.calibration, recipe.data.seed * 100_000, config, reporter)
+    split = load_split(data, rollout.family.condition)
+    return search_on_inputs(rollout, split.calibration, data.seed * 100_000, config, reporter)
 
 
 def recipe_of(folder: Path, overrides: list[str] | None = None) -> Recipe:

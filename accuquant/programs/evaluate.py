@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from accuquant.evaluation.measure import (
 from accuquant.evaluation.report import write_report
 from accuquant.export.load import exported_layers, load_export, recipe_of
 from accuquant.export.torchao import stored_tensors
+from accuquant.files import write_json
 from accuquant.model.families import load_pipeline, pick_device, resolve
 from accuquant.model.rollout import Rollout
 from accuquant.progress import Reporter
@@ -54,12 +54,12 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     # the export carries the scheduler it was calibrated for; both sides use it
     full_pipeline.register_modules(scheduler=quantized_pipeline.scheduler)
     full, quantized = Rollout(full_pipeline, recipe.sampling), Rollout(quantized_pipeline, recipe.sampling)
-    held_out = held_out or held_out_reference(full, recipe, reporter)
+    held_out = held_out or held_out_reference(full, recipe.data, recipe.evaluation, reporter)
     controller, traces = controller_of(quantized.denoiser), list[CacheStats]()
     latents = sample(
         quantized,
         held_out.conditions,
-        recipe,
+        recipe.evaluation.batch_size,
         reporter,
         f"held-out, quantized{' and cached' if controller else ''}",
         lambda: traces.append(controller.stats()) if controller else None,
@@ -103,14 +103,14 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         )
         with torch.no_grad():
             metrics |= image_metrics(
-                quantized_images, full_images, held_out.inputs, _classifier(recipe, full_images.device)
+                quantized_images, full_images, held_out.inputs, _classifier(recipe.model.id, full_images.device)
             )
     rows, others, made = recipe.evaluation.num_images, dict[str, Tensor](), recipe_of(folder)
     # what was measured when the export was made counts only for the same trajectories
     same_samples = (recipe.sampling, recipe.evaluation.num_samples) == (made.sampling, made.evaluation.num_samples)
     same_cache = recipe.cache == made.cache
     if controller:
-        figures, finals = decompose(full, quantized, latents, held_out, recipe, reporter)
+        figures, finals = decompose(full, quantized, latents, held_out, recipe.evaluation.batch_size, reporter)
         metrics |= figures
         if same_samples and same_cache and (folder / NAIVE_LATENTS).is_file():
             kept = load_file(folder / NAIVE_LATENTS, device=str(pick_device(recipe.model.device)))
@@ -133,7 +133,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     tuning = folder / "tuning.json"
     if tuning.is_file() and same_cache:
         metrics["tuning"] = json.loads(tuning.read_text(encoding="utf-8"))
-    _write(folder / "metrics.json", json.dumps(metrics, indent=2))
+    write_json(folder / "metrics.json", metrics, indent=2)
     text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     write_report(
         folder,
@@ -146,13 +146,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     return metrics
 
 
-def _classifier(recipe: Recipe, device: torch.device) -> DigitClassifier | None:
+def _classifier(model_id: str, device: torch.device) -> DigitClassifier | None:
     """The judge that lies beside the bundled model; other models have none."""
-    folder = Path(resolve(recipe.model.id)) / "classifier"
+    folder = Path(resolve(model_id)) / "classifier"
     return DigitClassifier.from_folder(folder).to(device).eval() if folder.is_dir() else None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

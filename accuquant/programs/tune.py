@@ -24,20 +24,20 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
-
 from accuquant.calibration.loop import Tuner
+from accuquant.calibration.session import REFERENCE, open_session
+from accuquant.calibration.updates import CACHED_STATE, STATE, TRIED, calibrate_alone, calibrate_cached
 from accuquant.errors import RecipeError
-from accuquant.export.run_folder import check_output
-from accuquant.programs.calibrate import calibrate, calibrate_alone, calibrate_cached
+from accuquant.export.run_folder import RunFolder
+from accuquant.files import KeptFiles
+from accuquant.programs.calibrate import calibrate, run_folder
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe, Tune
-from accuquant.recipe.file import dump_recipe
 from accuquant.tuning.budget import (
     KEPT,
     LEAST_NFC,
     Combination,
-    open_session,
+    base_settings,
     ordered,
     step_times,
     type_combinations,
@@ -61,16 +61,31 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
     output, section = Path(recipe.export.output), recipe.tune
     if section is None:
         raise RecipeError("tune: the recipe has no such section; give it a budget, for example --set tune.nfc=14")
-    work, partial = output.with_name(output.name + ".tuning"), output.with_name(output.name + ".partial")
-    check_output(output, overwrite)
-    _begin(recipe, work, partial, resume, overwrite)
+    run, calibration = RunFolder(output, reporter, ".tuning", "search"), run_folder(recipe, reporter)
+    if resume and calibration.finish():
+        run.drop()
+        return output
+    with run.opened(recipe, resume, overwrite):
+        if not resume:
+            _make_room(calibration, overwrite)
+        run.begin(recipe, resume)
+        final, told = find_point(recipe, section, run, calibration, reporter)
+        folder = calibrate(final, reporter, True, overwrite, told)
+        run.drop()
+    return folder
+
+
+def find_point(
+    recipe: Recipe, section: Tune, run: RunFolder, calibration: RunFolder, reporter: Reporter
+) -> tuple[Recipe, dict[str, Any]]:
+    """Search, and hand over what is made of the chosen point; its recipe, and what is told of the search."""
     if recipe.cache is not None and (given := recipe.cache.model_fields_set - {*KEPT}):
         reporter.say(f"cache: the search has its own {', '.join(sorted(given))}; the rest holds for all candidates")
-    combinations = ordered(recipe, type_combinations(recipe), work, reporter)[: section.combinations]
-    tried, leading = Tried(work / "tried.jsonl"), list[Candidate]()
+    combinations = ordered(section, type_combinations(recipe), run.kept, reporter)[: section.combinations]
+    tried, leading = Tried(run.kept.path("tried.jsonl")), list[Candidate]()
     for number, combination in enumerate(combinations):
         reporter.say(f"types {number + 1} of {len(combinations)}: {combination.name}")
-        leading += search(combination, section, tried, work, reporter, alone=len(combinations) == 1)
+        leading += search(combination, section, tried, run.kept, reporter, alone=len(combinations) == 1)
 
     if not leading:
         raise RecipeError(f"tune.seconds: {section.seconds} s pay for fewer than {LEAST_NFC} full steps of any types")
@@ -83,15 +98,13 @@ def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bo
         reporter.say(f"the cheapest of {len(choice.equal)} that are equal within the standard error")
     combination = next(c for c in combinations if c.name == best.types)
     final = chosen_recipe(combination.recipe, best)
-    if not _says(partial / "recipe.yaml", final):
-        hand_over(final, best, work, kept_in(work, combination), partial)
-    folder = calibrate(final, reporter, True, overwrite, record(section, tried.candidates, choice))
-    shutil.rmtree(work)
-    return folder
+    if not calibration.says(final):
+        hand_over(final, best, run.kept, kept_in(run.kept, combination), calibration)
+    return final, record(section, tried.candidates, choice)
 
 
 def search(
-    combination: Combination, section: Tune, tried: Tried, work: Path, reporter: Reporter, alone: bool = True
+    combination: Combination, section: Tune, tried: Tried, kept: KeptFiles, reporter: Reporter, alone: bool = True
 ) -> list[Candidate]:
     """Calibrate one combination of types and confirm its candidates; those that lead, of all levels of the budget.
 
@@ -100,16 +113,16 @@ def search(
     Args:
         alone: these types are the only ones that are searched.
     """
-    folder = kept_in(work, combination)
-    folder.mkdir(exist_ok=True)
-    session = open_session(combination, work, reporter)
-    tuner, _ = calibrate_alone(session, reporter, folder, resume=True)
-    seconds = step_times(session, combination, section, folder / "seconds.json")
+    folder, settings = kept_in(kept, combination), base_settings(combination.recipe.cache)
+    session = open_session(combination.recipe, reporter, kept)
+    tuner, _ = calibrate_alone(session, combination.recipe.objective, folder, reporter)
+    full, skipped = folder.json("seconds.json", lambda: step_times(session, settings, section))
+    seconds = (full, skipped)
     most = combination.full_steps(section, seconds)
     if most < LEAST_NFC:
         reporter.say(f"{section.seconds} s pay for fewer than {LEAST_NFC} full steps of these types")
         return []
-    place = Place(combination, section, session, seconds, tried, reporter, work)
+    place = Place(combination, section, session, seconds, tried, reporter, kept)
     levels = [max(LEAST_NFC, math.floor(share * most + 1e-9)) for share in section.levels]
     fewer = sorted({*levels} - {most})
     for nfc in fewer:
@@ -127,7 +140,7 @@ def search(
     return settle(place, candidates, not alone, partial(model_as, place, tuner, most, folder))
 
 
-def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
+def learn(place: Place, alone: Tuner, nfc: int, folder: KeptFiles) -> None:
     """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
     best = place.best_uncorrected(nfc)
     if not place.combination.recipe.objective.cached_iterations or best.nfc == place.session.rollout.num_steps:
@@ -139,7 +152,7 @@ def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
         place.correct(nfc)
 
 
-def model_as(place: Place, alone: Tuner, nfc: int, folder: Path, calibrated: str) -> None:
+def model_as(place: Place, alone: Tuner, nfc: int, folder: KeptFiles, calibrated: str) -> None:
     """Have the model as it was with this calibration, by what is kept of it."""
     place.restore()
     for what, words in LEARNED.items():
@@ -147,13 +160,12 @@ def model_as(place: Place, alone: Tuner, nfc: int, folder: Path, calibrated: str
             calibrate_with(place, what, alone, nfc, folder)
 
 
-def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: Path) -> Cache:
+def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: KeptFiles) -> Cache:
     """Have the model, as calibrated alone, learn with the best cache on; updates that are kept are not made again."""
     recipe, state = place.combination.recipe, learned_in(folder, nfc, what)
-    state.mkdir(exist_ok=True)
     objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
     config = place.best_uncorrected(nfc).config
-    tuner = calibrate_cached(place.session, objective, config, alone, place.reporter, state, resume=True)
+    tuner = calibrate_cached(place.session, objective, config, alone, state, place.reporter)
     assert tuner is not None and tuner.cache is not None
     place.calibrated, place.learned = LEARNED[what], tuner.learned
     return tuner.cache
@@ -175,26 +187,26 @@ def chosen_recipe(recipe: Recipe, best: Candidate) -> Recipe:
     return recipe.model_copy(update={"cache": cache, "objective": objective})
 
 
-def hand_over(final: Recipe, best: Candidate, work: Path, folder: Path, partial: Path) -> None:
+def hand_over(final: Recipe, best: Candidate, search: KeptFiles, folder: KeptFiles, calibration: RunFolder) -> None:
     """What the search has sampled and calibrated for the chosen point, for `calibrate` to go on from."""
-    shutil.rmtree(partial, ignore_errors=True)  # of another choice, before it was interrupted
-    partial.mkdir()
-    kept = [work / "reference.safetensors", folder / "state.safetensors"]
-    if (folder / "auto.json").is_file():
-        kept.append(folder / "auto.json")
+    kept = [search.path(REFERENCE), folder.path(STATE)]
+    if folder.path(TRIED).is_file():
+        kept.append(folder.path(TRIED))
     if what := best.learned:
-        kept.append(learned_in(folder, best.asked_nfc, what) / "state-cached.safetensors")
+        kept.append(learned_in(folder, best.asked_nfc, what).path(CACHED_STATE))
+    shutil.rmtree(search.path("handed"), ignore_errors=True)
+    handed = search.inside("handed")
     for path in kept:
-        shutil.copyfile(path, partial / path.name)
-    (partial / "recipe.yaml").write_text(dump_recipe(final), encoding="utf-8")  # last: it says that all is there
+        handed.copy(path)
+    calibration.take_over(handed, final)  # in the place of another choice, made before an interruption
 
 
-def kept_in(work: Path, combination: Combination) -> Path:
-    return work / f"types-{'-'.join(map(str, combination.picks)) or 'as-given'}"
+def kept_in(search: KeptFiles, combination: Combination) -> KeptFiles:
+    return search.inside(f"types-{'-'.join(map(str, combination.picks)) or 'as-given'}")
 
 
-def learned_in(folder: Path, nfc: int, what: str) -> Path:
-    return folder / f"{nfc}-{what}"
+def learned_in(folder: KeptFiles, nfc: int, what: str) -> KeptFiles:
+    return folder.inside(f"{nfc}-{what}")
 
 
 def record(section: Tune, candidates: list[Candidate], choice: Choice) -> dict[str, Any]:
@@ -225,33 +237,16 @@ def record(section: Tune, candidates: list[Candidate], choice: Choice) -> dict[s
     }
 
 
-def _begin(recipe: Recipe, work: Path, partial: Path, resume: bool, overwrite: bool) -> None:
-    """The folder of the search, new or gone on with; its export is made in ``partial``.
+def _make_room(calibration: RunFolder, overwrite: bool) -> None:
+    """Drop an interrupted calibration, whose place the search's choice will take.
 
     Raises:
-        RecipeError: there is an interrupted search or calibration and it was not said what to do with it, or no search
-            to go on with.
+        RecipeError: there is one, and it was not said what to do with it.
     """
-    kept = work / "recipe.yaml"
-    if resume:
-        if not kept.is_file():
-            raise RecipeError(f"--resume: there is no interrupted search in {work}")
-        if not _says(kept, recipe):
-            raise RecipeError(f"--resume: the recipe has changed since {work} was begun; --overwrite starts over")
-        return
-    if work.exists() and not overwrite:
-        raise RecipeError(f"{work} holds an interrupted search; --resume continues it, --overwrite starts over")
-    if partial.exists() and not overwrite:
+    calibration.check_ours()
+    if calibration.is_begun and not overwrite:
         raise RecipeError(
-            f"{partial} holds an interrupted calibration; finish it (`accuquant calibrate --resume`), give it up with "
-            "--overwrite, or choose another export.output"
+            f"{calibration.work} holds an interrupted calibration; finish it (`accuquant calibrate --resume`), give it "
+            "up with --overwrite, or choose another export.output"
         )
-    for folder in (work, partial):
-        shutil.rmtree(folder, ignore_errors=True)
-    work.mkdir(parents=True)
-    kept.write_text(dump_recipe(recipe), encoding="utf-8")
-
-
-def _says(kept: Path, recipe: Recipe) -> bool:
-    """Whether the file is this very recipe."""
-    return kept.is_file() and yaml.safe_load(kept.read_text(encoding="utf-8")) == yaml.safe_load(dump_recipe(recipe))
+    calibration.drop()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import statistics
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from accuquant.calibration.objectives import blocks
 from accuquant.calibration.plan import count_macs, plan_modules
-from accuquant.calibration.session import Session, block_costs, open_model, prepare, validation_error
+from accuquant.calibration.session import Session, open_model, open_session, validation_error
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.errors import RecipeError
 from accuquant.evaluation.costs import call_seconds, step_seconds
+from accuquant.files import KeptFiles
 from accuquant.pipeline.data import draw
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe, Rule, Tune
@@ -73,9 +73,9 @@ class Combination:
         return max(0, math.floor(min(most) + 1e-9))
 
 
-def base_settings(recipe: Recipe) -> dict[str, Any]:
+def base_settings(cache: Cache | None) -> dict[str, Any]:
     """What a recipe's own cache says of every candidate."""
-    return {} if recipe.cache is None else {k: getattr(recipe.cache, k) for k in KEPT}
+    return {} if cache is None else {k: getattr(cache, k) for k in KEPT}
 
 
 def type_combinations(recipe: Recipe) -> list[Combination]:
@@ -90,7 +90,7 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     one = rollout.conditions(split.calibration[:1], [0])
     planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, one.noise, one), 1)
     macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
-    with cached(rollout.denoiser, Cache(**base_settings(recipe), estimation="reuse", interval=1)) as controller:
+    with cached(rollout.denoiser, Cache(**base_settings(recipe.cache), estimation="reuse", interval=1)) as controller:
         skipped = (*controller.modules, *controller.bypassed)
     for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
         chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
@@ -109,17 +109,12 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     return found
 
 
-def ordered(recipe: Recipe, combinations: list[Combination], work: Path, reporter: Reporter) -> list[Combination]:
+def ordered(section: Tune, combinations: list[Combination], kept: KeptFiles, reporter: Reporter) -> list[Combination]:
     """Those that the budget leaves enough full steps for, the most promising first."""
-    section = recipe.tune
-    assert section is not None
     found = affordable(section, combinations)
     if len(found) == 1:
         return found
-    kept = work / "tables.json"
-    if not kept.is_file():
-        kept.write_text(json.dumps(error_tables(section, combinations, work, reporter)), encoding="utf-8")
-    tables = json.loads(kept.read_text(encoding="utf-8"))
+    tables = kept.json("tables.json", lambda: error_tables(section, combinations, kept, reporter))
 
     def predicted(combination: Combination) -> float:
         """Independent errors add in squares: good enough to order by."""
@@ -149,17 +144,18 @@ def affordable(section: Tune, combinations: list[Combination]) -> list[Combinati
     )
 
 
-def error_tables(section: Tune, combinations: list[Combination], work: Path, reporter: Reporter) -> dict[str, Any]:
+def error_tables(section: Tune, combinations: list[Combination], kept: KeptFiles, reporter: Reporter) -> dict[str, Any]:
     """Final error of each class at each of its types, all else in full precision; and of a cache, nothing quantized."""
     types: list[list[float]] = [[math.nan] * len(c.choose) for c in section.types]
     for k in range(max(map(len, types))):
         picks = tuple(min(k, len(errors) - 1) for errors in types)
-        session = open_session(next(c for c in combinations if c.picks == picks), work, reporter)
+        session = open_session(next(c for c in combinations if c.picks == picks).recipe, reporter, kept)
         for i, each in enumerate(section.types):
             for name, layer in session.layers.items():
                 layer.quantized = matches(each.choose[0], name)
             types[i][picks[i]] = validation_error(session)
-    steps, cache, settings = session.rollout.num_steps, list[tuple[int, float]](), base_settings(combinations[0].recipe)
+    steps, cache = session.rollout.num_steps, list[tuple[int, float]]()
+    settings = base_settings(combinations[0].recipe.cache)
     for nfc in [n for n in TABLE_NFC if n < steps] or [steps]:
         full_steps = filled_interval_steps(steps, nfc, 2)
         config = Cache(**(settings | {"warmup": 2}), estimation="taylor", order=1, schedule=full_steps)
@@ -169,32 +165,25 @@ def error_tables(section: Tune, combinations: list[Combination], work: Path, rep
     return {"types": types, "cache": cache}
 
 
-def open_session(combination: Combination, work: Path, reporter: Reporter) -> Session:
-    """The model with these types and initial scales; the reference trajectories are sampled once for all."""
-    recipe = combination.recipe
-    return prepare(recipe, *open_model(recipe), reporter, work / "reference.safetensors")
-
-
-def step_times(session: Session, combination: Combination, section: Tune, kept: Path) -> tuple[float, float]:
+def step_times(session: Session, settings: dict[str, Any], section: Tune) -> tuple[float, float]:
     """Median seconds of a full and of a skipped step of eight samples, of the layers as they will be exported.
 
     With the dearest of the forecasts that may be chosen: what is chosen then takes no longer.
+
+    Args:
+        settings: what holds for the cache of every candidate.
     """
-    if not kept.is_file():
-        settings = base_settings(combination.recipe)
-        kinds = ("taylor", "reuse") if settings.get("feature") == "blocks" else ("rfe", "taylor", "reuse")
-        dearest: Any = next((kind for kind in kinds if kind in section.estimations), "reuse")
-        order = 0 if dearest == "reuse" else min(max(section.orders), (session.rollout.num_steps - 1) // 2)
-        config = Cache(**settings, estimation=dearest, order=order, interval=2)
-        eight = session.reference.conditions.batches(TIMED_SAMPLES)[0]
-        with session.hardened(), cached(session.rollout.denoiser, config) as controller:
-            session.rollout.trajectory(eight)
-            times = step_seconds(session.rollout, eight)
-            full_steps = set(controller.stats().full_steps)
-        sides = [[t for i, t in enumerate(times) if (i in full_steps) == full] for full in (True, False)]
-        kept.write_text(json.dumps([statistics.median(side) for side in sides]), encoding="utf-8")
-    full, skipped = json.loads(kept.read_text(encoding="utf-8"))
-    return full, skipped
+    kinds = ("taylor", "reuse") if settings.get("feature") == "blocks" else ("rfe", "taylor", "reuse")
+    dearest: Any = next((kind for kind in kinds if kind in section.estimations), "reuse")
+    order = 0 if dearest == "reuse" else min(max(section.orders), (session.rollout.num_steps - 1) // 2)
+    config = Cache(**settings, estimation=dearest, order=order, interval=2)
+    eight = session.reference.conditions.batches(TIMED_SAMPLES)[0]
+    with session.hardened(), cached(session.rollout.denoiser, config) as controller:
+        session.rollout.trajectory(eight)
+        times = step_seconds(session.rollout, eight)
+        full_steps = set(controller.stats().full_steps)
+    full, skipped = ([t for i, t in enumerate(times) if (i in full_steps) == side] for side in (True, False))
+    return statistics.median(full), statistics.median(skipped)
 
 
 def matches(rule: Rule, name: str) -> bool:
@@ -245,7 +234,8 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     whole = 2 * nfc if {"forecast", "both"} & set(section.learning) else 2 * m
     alone = objective.iterations * (2 * m - 1)
     if objective.target == "blocks" and objective.iterations:
-        alone, _ = block_costs(rollout, planned, recipe)
+        groups = recipe.quantization.timestep_groups
+        alone, _ = blocks.cost(planned, rollout.timesteps, groups, objective.iterations, objective.batch_size)
     updates = tried * (alone + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
     sampling += further * steps

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,9 @@ from accuquant.calibration.session import Session, further_validation
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.errors import CacheError
+from accuquant.files import KeptFiles
 from accuquant.model.rollout import Conditions
+from accuquant.pipeline.data import load_split
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Tune
 from accuquant.runtime.cache.features import cached_features
@@ -57,7 +58,7 @@ class Place:
         seconds: of a full and of a skipped step of eight samples.
         calibrated: how the session's model has been, by now: alone, or what was learned with the cache on.
         learned: weights of the forecasts, where these were.
-        kept: folder of the references of further validation samples.
+        kept: keeps the references of further validation samples.
     """
 
     combination: Combination
@@ -66,7 +67,7 @@ class Place:
     seconds: tuple[float, float]
     tried: Tried
     reporter: Reporter
-    kept: Path | None = None
+    kept: KeptFiles | None = None
     calibrated: str = ALONE
     learned: Correction | None = None
     noises: dict[tuple[str, int], Any] = field(default_factory=dict)  # as calibrated, by gap
@@ -203,7 +204,7 @@ class Place:
     ) -> tuple[tuple[float, ...], tuple[float, ...], list[int], tuple[str, ...]]:
         """Latent and image error of each sample, full computations of each batch, and names of what was skipped."""
         rollout, finals, counts = self.session.rollout, list[Tensor](), list[int]()
-        size = 1 if config.tau else self.session.recipe.evaluation.batch_size
+        size = 1 if config.tau else self.combination.recipe.evaluation.batch_size
         with cached(rollout.denoiser, config, correction) as controller:
             for batch in checked.conditions.batches(size):
                 finals.append(rollout.trajectory(batch)[0][-1])
@@ -223,7 +224,10 @@ class Place:
                 _, correction = fit_correction(self.session, candidate.config, quiet, self.learned, self.targets)
             self.corrections[candidate.key] = correction
         if span not in self.further:
-            conditions, final = further_validation(self.session, span, Reporter(quiet=True), self.kept)
+            recipe, condition = self.combination.recipe, self.session.rollout.family.condition
+            split, size = load_split(recipe.data, condition), recipe.evaluation.batch_size
+            quiet = Reporter(quiet=True)
+            conditions, final = further_validation(self.session, split, recipe.data, span, size, quiet, self.kept)
             self.further[span] = Checked(conditions, final, self.session.rollout.decode(final))
         latents, images, *_ = self.rolled_out(candidate.config, self.corrections[candidate.key], self.further[span])
         more = replace(
@@ -247,7 +251,7 @@ class Place:
     def forecasts(self, nfc: int) -> list[Forecast]:
         """Those that the section allows and ``nfc`` full steps are enough for."""
         found: list[Forecast] = [("reuse", 0, False)] if "reuse" in self.section.estimations else []
-        blocks = base_settings(self.combination.recipe).get("feature") == "blocks"  # noise is measured of modules
+        blocks = base_settings(self.combination.recipe.cache).get("feature") == "blocks"  # noise is measured of modules
         knowing = [aware for aware in self.section.noise_aware if not (aware and blocks)]
         for estimation in ("taylor", "rfe"):
             for order in self.section.orders if estimation in self.section.estimations else ():
@@ -257,7 +261,7 @@ class Place:
     def cache(self, forecast: Forecast, schedule: str, nfc: int, **more: Any) -> Cache:
         """A candidate before anything of it was searched for."""
         estimation, order, noise_aware = forecast
-        settings = base_settings(self.combination.recipe)
+        settings = base_settings(self.combination.recipe.cache)
         given: dict[str, Any] = {"estimation": estimation, "order": order, "noise_aware": noise_aware, **more}
         if schedule == "interval":  # by timestep, as lists that are searched: at any number of steps they mean the same
             rollout = self.session.rollout

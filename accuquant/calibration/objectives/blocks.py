@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer, full_precision, trainable_layers
+from accuquant.calibration.plan import PlannedModule
 from accuquant.core.rounding import decided
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.runtime.clock import StepClock
@@ -72,6 +73,21 @@ def parts_of(macs: dict[str, int], learning: Collection[str]) -> dict[str, tuple
         reached, alone = sum(macs[n] for n in names[: own[-1] + 1]), sum(macs[names[k]] for k in own)
         parts[block] = (reached / total, alone / total)
     return parts
+
+
+def cost(
+    planned: list[PlannedModule], timesteps: Tensor, timestep_groups: int, iterations: int, batch_size: int
+) -> tuple[int, int]:
+    """About how many calls of the denoiser block reconstruction makes, and how many bytes it keeps meanwhile.
+
+    Args:
+        planned: with multiply-accumulates counted, where they are known; else by the size of weights.
+    """
+    sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in planned if p.spec}
+    parts = parts_of(sizes, {p.name for p in planned if p.tune}).values()
+    calls = len(spread_calls(StepClock.from_timesteps(timesteps, timestep_groups).groups(timesteps), iterations))
+    widest = max(p.macs // max(p.shape) for p in planned)  # tokens and channels of a block's input
+    return evaluations_made(iterations * len(parts), iterations, calls, parts), 4 * 2 * 2 * batch_size * widest * calls
 
 
 @dataclass

@@ -25,13 +25,15 @@ import torch
 import typer
 from torch import Tensor
 
+from accuquant.calibration.session import open_session
+from accuquant.calibration.updates import calibrate_alone
 from accuquant.core.choice import cheapest_equal, leaders, log_error, undecided
+from accuquant.files import KeptFiles
 from accuquant.pipeline.data import held_out_samples, load_split
-from accuquant.programs.calibrate import calibrate_alone
 from accuquant.programs.tune import learn, model_as
 from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe
-from accuquant.tuning.budget import LEADERS, open_session, type_combinations
+from accuquant.tuning.budget import LEADERS, type_combinations
 from accuquant.tuning.candidates import Checked, Place
 from accuquant.tuning.tried import NAIVE, Candidate, Tried
 
@@ -66,10 +68,11 @@ def roll(
     assert section is not None
     combinations = {c.picks: c for c in type_combinations(recipe)}
     for name in types.split(","):
-        combination, folder = combinations[PICKS[name]], work / f"{name}-{steps}"
-        folder.mkdir(parents=True, exist_ok=True)
-        session = open_session(combination, folder, QUIET)
-        tuner, _ = calibrate_alone(session, QUIET, folder, resume=True)
+        combination = combinations[PICKS[name]]
+        work.mkdir(parents=True, exist_ok=True)
+        kept = KeptFiles(work, QUIET).inside(f"{name}-{steps}")
+        session = open_session(combination.recipe, QUIET, kept)
+        tuner, _ = calibrate_alone(session, combination.recipe.objective, kept, QUIET)
         inputs = held_out_samples(load_split(recipe.data, session.rollout.family.condition), recipe.data, samples)
         conditions = session.rollout.conditions(inputs.inputs, inputs.seeds)
         with session.full_precision():
@@ -77,19 +80,19 @@ def roll(
             final = torch.cat([session.rollout.trajectory(batch)[0][-1] for batch in batches])
         held_out = Checked(conditions, final, session.rollout.decode(final))
         for full_steps in map(int, nfc.split(",")):
-            place = Place(combination, section, session, (1.0, 0.0), Tried(folder / "tried.jsonl"), QUIET, folder)
+            place = Place(combination, section, session, (1.0, 0.0), Tried(kept.path("tried.jsonl")), QUIET, kept)
             place.naive(full_steps)
             place.cachequant(full_steps)
             place.try_forecasts(full_steps)
             for forecast in place.best_forecasts(full_steps, section.finalists):
                 place.refine(forecast, full_steps)
             place.correct(full_steps)
-            learn(place, tuner, full_steps, folder)
+            learn(place, tuner, full_steps, kept)
             point = f"{name}, NFC {full_steps} of {steps}"
             print(f"{point}: {len(place.own(full_steps))} candidates", flush=True)
             done = {row["key"] for row in rows_of(out) if row["point"] == point}
             missing = [candidate for candidate in place.own(full_steps) if candidate.key not in done]
-            for line in judged(place, missing, held_out, partial(model_as, place, tuner, full_steps, folder)):
+            for line in judged(place, missing, held_out, partial(model_as, place, tuner, full_steps, kept)):
                 _write(out, {"point": point, **line})
             place.restore()
 

@@ -1,0 +1,53 @@
+"""The dry run: what a recipe's run will cost, as the sum of what each part of it says that it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accuquant.caching.correct import fit_calls
+from accuquant.caching.search import search_calls
+from accuquant.calibration.objectives import blocks
+from accuquant.calibration.plan import PlannedModule, count_macs
+from accuquant.calibration.session import open_model
+from accuquant.calibration.updates import alone_calls, cached_calls
+from accuquant.evaluation.costs import call_seconds
+from accuquant.evaluation.measure import evaluation_calls
+from accuquant.export.formats import check_format
+from accuquant.pipeline.data import calibration_samples
+from accuquant.programs.calibrate import check_sections
+from accuquant.recipe import Recipe
+
+
+def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
+    """What `--dry-run` prints: modules with types and costs, and the run's evaluations, memory and time.
+
+    The time is extrapolated from a measured call of the denoiser, and so is rough.
+    """
+    check_sections(recipe)
+    rollout, planned, split = open_model(recipe)
+    objective, data, cache, steps = recipe.objective, recipe.data, recipe.cache, rollout.num_steps
+    batch = min(objective.batch_size, data.num_samples)
+    samples = calibration_samples(split, data.model_copy(update={"num_samples": batch}))
+    check_format(recipe.export.format, rollout, planned, samples)
+    conditions = rollout.conditions(samples.inputs, samples.seeds)
+    planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, conditions.noise, conditions), batch)
+    seconds = call_seconds(rollout, conditions)
+
+    tuning, kept = alone_calls(objective), 0
+    if objective.target == "blocks" and objective.iterations:
+        groups = recipe.quantization.timestep_groups
+        tuning, kept = blocks.cost(planned, rollout.timesteps, groups, objective.iterations, batch)
+    if cache is not None and objective.cached_iterations:
+        tuning += cached_calls(objective, cache, steps)
+    referred = data.num_samples + data.validation_samples
+    sampling = round((referred * steps + evaluation_calls(recipe.evaluation, cache is not None, steps)) / batch)
+    sampling += search_calls(cache, steps, batch) if cache else 0
+    sampling += fit_calls(cache, steps, batch) if cache else 0
+
+    trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
+    latents = (referred + recipe.evaluation.num_samples) * conditions.noise[0].numel()
+    return planned, {
+        "network_evaluations": {"tuning": tuning, "sampling": sampling},
+        "seconds": seconds * (sampling + 3.5 * tuning),  # gradients and fake quantization cost about 2.5 calls
+        "memory_bytes": 4 * (5 * trainable + 2 * steps * latents) + kept,
+    }
