@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.search import record_features, search_cache, searched
-from accuquant.calibration.session import Session, open_model, prepare, watched
+from accuquant.calibration.session import Session, open_model, prepare
 from accuquant.core.correction import fit_affine
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import dps_steps
@@ -27,6 +27,7 @@ from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.cache.features import in_cache
 from accuquant.runtime.cache.hooks import attach_cache, cached, detach_cache
+from accuquant.runtime.observe import observed
 
 QUIET = Reporter(quiet=True)
 BLOCKS = {"feature": "blocks", "estimation": "reuse"}
@@ -67,12 +68,12 @@ def test_the_deviation_is_what_the_blocks_add() -> None:
         assert controller.modules == ("transformer_blocks.2",)
         assert controller.bypassed == ("transformer_blocks.1",)
         controller.paused = True
-        with watched(rollout.denoiser, ["transformer_blocks.1", "transformer_blocks.2"]) as seen:
+        with observed(rollout.denoiser, ["transformer_blocks.1", "transformer_blocks.2"]) as seen:
             rollout.predict(0, conditions.noise, conditions)
         controller.paused = False
         rollout.predict(0, conditions.noise, conditions)
         ((memory,),) = controller.memories.values()
-        expected = seen["transformer_blocks.2"][1] - seen["transformer_blocks.1"][0]
+        expected = seen["transformer_blocks.2"].output - seen["transformer_blocks.1"].input
         assert memory is not None
         assert torch.equal(memory.factors[0], expected)
         assert torch.equal(controller.features(seen)["transformer_blocks.2"][1], expected)
@@ -269,13 +270,13 @@ def test_published_correction_is_fitted_to_full_precision_features(session: Sess
     outputs: dict[tuple[int, bool], Tensor] = {}
     for i in range(6):
         for full_precision in (True, False):
-            with torch.no_grad(), watched(rollout.denoiser, [name]) as seen:
+            with torch.no_grad(), observed(rollout.denoiser, [name]) as seen:
                 if full_precision:
                     with session.full_precision():
                         rollout.predict(i, reference.latents[i], reference.conditions)
                 else:
                     rollout.predict(i, reference.latents[i], reference.conditions)
-            outputs[i, full_precision] = seen[name][1]
+            outputs[i, full_precision] = seen[name].output
     rows = {(False, i): k for k, i in enumerate((2, 3, 5))} | {(True, i): 3 + k for k, i in enumerate((0, 1, 4))}
     for (full, i), row in rows.items():
         last = max(s for s in (0, 1, 4) if s <= i)

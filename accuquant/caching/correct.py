@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from accuquant.calibration.loop import Reference
-from accuquant.calibration.session import Session, watched
+from accuquant.calibration.session import Session
 from accuquant.core.correction import apply_affine, fit_affine
 from accuquant.core.forecasts import Memory
 from accuquant.model.rollout import Conditions
@@ -24,6 +24,7 @@ from accuquant.recipe import Cache
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.observe import observed
 
 CORRECTION_SAMPLES = 16
 KEPT_BYTES = 1 << 30  # of what full precision gives, for the other fits of a session
@@ -166,7 +167,7 @@ def _look(
     controller.paused = True
     with (
         session.full_precision() if full_precision else nullcontext(),
-        watched(session.rollout.denoiser, names) as seen,
+        observed(session.rollout.denoiser, names) as seen,
     ):
         session.rollout.predict(i, latents, conditions)
     controller.paused = False

@@ -260,7 +260,7 @@ def record_features(
     taken = conditions.take(torch.arange(min(2, len(conditions)), device=conditions.noise.device))
     probe = _with(config, schedule=tuple(range(rollout.num_steps)))
     with cached(rollout.denoiser, probe) as controller:
-        names, remember, every = [n for n in controller.modules if re.fullmatch(pattern, n)], controller.remember, 0
+        names, every = [n for n in controller.modules if re.fullmatch(pattern, n)], 0
         if not names:
             raise CacheError(f"dps_feature: {pattern!r} matches none of {', '.join(controller.modules)}")
 
@@ -272,9 +272,8 @@ def record_features(
                 every = math.ceil(len(names) / max(1, RECORDED_BYTES // each))
             if module in names and names.index(module) % every == 0:
                 kept.setdefault(module, []).append((inputs[0].flatten(1).cpu(), tensor.flatten(1).cpu()))
-            remember(module, inputs, output)
 
-        controller.remember = record  # type: ignore[method-assign]
+        controller.see = record
         rollout.trajectory(taken)
     return kept
 

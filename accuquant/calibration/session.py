@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from accuquant.calibration.layers import TrainableLayer, adopt_dynamic_scales, full_precision, quantize_model
 from accuquant.calibration.loop import Reference, Tuner
@@ -71,26 +70,6 @@ class Session:
     def full_precision(self) -> AbstractContextManager[None]:
         """The layers compute in full precision for as long as the block runs."""
         return full_precision(self.layers.values())
-
-
-@contextmanager
-def watched(denoiser: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """First input and first output of each named module, of its last call in the block."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            seen[name] = (given, output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    handles = [denoiser.get_submodule(name).register_forward_hook(record(name), with_kwargs=True) for name in names]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def validation_error(session: Session) -> float:

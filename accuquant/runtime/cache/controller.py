@@ -22,6 +22,7 @@ from accuquant.core.schedule import RCS, interval_is_full
 from accuquant.errors import CacheError
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.stats import CacheStats, Trace
+from accuquant.runtime.observe import Call
 
 
 class Controller:
@@ -46,6 +47,7 @@ class Controller:
         self.driven = self.paused = False
         self.correct: Callable[[str, Tensor, bool], Tensor] | None = None  # module, output, whether it was computed
         self.weigh: Callable[[str, Tensor, Tensor], Tensor] | None = None  # module, forecast, last output
+        self.see: Callable[[str, tuple[Tensor, ...], Any], None] | None = None  # module, inputs, what it computed
         order = max(1, config.forecast_order)
         self.rcs = RCS(config.tau, order, config.warmup, config.max_gap) if config.tau is not None else None
         self._forget()
@@ -156,15 +158,17 @@ class Controller:
             return (self.correct(module, output[0], True), *output[1:])
         return self.correct(module, output, True)
 
-    def features(self, seen: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Input and output of every cached module as forecasts know them, from those of the modules themselves."""
+    def features(self, seen: dict[str, Call]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Input and output of every cached module as forecasts know them, from the calls of the modules themselves."""
         found = {}
         for module in self.modules:
-            first = seen[self.begins.get(module, module)][0]
-            found[module] = (first, seen[module][1] - first if module in self.begins else seen[module][1])
+            first, output = seen[self.begins.get(module, module)].input, seen[module].output
+            found[module] = (first, output - first if module in self.begins else output)
         return found
 
     def remember(self, module: str, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if self.see is not None:
+            self.see(module, inputs, output)
         key, tensors = (self.context, module), output if isinstance(output, tuple) else (output,)
         old = self.memories.get(key) or (None,) * len(tensors)
         self.nbytes -= sum(memory.nbytes() for memory in old if memory)
