@@ -8,6 +8,7 @@ from accuquant.caching.enable import cache_stats, compile_cached, disable_cache,
 from accuquant.errors import CacheError, CheckpointError, RecipeError
 from accuquant.recipe import Cache, FORAConfig, Recipe, RFCConfig, TaylorSeerConfig
 from accuquant.recipe.file import load_recipe
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats
 from accuquant.runtime.checkpoint import AccuQuantConfig, register
 from accuquant.runtime.layer import set_arithmetic
@@ -19,6 +20,7 @@ __all__ = [
     "AccuQuantConfig",
     "Cache",
     "CacheError",
+    "CachePlan",
     "CacheStats",
     "CheckpointError",
     "FORAConfig",

@@ -27,6 +27,7 @@ from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.cache.features import in_cache
 from accuquant.runtime.cache.hooks import attach_cache, cached, detach_cache
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.observe import observed
 
 QUIET = Reporter(quiet=True)
@@ -231,7 +232,7 @@ def test_what_a_unet_cannot_do_is_refused() -> None:
 def test_dps_is_the_best_of_all_lists_for_the_feature_it_looks_at(session: Session, measured_on: Any) -> None:
     config = Cache(estimation="reuse", schedule="dps", interval=2, measured_on=measured_on, dps_feature=r".*\.1\.ff")
     rollout, reference = session.rollout, session.reference
-    found = searched(config, session, QUIET)
+    found, _ = searched(config, session, QUIET)
     with session.full_precision() if measured_on == "full_precision" else nullcontext():
         features = record_features(rollout, reference.conditions, config)
     outputs = [out.flatten().double() for _, out in features["transformer_blocks.1.ff"]]
@@ -264,9 +265,9 @@ def test_published_correction_is_fitted_to_full_precision_features(session: Sess
     config = Cache(
         estimation="reuse", interval=3, corrected=True, corrected_quantization=True, measured_on="full_precision"
     )
-    written, correction = fit_correction(session, config, QUIET)
+    correction = fit_correction(session, CachePlan.of(config), QUIET)
     rollout, reference, name = session.rollout, session.reference, "transformer_blocks.1.ff"
-    assert written.correction_full_timesteps == tuple(float(rollout.timesteps[i]) for i in (0, 1, 4))
+    assert correction.full_timesteps == [float(rollout.timesteps[i]) for i in (0, 1, 4)]
     outputs: dict[tuple[int, bool], Tensor] = {}
     for i in range(6):
         for full_precision in (True, False):
@@ -290,7 +291,7 @@ def test_correcting_both_parts_brings_the_calibration_samples_nearer(session: Se
         config = Cache(estimation="reuse", interval=3, **dict.fromkeys(parts, True))  # type: ignore[arg-type]
         correction = None
         if config.fits:
-            config, correction = fit_correction(session, config, QUIET)
+            correction = fit_correction(session, CachePlan.of(config), QUIET)
         with cached(session.rollout.denoiser, config, correction):
             final = session.rollout.trajectory(session.reference.conditions)[0][-1]
         errors[parts] = float(relative_l2(final, session.reference.latents[-1]).mean())
@@ -299,11 +300,10 @@ def test_correcting_both_parts_brings_the_calibration_samples_nearer(session: Se
 
 
 def test_only_the_parts_that_are_asked_for_are_fitted(session: Session) -> None:
-    config, correction = fit_correction(
-        session, Cache(estimation="reuse", interval=3, corrected_quantization=True), QUIET
-    )
-    assert config.correction_timesteps == ()
-    assert len(config.correction_full_timesteps or ()) == 3
+    plan = CachePlan.of(Cache(estimation="reuse", interval=3, corrected_quantization=True))
+    correction = fit_correction(session, plan, QUIET)
+    assert correction.timesteps == []
+    assert len(correction.full_timesteps) == 3
     assert correction("transformer_blocks.0.ff").shape == (3, 2, 32)
 
 

@@ -51,7 +51,11 @@ def test_the_last_call_is_kept_and_nothing_stays() -> None:
 
 def test_every_call_is_shown_as_it_ends() -> None:
     model, order = Model(), list[tuple[str, float]]()
-    with observed(model, ["last", "first"], lambda name, call: order.append((name, float(call.input.sum())))) as seen:
+
+    def see(name: str, call: Call) -> None:
+        order.append((name, float(call.input.sum())))
+
+    with torch.no_grad(), observed(model, ["last", "first"], see) as seen:
         model(torch.ones(1, 3))
         model(torch.zeros(1, 3))
     assert [name for name, _ in order] == ["first", "last", "first", "last"]

@@ -17,15 +17,14 @@ from torch import Tensor
 from accuquant.calibration.session import Session
 from accuquant.progress import Reporter
 from accuquant.runtime.cache.features import cached_modules
+from accuquant.runtime.cache.fitted import Noise
 from accuquant.runtime.observe import observed
 
 NOISE_SAMPLES = 4
 
 
 @torch.no_grad()
-def measure_noise(
-    session: Session, gap: int, reporter: Reporter, pattern: str | None = None
-) -> dict[str, tuple[float, float]]:
+def measure_noise(session: Session, gap: int, reporter: Reporter, pattern: str | None = None) -> Noise:
     """Relative energies (output, input) of the non-persistent quantization error of each cached module.
 
     Args:

@@ -21,8 +21,10 @@ from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import Samples, Split, calibration_samples, draw, load_split
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Objective, Recipe
+from accuquant.recipe import Objective, Recipe
 from accuquant.runtime.cache.features import cached_features
+from accuquant.runtime.cache.fitted import Fitted
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
 
@@ -42,9 +44,11 @@ class Session:
     reference: Reference
     validation: Reference
 
-    def tuner(self, objective: Objective, steps_per_group: int, cache: Cache | None = None) -> Tuner:
+    def tuner(
+        self, objective: Objective, steps_per_group: int, cache: CachePlan | None = None, fitted: Fitted | None = None
+    ) -> Tuner:
         tuned, seed = {p.name: self.layers[p.name] for p in self.planned if p.tune}, self.recipe.data.seed
-        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, seed, steps_per_group, cache)
+        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, seed, steps_per_group, cache, fitted)
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Everything calibration may change."""

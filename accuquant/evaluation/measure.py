@@ -120,7 +120,7 @@ def decompose(
     assert controller is not None
     with uncached(quantized.denoiser):
         alone = sample(quantized, held_out.conditions, recipe, reporter, "held-out, quantized without the cache")
-    with cached(full.denoiser, controller.config.unfitted):
+    with cached(full.denoiser, controller.plan.unfitted):
         only = sample(full, held_out.conditions, recipe, reporter, "held-out, full precision with the cache")
     sides = (("E_q", alone), ("E_c", only), ("E_qc", both))
     curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}
@@ -133,7 +133,7 @@ def decompose(
 def input_errors(full: Rollout, held_out: HeldOut, controller: Controller, full_steps: tuple[int, ...]) -> list[float]:
     """RCS's e at each step of one trajectory: how far the first cached module's input is from its Taylor forecast."""
     first, index = controller.modules[0], torch.arange(1, device=held_out.latents.device)
-    rcs, found = RCS(math.inf, max(1, controller.config.forecast_order), 1), list[float]()
+    rcs, found = RCS(math.inf, max(1, controller.plan.order), 1), list[float]()
 
     def watch(name: str, call: Call) -> None:
         rcs.is_full(len(found), call.input, forced=len(found) in full_steps)

@@ -18,6 +18,7 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.layer import quantized_layers
 
 
@@ -59,7 +60,7 @@ def exported_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     return {**quantized_layers(denoiser), **torchao_layers(denoiser)}
 
 
-def _searched(config: Cache, pipeline: DiffusionPipeline, recipe: Recipe, reporter: Reporter) -> Cache:
+def _searched(config: Cache, pipeline: DiffusionPipeline, recipe: Recipe, reporter: Reporter) -> Cache | CachePlan:
     """A target given on the command line: searched on calibration samples, against the export without a cache."""
     if not config.searches:
         return config

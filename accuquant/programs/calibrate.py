@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from accuquant.programs.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Objective, Recipe
 from accuquant.recipe.file import dump_recipe
+from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.plan import CachePlan
 
 AUTO_CANDIDATES = (1, 2, 5)
 AUTO_SHARE = 0.25  # of the budget, spent on each candidate's trial
@@ -73,24 +76,26 @@ def calibrate(
     initial = _held_out_metrics(session, held_out, reporter, partial / "initial.json", "before calibration")
     started = time.monotonic()
     tuner, tried = calibrate_alone(session, reporter, partial, resume)
-    history, cache, naive, correction = tuner.history, None, None, None
+    history, plan, naive, fitted = tuner.history, None, None, Fitted()
     if recipe.cache is not None:
-        cache = _cache(recipe.cache, session, reporter, partial / "cache.json")
-        uncorrected = cache.uncorrected  # a correction is fitted last, to the weights as they end up
-        kept, stacked = partial / "naive.json", Cache(**tuning["naive"]) if tuning and tuning["naive"] else uncorrected
-        naive = _held_out_metrics(session, held_out, reporter, kept, "naive stacking", stacked)
-        further = calibrate_cached(session, recipe.objective, uncorrected, tuner, reporter, partial, resume)
+        plan, fitted = _plan(recipe.cache, session, reporter, partial / "cache.json")
+        uncorrected = plan.uncorrected  # a correction is fitted last, to the weights as they end up
+        kept, stacked = partial / "naive.json", (uncorrected, fitted)
+        if tuning and tuning["naive"]:
+            stacked = CachePlan.from_dict(tuning["naive"]), Fitted()
+        naive = _held_out_metrics(session, held_out, reporter, kept, "naive stacking", *stacked)
+        further = calibrate_cached(session, recipe.objective, uncorrected, tuner, reporter, partial, resume, fitted)
         if further is not None:
-            history, correction = history + counted_on(further.history, tuner), further.learned
-            cache = cache if correction is None else correction.named_in(cache)
-        if cache.fits:
-            cache, correction = fit_correction(session, cache, reporter, correction)
+            history = history + counted_on(further.history, tuner)
+            plan, fitted = (plan, fitted) if further.learned is None else (replace(plan, learned=True), further.learned)
+        if plan.fits:
+            fitted = fit_correction(session, plan, reporter, fitted)
 
     staging = partial / "export"
     shutil.rmtree(staging, ignore_errors=True)
     write_format(session, dimensions)
-    if cache is not None:
-        store_cache(rollout.denoiser, cache, correction)
+    if plan is not None:
+        store_cache(rollout.denoiser, plan, fitted)
     rollout.pipeline.save_pretrained(staging, max_shard_size=recipe.export.max_shard_size)
     (staging / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     record = {
@@ -147,7 +152,14 @@ def calibrate_alone(
 
 
 def calibrate_cached(
-    session: Session, objective: Objective, cache: Cache, alone: Tuner, reporter: Reporter, partial: Path, resume: bool
+    session: Session,
+    objective: Objective,
+    plan: CachePlan,
+    alone: Tuner,
+    reporter: Reporter,
+    partial: Path,
+    resume: bool,
+    fitted: Fitted | None = None,
 ) -> Tuner | None:
     """Go on calibrating with the cache on; returns what did, or None where nothing was to be done."""
     state = partial / "state-cached.safetensors"
@@ -157,7 +169,7 @@ def calibrate_cached(
     changes: dict[str, Any] = {"iterations": objective.cached_iterations, "learn": learn, "warmup_fraction": 0.0}
     if "forecast" in learn:  # learned by less than the whole trajectory, forecasts get worse: errors add up (measured)
         steps, changes = session.rollout.num_steps, changes | {"gradient": "exact"}
-    tuner = session.tuner(objective.model_copy(update=changes), steps, cache)
+    tuner = session.tuner(objective.model_copy(update=changes), steps, plan, fitted)
     _update(tuner, "calibrating with the cache on", reporter, state, resume)
     if tuner.learned is not None:
         tuner.learned.settled()
@@ -250,30 +262,37 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     }
 
 
-def _cache(config: Cache, session: Session, reporter: Reporter, kept: Path) -> Cache:
-    """The recipe's cache with all that has to be found of it; a resumed run finds it in ``kept``."""
+def _plan(config: Cache, session: Session, reporter: Reporter, kept: Path) -> tuple[CachePlan, Fitted]:
+    """The plan of the recipe's cache with all that has to be found for it; a resumed run finds it in ``kept``."""
     if not config.searches and not config.noise_aware:
-        return config
+        return CachePlan.of(config), Fitted()
     if kept.is_file():
-        return Cache.model_validate_json(kept.read_text(encoding="utf-8"))
-    config = searched(config, session, reporter)
+        stored = json.loads(kept.read_text(encoding="utf-8"))
+        return CachePlan.from_dict(stored), Fitted.from_dict(stored)
+    plan, fitted = searched(config, session, reporter)
     temporary = kept.with_suffix(".tmp")
-    temporary.write_text(config.model_dump_json(), encoding="utf-8")
+    temporary.write_text(json.dumps(plan.to_dict() | fitted.to_dict(plan)), encoding="utf-8")
     temporary.rename(kept)
-    return config
+    return plan, fitted
 
 
 def _held_out_metrics(
-    session: Session, held_out: HeldOut, reporter: Reporter, kept: Path, what: str, cache: Cache | None = None
+    session: Session,
+    held_out: HeldOut,
+    reporter: Reporter,
+    kept: Path,
+    what: str,
+    plan: CachePlan | None = None,
+    fitted: Fitted | None = None,
 ) -> dict[str, Any]:
     """Held-out error of the model as it is now, under the cache if one is given; a resumed run finds it in ``kept``."""
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return found
-    with nullcontext() if cache is None else cached(session.rollout.denoiser, cache):
+    with nullcontext() if plan is None else cached(session.rollout.denoiser, plan, fitted):
         latents = sample(session.rollout, held_out.conditions, session.recipe, reporter, f"held-out, {what}")
     metrics = latent_metrics(latents, held_out.latents)
-    if cache is not None:  # for the report's images
+    if plan is not None:  # for the report's images
         shown = latents[-1][: session.recipe.evaluation.num_images].contiguous()
         save_file({"latents": shown}, kept.with_name(NAIVE_LATENTS))
     kept.write_text(json.dumps(metrics), encoding="utf-8")

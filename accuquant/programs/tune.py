@@ -27,8 +27,9 @@ from accuquant.errors import RecipeError
 from accuquant.export.run_folder import check_output
 from accuquant.programs.calibrate import calibrate, calibrate_alone, calibrate_cached
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Recipe, Tune
+from accuquant.recipe import Recipe, Tune
 from accuquant.recipe.file import dump_recipe
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.budget import (
     KEPT,
     LEAST_NFC,
@@ -44,15 +45,11 @@ from accuquant.tuning.candidates import (
     Place,
     Row,
     Tried,
-    as_cache,
     as_forecast,
+    as_plan,
+    fitted_of,
     learned_of,
     worse_error,
-)
-
-WRITTEN = (
-    *("noise", "measured_nfc", "correction_timesteps", "correction_full_timesteps", "correction_channels"),
-    *("learned_timesteps", "learned_modules"),
 )
 
 
@@ -130,18 +127,19 @@ def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
     start = place.session.snapshot()
     for what in place.section.learning:
         place.session.restore(start)
-        config = calibrate_with(place, what, alone, nfc, folder)
-        place.confirm(as_forecast(row), row["schedule"], "none", nfc, lambda config=config: config)  # type: ignore[misc]
+        found = calibrate_with(place, what, alone, nfc, folder), fitted_of(row)
+        place.confirm(as_forecast(row), row["schedule"], "none", nfc, lambda found=found: found)  # type: ignore[misc]
         place.correct(nfc)
 
 
-def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: Path) -> Cache:
+def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: Path) -> CachePlan:
     """Have the model, as calibrated alone, learn with the best cache on; updates that are kept are not made again."""
     recipe, state = place.combination.recipe, learned_in(folder, nfc, what)
     state.mkdir(exist_ok=True)
     objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
-    config = as_cache(place.best_uncorrected(nfc))
-    tuner = calibrate_cached(place.session, objective, config, alone, place.reporter, state, resume=True)
+    row = place.best_uncorrected(nfc)
+    given = (objective, as_plan(row), alone, place.reporter, state)
+    tuner = calibrate_cached(place.session, *given, resume=True, fitted=fitted_of(row))
     assert tuner is not None and tuner.cache is not None
     place.calibrated, place.learned = LEARNED[what], tuner.learned
     return tuner.cache
@@ -155,8 +153,10 @@ def learnable(recipe: Recipe, what: str) -> tuple[str, ...]:
 
 def chosen_recipe(recipe: Recipe, row: Row) -> Recipe:
     """The recipe that makes the chosen candidate from nothing; what calibration writes into a cache is left to it."""
-    cache = as_cache(row)
-    cache = cache.model_copy(update=dict.fromkeys(WRITTEN) | ({"noise": cache.noise} if cache.tau else {}))
+    plan, noise = as_plan(row), fitted_of(row).noise
+    cache = plan.as_recipe()
+    if plan.tau and noise:  # over which gap it was measured, tau does not say
+        cache = cache.changed(noise=noise)
     what = learned_of(row)
     changes = {"cached_learn": learnable(recipe, what)} if what else {"cached_iterations": 0, "cached_learn": None}
     objective = recipe.objective.model_copy(update=changes)

@@ -14,14 +14,13 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from accuquant.errors import CacheError, CheckpointError
-from accuquant.recipe import Cache
-from accuquant.runtime.cache.fitted import Correction
-from accuquant.runtime.cache.hooks import CORRECTION, attach_cache
+from accuquant.runtime.cache.fitted import Fitted
+from accuquant.runtime.cache.hooks import FITTED, attach_cache
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import GRID, QuantizedLayer, quantized_layers
 from accuquant.runtime.spec import Conv, LayerSpec, keep_float32, share_grids
@@ -41,7 +40,8 @@ class AccuQuantConfig(QuantizationConfigMixin):
     Args:
         layers: module name -> fields of `LayerSpec`.
         timestep_edges: descending timestep values between groups of activation scales.
-        cache: fields of the feature cache that loading puts on the model; None loads it without.
+        cache: of the feature cache that loading puts on the model, its `CachePlan` and what was `Fitted` to it; None
+            loads it without.
         version: of the file format.
 
     Raises:
@@ -71,11 +71,10 @@ class AccuQuantConfig(QuantizationConfigMixin):
         self.timestep_edges = timestep_edges
         self.layers = layers
         try:
-            self.cache = None if cache is None else Cache(**cache)
-        except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors()]
-            raise CheckpointError(f"quantization_config.cache: {'; '.join(lines)}") from error
-        except TypeError as error:
+            self.cache = None if cache is None else CachePlan.from_dict(cache)
+            with torch.device("meta"):
+                self.fitted = Fitted.from_dict(cache or {})
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"quantization_config.cache: {error}") from error
         self.specs()
 
@@ -91,7 +90,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
             "version": self.version,
             "timestep_edges": self.timestep_edges,
             "layers": self.layers,
-        } | ({} if self.cache is None else {"cache": self.cache.model_dump(mode="json", exclude_none=True)})
+        } | ({} if self.cache is None else {"cache": self.cache.to_dict() | self.fitted.to_dict(self.cache)})
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -116,17 +115,9 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 )
             model.set_submodule(name, layer)
         self.clock = clock
-        cache = config.cache
-        if cache is not None and cache.keeps:
-            fitted = (
-                cache.correction_timesteps or (),
-                cache.correction_channels,
-                cache.correction_full_timesteps or (),
-            )
-            with torch.device("meta"):
-                setattr(
-                    model, CORRECTION, Correction(*fitted, cache.learned_timesteps or (), cache.learned_modules or ())
-                )
+        if config.cache is not None and config.cache.uses_fitted:
+            with torch.device("meta"):  # one of the model's own
+                setattr(model, FITTED, Fitted.from_dict(config.fitted.to_dict(config.cache)))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, layer in quantized_layers(model).items():
@@ -138,7 +129,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             layer.prepare()
         share_grids(quantized_layers(model).values(), *GRID)
         self.clock.attach(model)
-        keep_float32(model, [*self.quantization_config.layers, CORRECTION])
+        keep_float32(model, [*self.quantization_config.layers, FITTED])
         if self.quantization_config.cache is not None:
             try:
                 attach_cache(model, self.quantization_config.cache)
@@ -166,7 +157,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         owner = param_name.rpartition(".")[0]
-        return owner.partition(".")[0] == CORRECTION or isinstance(model.get_submodule(owner), QuantizedLayer)
+        return owner.partition(".")[0] == FITTED or isinstance(model.get_submodule(owner), QuantizedLayer)
 
     def create_quantized_param(
         self,

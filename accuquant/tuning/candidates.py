@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.errors import CacheError
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Tune
+from accuquant.recipe import ESTIMATIONS, Cache, Tune
 from accuquant.runtime.cache.features import cached_features
-from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.fitted import Fitted, Noise
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.budget import LEAST_NFC, Combination, base_settings
 
 ALONE, NAIVE = "alone", "naive stacking"
@@ -82,8 +83,8 @@ class Place:
     tried: Tried
     reporter: Reporter
     calibrated: str = ALONE
-    learned: Correction | None = None
-    noises: dict[tuple[str, int], Any] = field(default_factory=dict)  # as calibrated, by gap
+    learned: Fitted | None = None
+    noises: dict[tuple[str, int], Noise] = field(default_factory=dict)  # as calibrated, by gap
     targets: Targets = field(default_factory=Targets)
 
     def try_forecasts(self, nfc: int) -> None:
@@ -93,11 +94,10 @@ class Place:
             for forecast in self.forecasts(nfc):
                 for schedule in self.section.schedules:
 
-                    def make(forecast: Forecast = forecast, schedule: str = schedule) -> Cache:
+                    def make(forecast: Forecast = forecast, schedule: str = schedule) -> tuple[CachePlan, Fitted]:
                         config = self.cache(forecast, schedule, nfc)
                         if schedule == "best":
-                            found = self.full_timesteps(forecast, nfc)
-                            config = config.model_copy(update={"full_timesteps": found})
+                            config = config.changed(full_timesteps=self.full_timesteps(forecast, nfc))
                         return self.searched(config)
 
                     row = self.confirm(forecast, schedule, "none", nfc, make)
@@ -107,8 +107,8 @@ class Place:
         """A list without refining, which serves all orders of an estimation."""
         rows = [r for r in self.own_rows(nfc) if r["schedule"] == "best" and r["calibrated"] == self.calibrated]
         known = next((row for row in rows if row["forecast"][0] == forecast[0]), None)
-        config = as_cache(known) if known else self.searched(self.cache(forecast, "best", nfc, trials=0))
-        return config.full_timesteps
+        plan = as_plan(known) if known else self.searched(self.cache(forecast, "best", nfc, trials=0))[0]
+        return plan.full_timesteps
 
     def refine(self, forecast: Forecast, nfc: int) -> None:
         """Full steps that are searched for this very forecast."""
@@ -118,18 +118,23 @@ class Place:
     def correct(self, nfc: int) -> None:
         """Every correction of the best candidate without one, as the model is; both, of other estimations' best."""
         rows = [r for r in self.own_rows(nfc) if r["parts"] == "none" and r["calibrated"] == self.calibrated]
-        rows = [r for r in rows if as_cache(r).tau is None]  # RCS skips other steps with every sample
+        rows = [r for r in rows if as_plan(r).tau is None]  # RCS skips other steps with every sample
         best = dict[str, Row]()
         for row in sorted(rows, key=self.score):
             best.setdefault(as_forecast(row)[0], row)
         for number, row in enumerate(best.values()):
             for parts in self.section.corrections if number == 0 else {"both"} & {*self.section.corrections}:
-                self.confirm(as_forecast(row), row["schedule"], parts, nfc, lambda row=row: as_cache(row))  # type: ignore[misc]
+
+                def make(row: Row = row) -> tuple[CachePlan, Fitted]:
+                    return as_plan(row), fitted_of(row)
+
+                self.confirm(as_forecast(row), row["schedule"], parts, nfc, make)
 
     def naive(self, nfc: int) -> Row:
         """Naive stacking: TaylorSeer, as if alone, on the model calibrated alone. Candidates are judged against it."""
         config = self.cache(("taylor", 2, False), "interval", nfc)
-        row = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: config, NAIVE)
+        made = CachePlan.of(config), Fitted()
+        row = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: made, NAIVE)
         assert row is not None
         return row
 
@@ -139,10 +144,10 @@ class Place:
         published = self.cache(reuse, "dps", nfc, measured_on="full_precision")
         self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(published), "CacheQuant")
         if published.modules is None and published.feature == "modules":
-            one = published.model_copy(update={"feature": "blocks"})
+            one = published.changed(feature="blocks")
             fewer = self.same_cost(one, nfc)  # the outer blocks are computed at every step
             if fewer >= LEAST_NFC:
-                one = one.model_copy(update={"target_nfc": fewer})
+                one = one.changed(target_nfc=fewer)
                 self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(one), "CacheQuant, one feature")
 
     def same_cost(self, other: Cache, nfc: int) -> int:
@@ -152,7 +157,13 @@ class Place:
         return next((n for n in counts if self.combination.bit_operations(n, (*modules, *bypassed)) <= budget), 0)
 
     def confirm(
-        self, forecast: Forecast, schedule: str, parts: str, nfc: int, make: Callable[[], Cache], rival: str = ""
+        self,
+        forecast: Forecast,
+        schedule: str,
+        parts: str,
+        nfc: int,
+        make: Callable[[], tuple[CachePlan, Fitted]],
+        rival: str = "",
     ) -> Row | None:
         """Roll the candidate out, unless that was done; None where there is no such cache."""
         words = f"{_words(forecast)}, {schedule} steps{CORRECTED[parts]}"
@@ -162,18 +173,18 @@ class Place:
             return known
         started = time.monotonic()
         try:
-            config, correction = make(), self.learned
+            plan, fitted = make()
         except CacheError as error:  # no tau meets the target, or groups cannot be cut so
             self.reporter.detail(f"{words}: {error}")
             return None
+        fitted = fitted.with_learned(self.learned)
         of_forecasts, of_full_steps = PARTS[parts]
         if of_forecasts or of_full_steps:
-            wanted = {"corrected": of_forecasts, "corrected_quantization": of_full_steps}
-            config = config.model_copy(update=wanted)
-            config, correction = fit_correction(self.session, config, Reporter(quiet=True), self.learned, self.targets)
-        with cached(self.session.rollout.denoiser, config, correction) as controller:
+            plan = replace(plan, corrected=of_forecasts, corrected_quantization=of_full_steps)
+            fitted = fit_correction(self.session, plan, Reporter(quiet=True), fitted, self.targets)
+        with cached(self.session.rollout.denoiser, plan, fitted) as controller:
             finals, counts = [], []
-            size = 1 if config.tau else self.session.recipe.evaluation.batch_size
+            size = 1 if plan.tau else self.session.recipe.evaluation.batch_size
             for batch in self.session.validation.conditions.batches(size):
                 finals.append(self.session.rollout.trajectory(batch)[0][-1])
                 counts.append(controller.stats().nfc)
@@ -198,27 +209,28 @@ class Place:
                 "calibrated": calibrated,
                 "elapsed": round(time.monotonic() - started, 2),
                 "rival": rival or None,
-                "config": config.model_dump(mode="json", exclude_none=True),
+                "config": plan.to_dict() | fitted.to_dict(plan),
             }
         )
 
-    def searched(self, config: Cache) -> Cache:
-        quiet = Reporter(quiet=True)
+    def searched(self, config: Cache) -> tuple[CachePlan, Fitted]:
+        quiet, noise = Reporter(quiet=True), None
         if config.noise_aware and config.noise is None:
             full_steps = config.target_nfc or len(config.full_steps or config.full_timesteps or ())
             gap = max(1, round(self.session.rollout.num_steps / full_steps))
             if (self.calibrated, gap) not in self.noises:
                 self.noises[self.calibrated, gap] = measure_noise(self.session, gap, quiet, config.modules)
-            config = config.model_copy(update={"noise": self.noises[self.calibrated, gap]})
-        return searched(config, self.session, quiet, worse_of_both=True, samples=TUNING_SAMPLES)
+            noise = self.noises[self.calibrated, gap]
+        return searched(config, self.session, quiet, worse_of_both=True, samples=TUNING_SAMPLES, noise=noise)
 
     def forecasts(self, nfc: int) -> list[Forecast]:
         """Those that the section allows and ``nfc`` full steps are enough for."""
-        found: list[Forecast] = [("reuse", 0, False)] if "reuse" in self.section.estimations else []
+        wanted = [(name, ESTIMATIONS[name][1]) for name in reversed(ESTIMATIONS) if name in self.section.estimations]
+        found: list[Forecast] = [(name, 0, False) for name, highest in wanted if not highest]
         blocks = base_settings(self.combination.recipe).get("feature") == "blocks"  # noise is measured of modules
         knowing = [aware for aware in self.section.noise_aware if not (aware and blocks)]
-        for estimation in ("taylor", "rfe"):
-            for order in self.section.orders if estimation in self.section.estimations else ():
+        for estimation, highest in wanted:
+            for order in [order for order in self.section.orders if order <= highest]:
                 found += [(estimation, order, aware) for aware in knowing if order < nfc]
         return found
 
@@ -258,7 +270,7 @@ class Place:
     def best_uncorrected(self, nfc: int) -> Row:
         """The best whose skipped steps are the same for all samples, on the model calibrated alone."""
         rows = [row for row in self.own_rows(nfc) if row["parts"] == "none" and row["calibrated"] == ALONE]
-        return min((row for row in rows if as_cache(row).tau is None), key=self.score)
+        return min((row for row in rows if as_plan(row).tau is None), key=self.score)
 
     def best_forecasts(self, nfc: int, count: int) -> list[Forecast]:
         """The best different ones, before corrections."""
@@ -271,8 +283,13 @@ def worse_error(row: Row, naive: Row) -> float:
     return max(float(row[name] / max(naive[name], 1e-30)) for name in ("E_qc", "image_error"))
 
 
-def as_cache(row: Row) -> Cache:
-    return Cache.model_validate_json(json.dumps(row["config"]))
+def as_plan(row: Row) -> CachePlan:
+    return CachePlan.from_dict(row["config"])
+
+
+def fitted_of(row: Row) -> Fitted:
+    """What the candidate's forecasts know; what was learned for them or corrects them is fitted anew."""
+    return Fitted(noise=Fitted.from_dict(row["config"]).noise)
 
 
 def learned_of(row: Row) -> str | None:
