@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import recipe_tree
+from conftest import make_pipeline, recipe_tree
 
 from accuquant.errors import CacheError, CheckpointError
 from accuquant.recipe import Cache
 from accuquant.recipe.file import dump_recipe, parse_recipe
+from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.cache.hooks import attach_cache, detach_cache
+from accuquant.runtime.cache.plan import CachePlan, ModuleForecast
 from accuquant.runtime.checkpoint import AccuQuantConfig
 
 # what exports held before plans had a type of their own
@@ -51,6 +54,45 @@ def test_a_plan_goes_into_json_and_back_and_a_recipe_can_ask_for_it(wish: dict[s
     assert CachePlan.of(plan.as_recipe()) == plan
     tree = recipe_tree("m", "o", cache=json.loads(json.dumps(plan.to_dict())))
     assert parse_recipe(tree, "test").cache == plan.as_recipe()
+
+
+def test_a_module_may_have_a_forecast_of_its_own() -> None:
+    """It gives what it gives where all have it; and is stored, with what it has to know."""
+    model, name = make_pipeline().transformer, "transformer_blocks.0.ff"
+    plan = CachePlan.of(Cache(interval=2, warmup=1, estimation="taylor", order=1))
+    mixed = replace(plan, forecasts={name: ModuleForecast("reuse", 0)})
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 2, 16, 32, generator=generator)
+    reused = CachePlan.of(Cache(interval=2, warmup=1, estimation="reuse"))
+    for module, same, other in ((name, reused, plan), ("transformer_blocks.1.ff", plan, reused)):
+        found, expected, different = (predicted(attached(model, one), module, x, y) for one in (mixed, same, other))
+        assert torch.equal(found, expected) and not torch.equal(found, different)
+    assert mixed.highest_order == 1 and replace(mixed, order=0, estimation="reuse").highest_order == 0
+    assert CachePlan.from_dict(json.loads(json.dumps(mixed.to_dict()))) == mixed
+    aware = replace(mixed, forecasts={name: ModuleForecast("rfe", 1, noise_aware=True)})
+    assert aware.uses_fitted and not aware.unfitted.uses_noise
+    with pytest.raises(CacheError, match=f"no noise was measured for {name};"):
+        attach_cache(model, aware)
+    with pytest.raises(CacheError, match="which no recipe can say"):
+        mixed.as_recipe()
+    for wrong in ({"estimation": "rfe", "order": 0}, {"estimation": "x"}, {"order": 1, "interval": 2}):
+        with pytest.raises(ValueError, match=r"order 1 or more|must be 'rfe'|unknown keys: interval"):
+            CachePlan.from_dict(plan.to_dict() | {"forecasts": {name: wrong}})
+
+
+def attached(model: Any, plan: CachePlan) -> Controller:
+    controller = attach_cache(model, plan)
+    detach_cache(model)
+    return controller
+
+
+def predicted(controller: Controller, module: str, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """A module's forecast after two outputs."""
+    forecast, memory = controller.forecasts[module], None
+    for step, output in ((0, first), (2, second)):
+        memory = forecast.update(memory, step, output, output)
+    assert memory is not None
+    return forecast.predict(memory, 3, second)
 
 
 def test_of_what_is_asked_only_what_decides_stays() -> None:

@@ -108,7 +108,7 @@ def _choose_forecast(
     kinds = [(name, 0, False) for name, (_, highest) in ESTIMATIONS.items() if not highest]
     others = [name for name, (_, highest) in reversed(ESTIMATIONS.items()) if highest]
     for aware in (False, True) if fitted is not None and fitted.noise else (False,):
-        kinds += [(name, order, aware) for order in range(1, plan.order + 1) for name in others]
+        kinds += [(name, i, aware) for i in range(1, plan.order + 1) for name in others if i <= ESTIMATIONS[name][1]]
     with reporter.bar("choosing the forecast", len(kinds)) as advance:
         for name, order, aware in kinds:
             one = replace(plan, estimation=name, order=order, noise_aware=aware)
@@ -139,8 +139,9 @@ def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
     if config.schedule == "dps":
         return num_steps
     trials = TAU_TRIALS if config.schedule == "rcs" else config.trials + len(EMPHASES) + 2
-    kinds = 2 * config.forecast_order * (2 if config.noise_aware else 1)
-    chosen = 1 + kinds if config.estimation == "auto" else 0
+    orders = [min(highest, config.forecast_order) for _, highest in ESTIMATIONS.values()]
+    kinds = sum(orders) * (2 if config.noise_aware else 1) + orders.count(0)
+    chosen = kinds if config.estimation == "auto" else 0
     samples = trials * SEARCH_SAMPLES + chosen * CHOICE_SAMPLES
     return round((config.target_nfc or num_steps) * samples / batch_size)
 

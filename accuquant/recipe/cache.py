@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from accuquant.errors import RecipeError
 from accuquant.recipe.base import Number, Section, found, nearest
 
-ESTIMATIONS = {"rfe": (1, 4), "taylor": (0, 4), "reuse": (0, 0)}  # of `core.forecasts`, with least and highest order
+# the forecasts of `core.forecasts`, dearest first, with their least and highest order
+ESTIMATIONS = {"rfe": (1, 4), "taylor": (0, 4), "reuse": (0, 0)}
 # once written into recipes by searches and calibration, which now find them anew
 WRITTEN = ("correction_timesteps", "correction_full_timesteps", "correction_channels")
 WRITTEN += ("learned_timesteps", "learned_modules", "measured_nfc")

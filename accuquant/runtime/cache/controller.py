@@ -45,7 +45,7 @@ class Controller:
         noise: Noise | None = None,
     ) -> None:
         self.plan, self.modules, self.bypassed, self.begins = plan, modules, bypassed, begins or {}
-        self.forecasts = {module: plan.forecast((noise or {}).get(module)) for module in modules}
+        self.forecasts = {module: plan.forecast(module, (noise or {}).get(module)) for module in modules}
         self.last = Trace()
         self.driven = self.paused = False
         self.fitted: Fitted | None = None  # what `correct` and `weigh` take theirs from

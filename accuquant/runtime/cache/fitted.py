@@ -134,7 +134,7 @@ class Fitted(nn.Module):
     def to_dict(self, plan: CachePlan) -> dict[str, Any]:
         """Its part of that section, as far as the plan makes use of it; the tensors are stored as such."""
         found: dict[str, Any] = {}
-        if plan.noise_aware and self.noise is not None:
+        if plan.uses_noise and self.noise is not None:
             found["noise"] = {name: list(pair) for name, pair in self.noise.items()}
         if plan.fits:
             found["correction_timesteps"] = list(self.timesteps)

@@ -75,7 +75,7 @@ class Calls(Hook):
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A pipeline is done."""
-        stats, order = self.controller.stats(), self.controller.plan.order
+        stats, order = self.controller.stats(), self.controller.plan.highest_order
         if self.controller.step >= 0 and stats.nfc <= order and stats.nfc < stats.num_steps:
             warnings.warn(
                 f"order {order} needs {order + 1} full computations, this trajectory of {stats.num_steps} steps had "
@@ -197,7 +197,7 @@ def attach_cache(denoiser: nn.Module, plan: CachePlan | Cache, fitted: Fitted | 
         noise = {name: (pair[0], pair[1]) for name, pair in plan.noise.items()} if plan.noise else noise
         plan = CachePlan.of(plan)
     modules, fused, bypassed, begins = cached_features(denoiser, plan)
-    if plan.noise_aware and (unknown := [name for name in modules if name not in (noise or {})]):
+    if unknown := [name for name in modules if plan.knows_noise(name) and name not in (noise or {})]:
         raise CacheError(f"noise_aware: no noise was measured for {', '.join(unknown[:3])}; `accuquant calibrate` does")
     controller = Controller(plan, modules, bypassed, begins, noise)
     controller.fitted = found

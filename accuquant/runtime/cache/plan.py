@@ -6,7 +6,7 @@ Tensors and numbers that calibration finds for one are a `Fitted`. An export's c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,12 +17,36 @@ from accuquant.recipe import Cache
 
 
 @dataclass(frozen=True)
+class ModuleForecast:
+    """How one module is forecast, where that differs from the rest of its plan."""
+
+    estimation: str
+    order: int
+    differences: Differences = "taylor"
+    norm: Norm = "sample"
+    noise_aware: bool = False
+
+    def made(self, noise: tuple[float, float] | None) -> Forecast:
+        """The forecast itself; ``noise`` is the module's own, for one that is to know it.
+
+        Raises:
+            CacheError: there is no such forecast.
+        """
+        settings = Settings(self.order, self.differences, self.norm, noise if self.noise_aware else None)
+        try:
+            return FORECASTS[self.estimation].of(settings)
+        except ValueError as error:
+            raise CacheError(f"estimation: {self.estimation}: {error}") from error
+
+
+@dataclass(frozen=True)
 class CachePlan:
     """A cache that leaves nothing open. Its settings are named and documented as those of `recipe.Cache`.
 
     Attributes:
         full_steps, full_timesteps, interval, tau: one of them says which steps are full; the others are None.
         order: of the forecast.
+        forecasts: of modules, by name, whose forecast is another; empty where all are alike.
         learned: forecasts are weighted by learned shares.
         measured_nfc: full computations of a trajectory, mean and standard deviation over the samples of a search.
     """
@@ -49,6 +73,7 @@ class CachePlan:
     measured_on: str = "quantized"
     learned: bool = False
     measured_nfc: tuple[float, ...] | None = None
+    forecasts: dict[str, ModuleForecast] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -88,7 +113,9 @@ class CachePlan:
             ValueError: a key is unknown, or its value none that could be stored there.
         """
         given = {key: value for key, value in stored.items() if value is not None}
+        own = given.pop("forecasts", {})
         try:
+            own = {module: _checked(module, settings) for module, settings in own.items()}
             plan = cls.of(Cache(**given))
         except ValidationError as error:
             lines = [
@@ -100,18 +127,26 @@ class CachePlan:
             raise ValueError(str(error)) from error
         measured = given.get("measured_nfc")
         learned = bool(given.get("learned_timesteps"))
-        return replace(plan, learned=learned, measured_nfc=None if measured is None else tuple(measured))
+        nfc = None if measured is None else tuple(measured)
+        return replace(plan, learned=learned, measured_nfc=nfc, forecasts=own)
 
     def to_dict(self) -> dict[str, Any]:
         """Its part of that section: settings that say something, in types that JSON has."""
-        silent = {"learned", "full_steps"}  # told by `Fitted`, and by another name
+        silent = {"learned", "full_steps", "forecasts"}  # told by `Fitted`, by another name, and where there are any
         silent |= {"warmup"} if self.full_steps or self.full_timesteps else set()
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in silent}
         named["schedule"] = self.full_steps
+        named["forecasts"] = {module: asdict(one) for module, one in self.forecasts.items()} or None
         return {k: list(v) if isinstance(v, tuple) else v for k, v in named.items() if v is not None}
 
     def as_recipe(self) -> Cache:
-        """A recipe's section that asks for this very plan; what is fitted to it is to be found anew."""
+        """A recipe's section that asks for this very plan; what is fitted to it is to be found anew.
+
+        Raises:
+            CacheError: modules have forecasts of their own, which no recipe can say.
+        """
+        if self.forecasts:
+            raise CacheError(f"{next(iter(self.forecasts))} has a forecast of its own, which no recipe can say")
         return Cache(**self.to_dict())
 
     def check_steps(self, steps: int | None) -> None:
@@ -120,7 +155,7 @@ class CachePlan:
         Raises:
             ValueError: they have not.
         """
-        self.as_recipe().check_steps(steps)
+        replace(self, order=self.highest_order, estimation="taylor", forecasts={}).as_recipe().check_steps(steps)
 
     @property
     def fits(self) -> bool:
@@ -128,9 +163,13 @@ class CachePlan:
         return self.corrected or self.corrected_quantization
 
     @property
+    def uses_noise(self) -> bool:
+        return self.noise_aware or any(one.noise_aware for one in self.forecasts.values())
+
+    @property
     def uses_fitted(self) -> bool:
         """Whether it asks for anything that calibration has found, a `Fitted`."""
-        return self.fits or self.learned or self.noise_aware
+        return self.fits or self.learned or self.uses_noise
 
     @property
     def uncorrected(self) -> CachePlan:
@@ -139,19 +178,35 @@ class CachePlan:
     @property
     def unfitted(self) -> CachePlan:
         """The same steps and forecast without what was fitted to, learned or measured of a quantized model."""
-        return replace(self.uncorrected, learned=False, noise_aware=False)
+        own = {module: replace(one, noise_aware=False) for module, one in self.forecasts.items()}
+        return replace(self.uncorrected, learned=False, noise_aware=False, forecasts=own)
 
-    def forecast(self, noise: tuple[float, float] | None = None) -> Forecast:
-        """A module's forecast.
+    @property
+    def highest_order(self) -> int:
+        """So many full steps and one more, until every forecast has its order."""
+        return max([self.order, *(one.order for one in self.forecasts.values())])
 
-        Args:
-            noise: the module's own, for one that is to know it.
+    def knows_noise(self, module: str) -> bool:
+        """Whether the module's forecast has to be told its noise."""
+        return self.forecasts[module].noise_aware if module in self.forecasts else self.noise_aware
+
+    def forecast(self, module: str, noise: tuple[float, float] | None = None) -> Forecast:
+        """Of a module, whose own ``noise`` is for one that is to know it.
 
         Raises:
             CacheError: there is no such forecast.
         """
-        known = noise if self.noise_aware else None
-        try:
-            return FORECASTS[self.estimation].of(Settings(self.order, self.differences, self.norm, known))
-        except ValueError as error:
-            raise CacheError(f"estimation: {self.estimation}: {error}") from error
+        usual = ModuleForecast(self.estimation, self.order, self.differences, self.norm, self.noise_aware)
+        return self.forecasts.get(module, usual).made(noise)
+
+
+def _checked(module: str, settings: dict[str, Any]) -> ModuleForecast:
+    """A module's own forecast, by the rules of a recipe.
+
+    Raises:
+        ValidationError, ValueError: there can be no such forecast.
+    """
+    if unknown := set(settings) - {f.name for f in fields(ModuleForecast)}:
+        raise ValueError(f"forecasts.{module} has unknown keys: {', '.join(sorted(unknown))}")
+    one = CachePlan.of(Cache(interval=1, **settings))
+    return ModuleForecast(one.estimation, one.order, one.differences, one.norm, one.noise_aware)
