@@ -14,8 +14,10 @@ from accuquant.recipe.base import Number, Section, found, nearest
 # the forecasts of `core.forecasts`, dearest first, with their least and highest order
 ESTIMATIONS = {"rfe": (1, 4), "taylor": (0, 4), "reuse": (0, 0)}
 # once written into recipes by searches and calibration, which now find them anew
-WRITTEN = ("correction_timesteps", "correction_full_timesteps", "correction_channels")
-WRITTEN += ("learned_timesteps", "learned_modules", "measured_nfc")
+WRITTEN = (
+    *("correction_timesteps", "correction_full_timesteps", "correction_channels"),
+    *("learned_timesteps", "learned_modules", "measured_nfc"),
+)
 
 
 def check_estimation(value: Any, more: tuple[str, ...] = ()) -> str:
