@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from accuquant.recipe import Cache, FORAConfig, Recipe, RFCConfig, TaylorSeerConfig
     from accuquant.recipe.file import load_recipe
     from accuquant.runtime.arithmetic import set_arithmetic
+    from accuquant.runtime.cache.plan import CachePlan
     from accuquant.runtime.cache.stats import CacheStats
     from accuquant.runtime.checkpoint import AccuQuantConfig
 
@@ -24,6 +25,7 @@ register()
 _HOMES = {
     "AccuQuantConfig": "accuquant.runtime.checkpoint",
     "Cache": "accuquant.recipe",
+    "CachePlan": "accuquant.runtime.cache.plan",
     "CacheStats": "accuquant.runtime.cache.stats",
     "FORAConfig": "accuquant.recipe",
     "RFCConfig": "accuquant.recipe",
@@ -42,6 +44,7 @@ __all__ = [
     "AccuQuantError",
     "Cache",
     "CacheError",
+    "CachePlan",
     "CacheStats",
     "CheckpointError",
     "FORAConfig",

@@ -30,6 +30,7 @@ from accuquant.programs.describe import describe
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe, Sampling
 from accuquant.recipe.file import parse_recipe
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import LayerSpec
 
@@ -264,7 +265,9 @@ def test_updates_with_the_cache_on_follow_the_trajectory_from_what_blocks_have_l
     session.tuner(recipe.objective, 1).run()
     changes = {"target": "trajectory", "gradient": "exact", "iterations": 3, "learn": tuple(learn)}
     assert recipe.cache is not None
-    by_hand = session.tuner(recipe.objective.model_copy(update=changes), session.rollout.num_steps, recipe.cache)
+    by_hand = session.tuner(
+        recipe.objective.model_copy(update=changes), session.rollout.num_steps, CachePlan.of(recipe.cache)
+    )
     assert by_hand.blocks is None
     by_hand.run()
     saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")

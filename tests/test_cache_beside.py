@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from accuquant.export.native import harden_model
 from accuquant.kernels import select
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.features import cached_modules
-from accuquant.runtime.cache.fitted import Correction
-from accuquant.runtime.cache.hooks import CORRECTION, attach_cache, controller_of, detach_cache
+from accuquant.runtime.cache.fitted import Fitted
+from accuquant.runtime.cache.hooks import FITTED, attach_cache, controller_of, detach_cache
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import quantized_layers
 from accuquant.runtime.spec import LayerSpec
@@ -178,12 +180,12 @@ def test_what_was_fitted_for_a_cache_is_offloaded_too(pipeline: DiTPipeline, off
     model = pipeline.transformer
     pipeline.scheduler.set_timesteps(10)
     steps, modules = pipeline.scheduler.timesteps.tolist(), cached_modules(model)[0]
-    correction = Correction(steps, dict.fromkeys(modules, 32), steps, steps, modules)
-    for parameter in correction.parameters():
+    fitted = Fitted(steps, dict.fromkeys(modules, 32), steps, steps, modules)
+    for parameter in fitted.parameters():
         parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    setattr(model, CORRECTION, correction)
-    config = EVERY_THIRD.model_copy(update={"corrected": True, "corrected_quantization": True})
-    attach_cache(model, correction.named_in(config))
+    setattr(model, FITTED, fitted)
+    config = EVERY_THIRD.changed(corrected=True, corrected_quantization=True)
+    attach_cache(model, replace(CachePlan.of(config), learned=True))
     expected = images(pipeline)
     offload(pipeline)
     assert (images(pipeline) == expected).all() and is_cached(pipeline)

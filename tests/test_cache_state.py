@@ -18,6 +18,7 @@ from accuquant.model.rollout import Rollout
 from accuquant.recipe import Cache, Sampling
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.hooks import attach_cache, detach_cache
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats
 
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7
@@ -41,7 +42,7 @@ def controller(pipeline: DiTPipeline, request: pytest.FixtureRequest) -> Iterato
     detach_cache(pipeline.transformer)
 
 
-def fresh(config: Cache, **run: Any) -> tuple[Tensor, CacheStats]:
+def fresh(config: Cache | CachePlan, **run: Any) -> tuple[Tensor, CacheStats]:
     """The same run on a cache that has never run."""
     pipeline = make_pipeline()
     controller = attach_cache(pipeline.transformer, config)
@@ -49,7 +50,7 @@ def fresh(config: Cache, **run: Any) -> tuple[Tensor, CacheStats]:
 
 
 def assert_as_fresh(pipeline: DiTPipeline, controller: Controller, **run: Any) -> None:
-    expected, stats = fresh(controller.config, **run)
+    expected, stats = fresh(controller.plan, **run)
     assert torch.equal(sampled(pipeline, **run), expected)
     assert controller.stats() == stats
     assert 0 < stats.nfc < stats.num_steps
@@ -75,7 +76,7 @@ def test_the_pipeline_itself_begins_anew(pipeline: DiTPipeline, controller: Cont
     stats = controller.stats()
     images(pipeline, class_labels=[8, 9])
     assert (images(pipeline) == first).all()
-    assert controller.stats() == stats == fresh(controller.config)[1]
+    assert controller.stats() == stats == fresh(controller.plan)[1]
     plain = images(make_pipeline())
     assert (first != plain).any()
 
@@ -177,9 +178,9 @@ def test_two_unnamed_calls_a_step_are_kept_apart(pipeline: DiTPipeline, config: 
     both, one, other = (copy.deepcopy(pipeline.transformer) for _ in range(3))
     controllers = [attach_cache(model, config) for model in (both, one, other)]
     if config.full_steps and 1 not in config.full_steps:  # step 1 is full where a call was repeated at step 0
-        config = config.model_copy(update={"schedule": (0, 1, *config.full_steps[1:])})
+        config = config.changed(schedule=(0, 1, *config.full_steps[1:]))
         for controller in controllers[1:]:
-            controller.config = config
+            controller.plan = CachePlan.of(config)
     for _ in range(2):
         for i in range(len(TIMESTEPS)):
             assert torch.equal(call(both, i, COND), call(one, i, COND)), i
@@ -340,7 +341,7 @@ def test_memory_is_free_after_the_last_step_when_it_is_known(pipeline: DiTPipeli
     config = Cache(interval=3, warmup=3, order=1)  # 0, 1, 2, 5, 8
     plain, freed = copy.deepcopy(pipeline.transformer), copy.deepcopy(pipeline.transformer)
     kept = attach_cache(plain, config)
-    controller = attach_cache(freed, config.model_copy(update={"num_inference_steps": steps}))
+    controller = attach_cache(freed, config.changed(num_inference_steps=steps))
     for _ in range(2):
         for i in range(steps):
             assert i == 0 or controller.memories
@@ -372,7 +373,7 @@ def test_a_latent_that_is_written_in_place_is_another_latent(pipeline: DiTPipeli
 
 
 def test_a_step_more_than_was_promised_is_an_error(pipeline: DiTPipeline) -> None:
-    attach_cache(pipeline.transformer, EVERY_THIRD.model_copy(update={"num_inference_steps": 6}))
+    attach_cache(pipeline.transformer, EVERY_THIRD.changed(num_inference_steps=6))
     try:
         with pytest.raises(CacheError, match="num_inference_steps is 6"):
             sampled(pipeline)

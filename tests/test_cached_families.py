@@ -245,7 +245,7 @@ def test_half_of_the_steps_are_forecast(family: tuple[Row, nn.Module], estimatio
     row, model = family
     order = 0 if estimation == "reuse" else 1
     full, _ = loop(row, model)
-    found, stats = loop(row, model, HALF.model_copy(update={"estimation": estimation, "order": order}))
+    found, stats = loop(row, model, HALF.changed(estimation=estimation, order=order))
     assert stats is not None and (stats.nfc, stats.full_steps, stats.num_steps) == (2, (0, 2), 4)
     assert torch.equal(found[0], full[0])
     assert all(not torch.equal(a, b) for a, b in zip(found[1::2], full[1::2], strict=True))

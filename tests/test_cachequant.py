@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.search import record_features, search_cache, searched
-from accuquant.calibration.session import Session, open_model, open_session, watched
+from accuquant.calibration.session import Session, open_model, open_session
 from accuquant.core.correction import fit_affine
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import dps_steps
@@ -27,6 +27,8 @@ from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.cache.features import in_cache
 from accuquant.runtime.cache.hooks import attach_cache, cached, detach_cache
+from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.observe import observed
 
 QUIET = Reporter(quiet=True)
 BLOCKS = {"feature": "blocks", "estimation": "reuse"}
@@ -67,12 +69,12 @@ def test_the_deviation_is_what_the_blocks_add() -> None:
         assert controller.modules == ("transformer_blocks.2",)
         assert controller.bypassed == ("transformer_blocks.1",)
         controller.paused = True
-        with watched(rollout.denoiser, ["transformer_blocks.1", "transformer_blocks.2"]) as seen:
+        with observed(rollout.denoiser, ["transformer_blocks.1", "transformer_blocks.2"]) as seen:
             rollout.predict(0, conditions.noise, conditions)
         controller.paused = False
         rollout.predict(0, conditions.noise, conditions)
         ((memory,),) = controller.memories.values()
-        expected = seen["transformer_blocks.2"][1] - seen["transformer_blocks.1"][0]
+        expected = seen["transformer_blocks.2"].output - seen["transformer_blocks.1"].input
         assert memory is not None
         assert torch.equal(memory.factors[0], expected)
         assert torch.equal(controller.features(seen)["transformer_blocks.2"][1], expected)
@@ -230,7 +232,7 @@ def test_what_a_unet_cannot_do_is_refused() -> None:
 def test_dps_is_the_best_of_all_lists_for_the_feature_it_looks_at(session: Session, measured_on: Any) -> None:
     config = Cache(estimation="reuse", schedule="dps", interval=2, measured_on=measured_on, dps_feature=r".*\.1\.ff")
     rollout, reference = session.rollout, session.reference
-    found = searched(config, session, QUIET)
+    found, _ = searched(config, session, QUIET)
     with session.full_precision() if measured_on == "full_precision" else nullcontext():
         features = record_features(rollout, reference.conditions, config)
     outputs = [out.flatten().double() for _, out in features["transformer_blocks.1.ff"]]
@@ -263,19 +265,19 @@ def test_published_correction_is_fitted_to_full_precision_features(session: Sess
     config = Cache(
         estimation="reuse", interval=3, corrected=True, corrected_quantization=True, measured_on="full_precision"
     )
-    written, correction = fit_correction(session, config, QUIET)
+    correction = fit_correction(session, CachePlan.of(config), QUIET)
     rollout, reference, name = session.rollout, session.reference, "transformer_blocks.1.ff"
-    assert written.correction_full_timesteps == tuple(float(rollout.timesteps[i]) for i in (0, 1, 4))
+    assert correction.full_timesteps == [float(rollout.timesteps[i]) for i in (0, 1, 4)]
     outputs: dict[tuple[int, bool], Tensor] = {}
     for i in range(6):
         for full_precision in (True, False):
-            with torch.no_grad(), watched(rollout.denoiser, [name]) as seen:
+            with torch.no_grad(), observed(rollout.denoiser, [name]) as seen:
                 if full_precision:
                     with session.full_precision():
                         rollout.predict(i, reference.latents[i], reference.conditions)
                 else:
                     rollout.predict(i, reference.latents[i], reference.conditions)
-            outputs[i, full_precision] = seen[name][1]
+            outputs[i, full_precision] = seen[name].output
     rows = {(False, i): k for k, i in enumerate((2, 3, 5))} | {(True, i): 3 + k for k, i in enumerate((0, 1, 4))}
     for (full, i), row in rows.items():
         last = max(s for s in (0, 1, 4) if s <= i)
@@ -289,7 +291,7 @@ def test_correcting_both_parts_brings_the_calibration_samples_nearer(session: Se
         config = Cache(estimation="reuse", interval=3, **dict.fromkeys(parts, True))  # type: ignore[arg-type]
         correction = None
         if config.fits:
-            config, correction = fit_correction(session, config, QUIET)
+            correction = fit_correction(session, CachePlan.of(config), QUIET)
         with cached(session.rollout.denoiser, config, correction):
             final = session.rollout.trajectory(session.reference.conditions)[0][-1]
         errors[parts] = float(relative_l2(final, session.reference.latents[-1]).mean())
@@ -298,11 +300,10 @@ def test_correcting_both_parts_brings_the_calibration_samples_nearer(session: Se
 
 
 def test_only_the_parts_that_are_asked_for_are_fitted(session: Session) -> None:
-    config, correction = fit_correction(
-        session, Cache(estimation="reuse", interval=3, corrected_quantization=True), QUIET
-    )
-    assert config.correction_timesteps == ()
-    assert len(config.correction_full_timesteps or ()) == 3
+    plan = CachePlan.of(Cache(estimation="reuse", interval=3, corrected_quantization=True))
+    correction = fit_correction(session, plan, QUIET)
+    assert correction.timesteps == []
+    assert len(correction.full_timesteps) == 3
     assert correction("transformer_blocks.0.ff").shape == (3, 2, 32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from accuquant.errors import CacheError
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
+from accuquant.runtime.cache.plan import CachePlan
 
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7
 
@@ -117,7 +119,7 @@ def test_a_pattern_picks_modules(pipeline: DiTPipeline) -> None:
 
 def test_memory_is_what_the_tensors_take(pipeline: DiTPipeline) -> None:
     """Of 4 modules: the last outputs, one input, and one number a sample."""
-    controller = attach_cache(pipeline.transformer, EVERY_THIRD.model_copy(update={"order": 2}))
+    controller = attach_cache(pipeline.transformer, EVERY_THIRD.changed(order=2))
     sampled(pipeline)
     tensor, samples = 4 * 16 * 32 * 4, 4  # 2 with guidance, 16 tokens, 32 channels
     assert controller.stats().nbytes == 4 * (3 * tensor + tensor + samples * 4)
@@ -262,7 +264,7 @@ def test_factors_may_be_kept_in_half_the_room(pipeline: DiTPipeline, cached: Ten
     whole = attach_cache(pipeline.transformer, EVERY_THIRD)
     sampled(pipeline)
     detach_cache(pipeline.transformer)
-    controller = attach_cache(pipeline.transformer, EVERY_THIRD.model_copy(update={"factors_dtype": dtype}))
+    controller = attach_cache(pipeline.transformer, EVERY_THIRD.changed(factors_dtype=dtype))
     found = sampled(pipeline)
     assert found.dtype == torch.float32
     ratios = 4 * 4 * 4  # modules, samples, bytes: they stay in float32
@@ -273,17 +275,17 @@ def test_factors_may_be_kept_in_half_the_room(pipeline: DiTPipeline, cached: Ten
 
 def test_factors_of_bfloat16_models_may_be_float32() -> None:
     pipeline = make_pipeline(dtype=torch.bfloat16)
-    controller = attach_cache(pipeline.transformer, EVERY_THIRD.model_copy(update={"factors_dtype": "float32"}))
+    controller = attach_cache(pipeline.transformer, EVERY_THIRD.changed(factors_dtype="float32"))
     assert sampled(pipeline).isfinite().all()
     assert {t.dtype for ms in controller.memories.values() for m in ms if m for t in m.tensors()} == {torch.float32}
 
 
 def test_factors_may_wait_elsewhere(pipeline: DiTPipeline, cached: Tensor) -> None:
-    controller = attach_cache(pipeline.transformer, EVERY_THIRD.model_copy(update={"factors_device": "cpu"}))
+    controller = attach_cache(pipeline.transformer, EVERY_THIRD.changed(factors_device="cpu"))
     assert torch.equal(sampled(pipeline), cached)
     detach_cache(pipeline.transformer)
     # the device is the one that is asked for: nothing can be forecast from `meta`
-    controller = attach_cache(pipeline.transformer, EVERY_THIRD.model_copy(update={"factors_device": "meta"}))
+    controller = attach_cache(pipeline.transformer, replace(CachePlan.of(EVERY_THIRD), factors_device="meta"))
     with pytest.raises(NotImplementedError, match="meta"):
         sampled(pipeline)
     assert {t.device.type for ms in controller.memories.values() for m in ms if m for t in m.tensors()} == {"meta"}

@@ -28,6 +28,7 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.cache.hooks import attach_cache, cached
+from accuquant.runtime.cache.plan import CachePlan
 
 QUIET = Reporter(quiet=True)
 CACHE: dict[str, Any] = {"interval": 3, "estimation": "reuse", "corrected": True}
@@ -86,15 +87,20 @@ def test_fits_that_share_their_targets_find_what_fits_alone_find(
 ) -> None:
     """Of the same modules, of others, and with the model calibrated on in between."""
     configs = [CACHE, {**CACHE, "interval": 2, "corrected_quantization": True}, {**CACHE, "modules": r".*\.ff"}]
-    looks, look, start = list[int](), correct._look, session.snapshot()
+    looks, look, start = list[int](), correct.features_at, session.snapshot()
     monkeypatch.setattr(correct, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(correct, "_look", lambda *args, **kwargs: (looks.append(args[2]), look(*args, **kwargs))[1])
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        looks.append(args[2])
+        return look(*args, **kwargs)
+
+    monkeypatch.setattr(correct, "features_at", counted)
     shared, counts = correct.Targets(), list[int]()
     for config in (*configs, configs[0]):
         looks.clear()
-        _, together = fit_correction(session, Cache(**config), QUIET, targets=shared)
+        together = fit_correction(session, CachePlan.of(Cache(**config)), QUIET, targets=shared)
         counts.append(len(looks))
-        _, alone = fit_correction(session, Cache(**config), QUIET)
+        alone = fit_correction(session, CachePlan.of(Cache(**config)), QUIET)
         first, second = alone.state_dict(), together.state_dict()
         assert first and first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -116,15 +122,15 @@ def test_it_lowers_the_error_of_the_cached_trajectory(session: Session) -> None:
             latents, _ = session.rollout.trajectory(session.validation.conditions)
         return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
-    config, correction = fit_correction(session, Cache(**CACHE), QUIET)
-    assert error(config, correction) < error(Cache(**CACHE | {"corrected": False}))
+    correction = fit_correction(session, CachePlan.of(Cache(**CACHE)), QUIET)
+    assert error(Cache(**CACHE), correction) < error(Cache(**CACHE | {"corrected": False}))
 
 
 def test_it_is_fitted_where_steps_are_skipped(session: Session) -> None:
     """Against the definition, at the first skipped step, whose forecast no correction has touched yet."""
-    config, correction = fit_correction(session, Cache(**CACHE), QUIET)
+    correction = fit_correction(session, CachePlan.of(Cache(**CACHE)), QUIET)
     timesteps = [float(t) for t in session.rollout.timesteps]
-    assert config.correction_timesteps == tuple(t for i, t in enumerate(timesteps) if i not in (0, 1, 4))
+    assert correction.timesteps == [t for i, t in enumerate(timesteps) if i not in (0, 1, 4)]
     reference, name, outputs = session.reference, "transformer_blocks.0.ff", list[Tensor]()
     module = session.rollout.denoiser.get_submodule(name)
     handle = module.register_forward_hook(lambda _, args, output: outputs.append(output))
@@ -221,7 +227,7 @@ def test_rcs_has_no_steps_to_correct(model_folder: Path, tmp_path: Path) -> None
 
 
 def test_a_session_keeps_no_cache(session: Session) -> None:
-    fit_correction(session, Cache(**CACHE), QUIET)
+    fit_correction(session, CachePlan.of(Cache(**CACHE)), QUIET)
     attach = cached(denoiser_of(session.rollout.pipeline), Cache(interval=2, order=1))
     with attach:
         pass

@@ -26,6 +26,7 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import dump_recipe, parse_recipe
 from accuquant.runtime.cache.hooks import attach_cache, cached
+from accuquant.runtime.cache.plan import CachePlan
 
 QUIET = Reporter(quiet=True)
 CACHE = {"schedule": [0, 1, 4], "order": 1}
@@ -125,7 +126,7 @@ def test_calibrating_with_the_cache_lowers_the_error_with_the_cache(
     objective = {"iterations": 60, "batch_size": 4, "gradient": gradient}
     recipe = make_recipe(model_folder, tmp_path / "out", objective=objective)
     session = open_session(recipe, QUIET)
-    cache = Cache(**CACHE)  # type: ignore[arg-type]
+    cache = CachePlan.of(Cache(**CACHE))  # type: ignore[arg-type]
 
     def error() -> float:
         with cached(session.rollout.denoiser, cache):
@@ -140,7 +141,7 @@ def test_calibrating_with_the_cache_lowers_the_error_with_the_cache(
 def test_rcs_is_calibrated_with_the_full_steps_it_takes(model_folder: Path, tmp_path: Path) -> None:
     recipe = make_recipe(model_folder, tmp_path / "out", objective={"iterations": 2, "batch_size": 2})
     session = open_session(recipe, QUIET)
-    tuner = session.tuner(recipe.objective, 1, Cache(tau=0.5, order=1))
+    tuner = session.tuner(recipe.objective, 1, CachePlan.of(Cache(tau=0.5, order=1)))
     tuner.run()
     assert tuner.full_steps[:2] == (0, 1)
     assert 2 < len(tuner.full_steps) < 6
@@ -173,7 +174,8 @@ def test_the_session_is_left_without_a_cache(model_folder: Path, tmp_path: Path)
     recipe = make_recipe(model_folder, tmp_path / "out", objective={"iterations": 1, "batch_size": 2})
     session: Session = open_session(recipe, QUIET)
     before, _ = session.rollout.trajectory(session.validation.conditions)
-    tuner = session.tuner(recipe.objective.model_copy(update={"iterations": 0}), 1, Cache(**CACHE))  # type: ignore[arg-type]
+    plan = CachePlan.of(Cache(**CACHE))  # type: ignore[arg-type]
+    tuner = session.tuner(recipe.objective.model_copy(update={"iterations": 0}), 1, plan)
     tuner.run()
     after, _ = session.rollout.trajectory(session.validation.conditions)
     assert torch.equal(before, after)

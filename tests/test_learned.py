@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import attach_cache, cached, controller_of
+from accuquant.runtime.cache.plan import CachePlan
 
 QUIET = Reporter(quiet=True)
 CACHE = {"schedule": [0, 1, 4], "order": 1}
@@ -66,7 +68,7 @@ def test_shares_of_one_are_the_forecast_and_others_scale_its_parts(forecast: Any
 def test_settled_shares_are_those_that_were_learned() -> None:
     """Learned by gap and in units; stored by step and in none."""
     torch.manual_seed(0)
-    learned = Correction(learned_timesteps=[9.0, 8.0, 5.0], learned_modules=["a", "b"])
+    learned = Fitted(learned_timesteps=[9.0, 8.0, 5.0], learned_modules=["a", "b"])
     learned.learned[1] = learned.learned[0]
     learned.units = [torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.4]), torch.tensor([0.5, 0.6])]
     assert len(list(learned.learned.parameters())) == 2
@@ -93,7 +95,7 @@ def test_the_gradient_is_that_of_full_back_propagation(order: int) -> None:
     with cached(rollout.denoiser, config) as controller:
         modules = controller.modules
     skipped = [i for i in range(12) if i not in STEPS]
-    learned = Correction(learned_timesteps=[float(rollout.timesteps[i]) for i in skipped], learned_modules=modules)
+    learned = Fitted(learned_timesteps=[float(rollout.timesteps[i]) for i in skipped], learned_modules=modules)
     learned.double()
     generator = torch.Generator().manual_seed(0)
     for share in learned.learned:
@@ -103,7 +105,7 @@ def test_the_gradient_is_that_of_full_back_propagation(order: int) -> None:
         shares = list(learned.learned)
         for weight in weights:
             weight.requires_grad_(everything)
-        with cached(rollout.denoiser, learned.named_in(config), learned) as controller:
+        with cached(rollout.denoiser, replace(CachePlan.of(config), learned=True), learned) as controller:
             steps = CachedSteps(rollout, controller, conditions, STEPS)
             args = (steps, rollout.solver, latents, predictions, 0, 12, STEPS)
             ours = cached_group_gradient(*args, gradient="exact")
@@ -128,24 +130,23 @@ def test_learning_lowers_the_error_on_noise_it_has_not_seen(
     recipe = make_recipe(model_folder, tmp_path / "out", objective=objective)
     session, kept = open_session(recipe, QUIET), KeptFiles(tmp_path, QUIET)
     alone, _ = calibrate_alone(session, recipe.objective, kept, QUIET)
-    cache = Cache(estimation="taylor", order=1, schedule=(0, 1, 3))
+    cache = CachePlan.of(Cache(estimation="taylor", order=1, schedule=(0, 1, 3)))
 
-    def error(config: Cache, correction: Correction | None = None) -> float:
-        with cached(session.rollout.denoiser, config, correction):
+    def error(plan: CachePlan, fitted: Fitted | None = None) -> float:
+        with cached(session.rollout.denoiser, plan, fitted):
             latents, _ = session.rollout.trajectory(session.validation.conditions)
         return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
     before, weights, least = error(cache), session.snapshot(), validation_error(session)
-    tuner = calibrate_cached(session, recipe.objective, cache, alone, kept, QUIET)
+    tuner = calibrate_cached(session, recipe.objective, cache, Fitted(), alone, kept, QUIET)
     assert tuner is not None and tuner.learned is not None and tuner.cache is not None
     assert error(tuner.cache, tuner.learned) - least < 0.6 * (before - least), "what the cache adds to quantization"
     after = session.snapshot()
     same = all(torch.equal(t, after[name][key]) for name, kept in weights.items() for key, t in kept.items())
     assert same == (learn == ["forecast"])
     assert all(entry["steps_per_group"] == 6 for entry in tuner.history), "through the whole trajectory"
-    corrected = tuner.cache.model_copy(update={"corrected": True})
-    config, correction = fit_correction(session, corrected, QUIET, tuner.learned)
-    assert config.learned_timesteps == tuner.cache.learned_timesteps
+    correction = fit_correction(session, replace(tuner.cache, corrected=True), QUIET, tuner.learned)
+    assert correction.learned_timesteps == tuner.learned.learned_timesteps
     assert all(torch.equal(a, b) for a, b in zip(correction.learned, tuner.learned.learned, strict=True))
 
 
@@ -244,9 +245,9 @@ def test_shares_of_another_model_are_asked_for(export: Path) -> None:
     plain = load_export(export, recipe_of(export, ["cache=null"]))
     denoiser = denoiser_of(plain)
     del denoiser.cache_correction
-    config = Cache(**CACHE, learned_timesteps=(1.0,), learned_modules=("x",))  # type: ignore[arg-type]
+    plan = CachePlan.from_dict({**CACHE, "learned_timesteps": [1.0], "learned_modules": ["x"]})
     with pytest.raises(CacheError, match="learned_timesteps: nothing was learned for this model"):
-        attach_cache(denoiser, config)
+        attach_cache(denoiser, plan)
 
 
 # ---- the recipe

@@ -25,8 +25,8 @@ from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, RFCConfig
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.cache.controller import forecast_of
 from accuquant.runtime.cache.hooks import attach_cache, cached, controller_of
+from accuquant.runtime.cache.plan import CachePlan
 
 QUIET = Reporter(quiet=True)
 STEPS = (0, 3, 5, 9)
@@ -162,11 +162,11 @@ def test_a_recipe_measures_it_and_the_export_carries_it(model_folder: Path, tmp_
     recipe = parse_recipe(recipe_tree(model_folder, tmp_path / "out", cache=cache), "test")
     folder = calibrate(recipe, Reporter(quiet=True))
     controller = controller_of(denoiser_of(load_export(folder, recipe_of(folder))))
-    assert controller is not None and controller.config.noise is not None
+    assert controller is not None and controller.fitted is not None and controller.fitted.noise is not None
     for name in controller.modules:
-        found = forecast_of(controller.config, name)
+        found = controller.forecasts[name]
         assert isinstance(found, NoiseAware)
-        assert (found.output_noise, found.input_noise) == controller.config.noise[name]
+        assert (found.output_noise, found.input_noise) == controller.fitted.noise[name]
         assert found.output_noise > 0
 
 
@@ -186,11 +186,11 @@ def test_auto_takes_the_forecast_that_is_nearest(session: Session) -> None:
     """
     rollout, reference = session.rollout, session.reference.join(session.validation)
     asked = Cache(estimation="auto", order=2, noise_aware=True, interval=3)
-    chosen = searched(asked, session, QUIET)
+    chosen, fitted = searched(asked, session, QUIET)
     noise = measure_noise(session, 3, QUIET)
 
-    def errors(config: Cache) -> Tensor:
-        with cached(rollout.denoiser, config):
+    def errors(config: Cache | CachePlan) -> Tensor:
+        with cached(rollout.denoiser, config, fitted):
             final = rollout.trajectory(reference.conditions)[0][-1]
         return relative_l2(final, reference.latents[-1])
 
@@ -204,7 +204,8 @@ def test_auto_takes_the_forecast_that_is_nearest(session: Session) -> None:
     gains = [best - error for error in aware]
     nearer = [float(gain.mean()) > 2 * float(gain.std()) / len(gain) ** 0.5 for gain in gains]
     assert chosen.estimation != "auto"
-    assert chosen.noise_aware == any(nearer) == (chosen.noise is not None)
+    assert chosen.noise_aware == any(nearer)
+    assert fitted.noise == noise and ("noise" in fitted.to_dict(chosen)) == chosen.noise_aware
     if not chosen.noise_aware:
         assert torch.equal(errors(chosen), best)
 

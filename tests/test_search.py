@@ -24,6 +24,7 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
 from accuquant.runtime.cache.features import cached_modules
 from accuquant.runtime.cache.hooks import controller_of
+from accuquant.runtime.cache.plan import CachePlan
 
 QUIET = Reporter(quiet=True)
 STEPS = 10
@@ -246,7 +247,8 @@ def test_tau_meets_the_mean_nfc(rollout: Rollout, reference: Tensor, target: flo
     assert found.measured_nfc == pytest.approx(
         (torch.tensor(counts).mean().item(), torch.tensor(counts).std(correction=0).item())
     )
-    assert RFCConfig(**json.loads(found.model_dump_json())) == found and not found.searches
+    assert CachePlan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert not found.as_recipe().searches
 
 
 def test_tau_that_cannot_meet_the_mean_names_the_nearest(

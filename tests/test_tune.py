@@ -157,7 +157,7 @@ def test_the_export_loads_with_its_cache_and_says_what_was_promised(tuned: Path)
     assert {"E_q", "E_c", "E_qc", "E_naive", "interaction"} <= set(metrics)
     controller = controller_of(DiTPipeline.from_pretrained(tuned).transformer)
     assert controller is not None
-    assert controller.config.estimation == chosen["cache"].split()[0].rstrip(",")
+    assert controller.plan.estimation == chosen["cache"].split()[0].rstrip(",")
     page = (tuned / "report.html").read_text()
     assert "naive stacking" in page
     assert "CacheQuant" in page

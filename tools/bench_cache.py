@@ -44,6 +44,7 @@ from accuquant.recipe import Cache
 from accuquant.recipe.file import load_recipe
 from accuquant.runtime.cache.features import MODULES, cached_modules
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.plan import CachePlan
 
 app = typer.Typer(add_completion=False, help=__doc__)
 # NFC -> interval, with two leading full steps; 14 to 7 are those of the published table
@@ -83,10 +84,10 @@ class Bench:
             rollout, seed, sets[0], latents[0], sets[1], latents[1], samples[1].inputs, samples[1].seeds, classifier
         )
 
-    def search(self, config: Cache) -> Cache:
+    def search(self, config: Cache) -> CachePlan:
         return search_cache(self.rollout, self.calibration, self.calibration_latents, config, Reporter(quiet=True))
 
-    def judge(self, config: Cache) -> dict[str, Any]:
+    def judge(self, config: Cache | CachePlan) -> dict[str, Any]:
         """Figures of a cache on the held-out set."""
         finals, traces = [], []
         for batch in self.held_out.batches(1 if config.tau is not None else HELD_OUT):

@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,12 +49,13 @@ from accuquant.programs.tune import learn, model_as
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
-from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.budget import Combination, base_settings, step_times, type_combinations
 from accuquant.tuning.candidates import TUNING_SAMPLES, Place
 from accuquant.tuning.choice import choose, settle
-from accuquant.tuning.tried import NAIVE, Tried
+from accuquant.tuning.tried import NAIVE, Candidate, Tried
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
@@ -104,13 +106,12 @@ class Bench:
         with torch.no_grad():
             self.images = self.session.rollout.decode(self.held_out.latents[-1])
 
-    def judge(self, config: Cache | None, learned: Correction | None = None) -> dict[str, Any]:
+    def judge(self, plan: CachePlan | None, fitted: Fitted | None = None) -> dict[str, Any]:
         """Held-out figures of the model as it is under this cache; corrections are fitted first."""
-        correction = learned
-        if config is not None and config.fits:
-            config, correction = fit_correction(self.session, config, QUIET, learned)
+        if plan is not None and plan.fits:
+            fitted = fit_correction(self.session, plan, QUIET, fitted)
         rollout, reference = self.session.rollout, self.held_out.latents[-1]
-        with nullcontext() if config is None else cached(rollout.denoiser, config, correction) as controller:
+        with nullcontext() if plan is None else cached(rollout.denoiser, plan, fitted) as controller:
             final = rollout.trajectory(self.held_out.conditions)[0][-1]
             nfc = rollout.num_steps if controller is None else controller.stats().nfc
         with torch.no_grad():
@@ -125,17 +126,17 @@ class Bench:
             "frechet_distance": found["frechet_distance"],
         }
 
-    def learned_shares(self, config: Cache, steps_per_group: int, updates: int = 40) -> Tuner:
+    def learned_shares(self, plan: CachePlan, length: int, updates: int = 40, fitted: Fitted | None = None) -> Tuner:
         """Forecasts' shares alone, by groups of this length; the weights stay as they are."""
         how = {"iterations": updates, "learn": ("forecast",), "gradient": "exact"}
         objective = self.objective.model_copy(update=how)
-        tuner = self.session.tuner(objective, steps_per_group, config)
+        tuner = self.session.tuner(objective, length, plan, fitted)
         tuner.run()
         return tuner
 
-    def full_precision(self, config: Cache) -> dict[str, Any]:
+    def full_precision(self, plan: CachePlan) -> dict[str, Any]:
         with self.session.full_precision():
-            return self.judge(config)
+            return self.judge(plan)
 
 
 @app.command()
@@ -175,17 +176,17 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     place.naive(nfc)
     place.cachequant(nfc)
     for rival in [candidate for candidate in place.tried.candidates if candidate.rival]:
-        config = rival.config
-        yield ("(a) naive: TaylorSeer" if rival.rival == NAIVE else f"(b) {rival.rival}"), bench.judge(config)
+        plan = rival.plan
+        yield ("(a) naive: TaylorSeer" if rival.rival == NAIVE else f"(b) {rival.rival}"), bench.judge(plan)
         if rival.rival == NAIVE:
-            naive = config
-            yield "E_c of (a)", bench.full_precision(config)
+            naive = plan
+            yield "E_c of (a)", bench.full_precision(plan)
         elif rival.rival == "CacheQuant" and nfc == 14:
-            own = config.model_copy(update={"measured_on": "quantized"})
+            own = replace(plan, measured_on="quantized")
             yield "(b') CacheQuant, corrected on its own trajectory", bench.judge(own)
 
     started = time.monotonic()
-    calibrate_cached(session, bench.objective, naive, bench.alone, kept, QUIET)
+    calibrate_cached(session, bench.objective, naive, Fitted(), bench.alone, kept, QUIET)
     spent = time.monotonic() - started
     yield "(c) calibrated with the cache of (a)", bench.judge(naive) | {"seconds": spent}
 
@@ -199,12 +200,12 @@ def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str
     best = choose(settle(place, place.own(nfc), False, as_tried)).best
     about = {"cache": best.cache, "validation": statistics.mean(best.latent_errors)}
     as_tried(best.calibrated)
-    yield "(d') tuner without calibration", bench.judge(best.config) | about
+    yield "(d') tuner without calibration", bench.judge(best.plan, best.fitted) | about
     learn(place, bench.alone, nfc, kept)
     best = choose(settle(place, place.own(nfc), False, as_tried)).best
     about = {"cache": best.cache, "validation": statistics.mean(best.latent_errors), "calibrated": best.calibrated}
     as_tried(best.calibrated)
-    found = bench.judge(best.config, place.learned)
+    found = bench.judge(best.plan, best.fitted.with_learned(place.learned))
     yield "(d) tuner", found | about | {"seconds": time.monotonic() - started}
     session.restore(bench.start)
 
@@ -223,8 +224,8 @@ def stacking(
     for bench, key in _missing(out, "run", pairs_of(types, seeds, shard), cells):
         config = Cache(estimation="taylor", order=2, schedule="best", target_nfc=key[3], trials=TUNED["trials"])
         with bench.session.full_precision():
-            config = searched(config, bench.session, QUIET, samples=TUNING_SAMPLES)
-        _write(out, shard, key, bench.judge(config))
+            plan, fitted = searched(config, bench.session, QUIET, samples=TUNING_SAMPLES)
+        _write(out, shard, key, bench.judge(plan, fitted))
 
 
 @app.command()
@@ -245,26 +246,25 @@ def orders(
         for nfc in (14, 7):
             steps = filled_interval_steps(50, nfc, 2)
             for order in range(4):
-                config = Cache(estimation="taylor", order=order, schedule=steps)
-                both, only = bench.judge(config), bench.full_precision(config)["relative_l2"]
+                plan = CachePlan.of(Cache(estimation="taylor", order=order, schedule=steps))
+                both, only = bench.judge(plan), bench.full_precision(plan)["relative_l2"]
                 _write(out, shard, _key("orders", name, seed, nfc, f"order {order}"), both | {"E_q": e_q, "E_c": only})
-            chosen = searched(Cache(estimation="auto", noise_aware=True, schedule=steps), bench.session, QUIET)
-            noise = measure_noise(bench.session, round(50 / nfc), QUIET)
-            aware: dict[str, Any] = {"schedule": steps, "noise_aware": True, "noise": noise}
+            chosen, measured = searched(
+                Cache(estimation="auto", noise_aware=True, schedule=steps), bench.session, QUIET
+            )
+            fitted = Fitted(noise=measure_noise(bench.session, round(50 / nfc), QUIET))
             others = {
                 "RFE 1": Cache(order=1, schedule=steps),
                 "RFE 2": Cache(order=2, schedule=steps),
-                "order 2 noise-aware": Cache(estimation="taylor", **aware),
-                "RFE 2 noise-aware": Cache(**aware),
-                "auto": chosen,
+                "order 2 noise-aware": Cache(estimation="taylor", schedule=steps, noise_aware=True),
+                "RFE 2 noise-aware": Cache(schedule=steps, noise_aware=True),
             }
-            for method, config in others.items():
-                about = {
-                    "cache": f"{config.estimation} {config.forecast_order}{' aware' if config.noise_aware else ''}"
-                }
-                found = bench.judge(config) | {"E_q": e_q} | about
+            plans = {method: (CachePlan.of(config), fitted) for method, config in others.items()}
+            for method, (plan, known) in (plans | {"auto": (chosen, measured)}).items():
+                about = {"cache": f"{plan.estimation} {plan.order}{' aware' if plan.noise_aware else ''}"}
+                found = bench.judge(plan, known) | {"E_q": e_q} | about
                 _write(out, shard, _key("orders", name, seed, nfc, method), found)
-            tuner = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps)
+            tuner = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps, fitted=measured)
             found = bench.judge(tuner.cache, tuner.learned) | {"E_q": e_q}
             _write(out, shard, _key("orders", name, seed, nfc, "auto, learned"), found)
 
@@ -283,8 +283,8 @@ def shares(
     lengths = {f"M = {m}" if m else "plain": m for m in (0, 1, 10, 25, 50)}
     cells = list(itertools.product((14, 7), lengths))
     for bench, key in _missing(out, "shares", pairs_of(types, seeds, shard), cells):
-        naive, m = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, key[3], 2)), lengths[key[4]]
-        tuner = bench.learned_shares(naive, max(1, m), updates if m else 0)
+        config, m = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, key[3], 2)), lengths[key[4]]
+        tuner = bench.learned_shares(CachePlan.of(config), max(1, m), updates if m else 0)
         _write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
 
 
@@ -302,21 +302,22 @@ def latency(
     torch.set_num_threads(threads)
     found: dict[str, dict[str, list[float]]] = {}
     for name in types.split(","):
-        configs = dict(_chosen(Path(f"build/bench_joint/{name}-{seed}")))
+        chosen = dict(_chosen(Path(f"build/bench_joint/{name}-{seed}")))
         bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)  # which takes as long as calibrated
         rollout, samples = bench.session.rollout, bench.session.validation.conditions.batches(8)[0]
-        times: dict[str, list[float]] = {key: [] for key in ("float32", "quantized", *configs)}
-        fitted = {}
-        for key, config in configs.items():  # shares of one take as long as those that were learned
-            shares = Correction((), {}, (), config.learned_timesteps or (), config.learned_modules or ())
-            fitted[key] = fit_correction(bench.session, config, QUIET, shares) if config.fits else (config, shares)
+        times: dict[str, list[float]] = {key: [] for key in ("float32", "quantized", *chosen)}
+        plans = {}
+        for key, candidate in chosen.items():
+            plan = replace(candidate.plan, learned=False)  # shares cost two products more, which do not show
+            fitted = candidate.fitted
+            plans[key] = plan, fit_correction(bench.session, plan, QUIET, fitted) if plan.fits else fitted
         for _ in range(repeats + 1):  # the first is a warm-up
             with bench.session.full_precision():
                 times["float32"].append(_seconds(rollout, samples))
             with bench.session.hardened():
                 times["quantized"].append(_seconds(rollout, samples))
-                for key, (config, correction) in fitted.items():
-                    with cached(rollout.denoiser, config, correction):
+                for key, (plan, fitted) in plans.items():
+                    with cached(rollout.denoiser, plan, fitted):
                         times[key].append(_seconds(rollout, samples))
         found[name] = {key: values[1:] for key, values in times.items()}
         for key, values in found[name].items():
@@ -327,15 +328,15 @@ def latency(
     (out / "latency.json").write_text(json.dumps({"threads": threads, "seconds": found}, indent=1), encoding="utf-8")
 
 
-def _chosen(folder: Path) -> Iterator[tuple[str, Cache]]:
+def _chosen(folder: Path) -> Iterator[tuple[str, Candidate]]:
     """Both rivals and the tuner's choice at every NFC that was run."""
     for nfc in NFC:
         tried = Tried(folder / str(nfc) / "tried.jsonl").candidates
         for candidate in tried:
             if candidate.rival in (NAIVE, "CacheQuant"):
-                yield f"{candidate.rival}, NFC {nfc}", candidate.config
+                yield f"{candidate.rival}, NFC {nfc}", candidate
         if any(not candidate.rival for candidate in tried):
-            yield f"tuner, NFC {nfc}", choose(tried).best.config
+            yield f"tuner, NFC {nfc}", choose(tried).best
 
 
 def _seconds(rollout: Rollout, conditions: Conditions) -> float:

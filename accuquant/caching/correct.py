@@ -15,20 +15,22 @@ import torch
 from torch import Tensor
 
 from accuquant.calibration.loop import Reference
-from accuquant.calibration.session import Session, watched
+from accuquant.calibration.session import Session
 from accuquant.core.correction import apply_affine, fit_affine
 from accuquant.core.forecasts import Memory
 from accuquant.model.rollout import Conditions
 from accuquant.progress import Advance, Reporter
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.controller import Controller
-from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.observe import observed
 
 CORRECTION_SAMPLES = 16
 KEPT_BYTES = 1 << 30  # of what full precision gives, for the other fits of a session
 
-Fitted = dict[str, dict[float, Tensor]]  # module -> timestep -> (2, C)
+Maps = dict[str, dict[float, Tensor]]  # module -> timestep -> (2, C)
 
 
 class Targets:
@@ -42,7 +44,7 @@ class Targets:
         of_these = self.kept.setdefault(tuple(controller.modules), {})
         if i in of_these:
             return of_these[i]
-        seen = _look(session, controller, i, reference.latents[i], reference.conditions, full_precision=True)
+        seen = features_at(session, controller, i, reference.latents[i], reference.conditions, full_precision=True)
         outputs = {module: output for module, (_, output) in seen.items()}
         size = sum(output.nbytes for output in outputs.values())
         if self.bytes + size <= KEPT_BYTES:
@@ -54,55 +56,48 @@ class Targets:
 @torch.no_grad()
 def fit_correction(
     session: Session,
-    config: Cache,
+    plan: CachePlan,
     reporter: Reporter,
-    learned: Correction | None = None,
+    fitted: Fitted | None = None,
     targets: Targets | None = None,
-) -> tuple[Cache, Correction]:
+) -> Fitted:
     """Slope and intercept of every channel of every cached module: at skipped steps, at full ones, or at both.
 
     The target is what the module gives in full precision at the reference trajectory's latent.
 
     Args:
-        learned: weights of the forecasts, where the config has learned some; they are kept.
+        fitted: learned weights of the forecasts and the noise they know, where the plan has some; they are kept.
         targets: of earlier fits of this session.
 
     Returns:
-        the config, with the corrected timesteps and channels written into it, and the tensors.
+        what was given, with the correction.
     """
-    forecasts, computed = Fitted(), Fitted()  # by kind of step
+    forecasts, computed = Maps(), Maps()  # by kind of step
     with (
         reporter.bar("correction of the cached modules", session.rollout.num_steps) as advance,
-        cached(session.rollout.denoiser, config.uncorrected, learned) as controller,
+        cached(session.rollout.denoiser, plan.uncorrected, fitted) as controller,
     ):
-        given = (session, session.reference.first(CORRECTION_SAMPLES), config, controller, forecasts, computed, advance)
-        if config.measured_on == "full_precision":
+        given = (session, session.reference.first(CORRECTION_SAMPLES), plan, controller, forecasts, computed, advance)
+        if plan.measured_on == "full_precision":
             _fit_as_published(*given)
         else:
             _fit_on_own_trajectory(*given, targets or Targets())
-    skipped, full = (
-        sorted(next(iter(fitted.values())), reverse=True) if fitted else [] for fitted in (forecasts, computed)
-    )
+    skipped, full = (sorted(next(iter(maps.values())), reverse=True) if maps else [] for maps in (forecasts, computed))
     channels = {name: next(iter(found.values())).shape[1] for name, found in (computed | forecasts).items()}
-    correction = Correction(skipped, channels, full).with_learned(learned)
+    correction = Fitted(skipped, channels, full, noise=fitted.noise if fitted else None).with_learned(fitted)
     for name in channels:
         rows = [forecasts[name][t] for t in skipped] + [computed[name][t] for t in full]
         correction(name).copy_(torch.stack(rows))
-    written = {
-        "correction_timesteps": tuple(skipped),
-        "correction_full_timesteps": tuple(full),
-        "correction_channels": channels,
-    }
-    return config.model_copy(update=written), correction.to(session.reference.latents.device)
+    return correction.to(session.reference.latents.device)
 
 
 def _fit_on_own_trajectory(
     session: Session,
     reference: Reference,
-    config: Cache,
+    plan: CachePlan,
     controller: Controller,
-    forecasts: Fitted,
-    computed: Fitted,
+    forecasts: Maps,
+    computed: Maps,
     advance: Advance,
     targets: Targets,
 ) -> None:
@@ -112,7 +107,7 @@ def _fit_on_own_trajectory(
     true: dict[str, Tensor] = {}
 
     def correct(module: str, output: Tensor, is_computed: bool) -> Tensor:
-        if not (config.corrected_quantization if is_computed else config.corrected):
+        if not (plan.corrected_quantization if is_computed else plan.corrected):
             return output
         found = fit_affine(output, true[module])
         (computed if is_computed else forecasts).setdefault(module, {})[controller.timestep] = found
@@ -129,10 +124,10 @@ def _fit_on_own_trajectory(
 def _fit_as_published(
     session: Session,
     reference: Reference,
-    config: Cache,
+    plan: CachePlan,
     controller: Controller,
-    forecasts: Fitted,
-    computed: Fitted,
+    forecasts: Maps,
+    computed: Maps,
     advance: Advance,
 ) -> None:
     """On the reference latents: forecasts of full precision's features, and quantized modules beside them."""
@@ -141,16 +136,16 @@ def _fit_as_published(
     for i in range(rollout.num_steps):
         latents, timestep = reference.latents[i], float(rollout.timesteps[i])
         controller.enter(None, timestep, latents)
-        true = _look(session, controller, i, latents, conditions, full_precision=True)
-        if controller.full and config.corrected_quantization:
-            noisy = _look(session, controller, i, latents, conditions, full_precision=False)
+        true = features_at(session, controller, i, latents, conditions, full_precision=True)
+        if controller.full and plan.corrected_quantization:
+            noisy = features_at(session, controller, i, latents, conditions, full_precision=False)
             for module, (_, output) in noisy.items():
                 computed.setdefault(module, {})[timestep] = fit_affine(output, true[module][1])
         for module, (input, output) in true.items():
             forecast = controller.forecasts[module]
             if controller.full:
                 memories[module] = forecast.update(memories.get(module), i, output, input)
-            elif config.corrected:
+            elif plan.corrected:
                 plain = forecast.predict(memories[module], i, input)
                 if controller.weigh is not None:
                     plain = controller.weigh(module, plain, memories[module].factors[0])
@@ -158,7 +153,7 @@ def _fit_as_published(
         advance("")
 
 
-def _look(
+def features_at(
     session: Session, controller: Controller, i: int, latents: Tensor, conditions: Conditions, full_precision: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Features (input, output) at step i without the cache."""
@@ -166,7 +161,7 @@ def _look(
     controller.paused = True
     with (
         session.full_precision() if full_precision else nullcontext(),
-        watched(session.rollout.denoiser, names) as seen,
+        observed(session.rollout.denoiser, names) as seen,
     ):
         session.rollout.predict(i, latents, conditions)
     controller.paused = False

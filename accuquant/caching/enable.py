@@ -19,19 +19,20 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import shipped_folder
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache, hook_of
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats
 
 
 def enable_cache(
     target: DiffusionPipeline | nn.Module,
-    config: Cache,
+    config: Cache | CachePlan,
     *,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     inputs: list[Any] | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> Cache:
+) -> CachePlan:
     """Put a feature cache on a pipeline's denoiser.
 
     The keyword arguments matter where the config has a target: they say what is sampled to search for it (some dozens
@@ -39,7 +40,7 @@ def enable_cache(
 
     Args:
         target: a diffusers pipeline, or its denoiser.
-        config: `FORAConfig`, `TaylorSeerConfig`, `RFCConfig`, or a recipe's `Cache`.
+        config: `FORAConfig`, `TaylorSeerConfig`, `RFCConfig`, or a recipe's `Cache`; or a plan, as this returns it.
         num_inference_steps, guidance_scale: by default the pipeline's own. A number of steps that is given is checked
             against the order and the schedule, also without a target.
         inputs: class ids or prompts for the search; by default the model's classes or the shipped prompts.
@@ -47,12 +48,12 @@ def enable_cache(
         progress: show bars.
 
     Returns:
-        the config in effect: a target is replaced by what was found.
+        the plan in effect, with the settings of the config as its attributes: a target is replaced by what was found.
 
     Raises:
         CacheError: there is a cache already, nothing to cache, or a target for a pipeline that cannot be sampled.
     """
-    if not isinstance(config, Cache):
+    if not isinstance(config, Cache | CachePlan):
         raise CacheError(f"config must be a FORAConfig, TaylorSeerConfig or RFCConfig, found {config!r}")
     denoiser = denoiser_of_any(target)
     if num_inference_steps is not None:
@@ -60,7 +61,7 @@ def enable_cache(
             config.check_steps(num_inference_steps)
         except ValueError as error:
             raise CacheError(str(error)) from error
-    if config.searches:
+    if isinstance(config, Cache) and config.searches:
         if not isinstance(target, DiffusionPipeline):
             raise CacheError("a target is searched by sampling: give enable_cache the whole pipeline, or set tau")
         if controller_of(denoiser) is not None:
@@ -75,8 +76,7 @@ def enable_cache(
         guidance = usual["guidance_scale"].default if guidance_scale is None else guidance_scale
         rollout = Rollout(target, Sampling(num_inference_steps=steps, guidance_scale=float(guidance)))
         config = search_on_inputs(rollout, inputs or _known_inputs(target), seed, config, Reporter(quiet=not progress))
-    attach_cache(denoiser, config)
-    return config
+    return attach_cache(denoiser, config).plan
 
 
 def disable_cache(target: DiffusionPipeline | nn.Module) -> None:

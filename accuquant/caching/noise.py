@@ -14,17 +14,17 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from accuquant.calibration.session import Session, watched
+from accuquant.calibration.session import Session
 from accuquant.progress import Reporter
 from accuquant.runtime.cache.features import cached_modules
+from accuquant.runtime.cache.fitted import Noise
+from accuquant.runtime.observe import observed
 
 NOISE_SAMPLES = 4
 
 
 @torch.no_grad()
-def measure_noise(
-    session: Session, gap: int, reporter: Reporter, pattern: str | None = None
-) -> dict[str, tuple[float, float]]:
+def measure_noise(session: Session, gap: int, reporter: Reporter, pattern: str | None = None) -> Noise:
     """Relative energies (output, input) of the non-persistent quantization error of each cached module.
 
     Args:
@@ -36,9 +36,9 @@ def measure_noise(
     names = [*names, *(f"{block}.proj_out" for block in fused)]
 
     def look(i: int) -> dict[str, tuple[Tensor, Tensor]]:
-        with watched(rollout.denoiser, names) as seen:
+        with observed(rollout.denoiser, names) as seen:
             rollout.predict(i, reference.latents[i], reference.conditions)
-        return seen
+        return {name: (call.input, call.output) for name, call in seen.items()}
 
     changed, energy = torch.zeros(len(names), 2, dtype=torch.float64), torch.zeros(len(names), 2, dtype=torch.float64)
     pairs, errors = 0, deque[list[tuple[Tensor, Tensor]]](maxlen=gap + 1)

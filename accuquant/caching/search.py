@@ -15,6 +15,7 @@ import random
 import re
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from torch import Tensor
 from accuquant.caching.noise import measure_noise
 from accuquant.calibration.session import Session
 from accuquant.core.choice import log_error
+from accuquant.core.forecasts import FORECASTS
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import ForecastErrors, best_steps, dps_steps, filled_interval_steps
 from accuquant.errors import CacheError
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import draw
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache
+from accuquant.recipe import ESTIMATIONS, Cache
+from accuquant.runtime.cache.fitted import Fitted, Noise
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.plan import CachePlan
 
 EMPHASES = (0.0, 1.0, 2.0)  # of late steps over early ones, for the lists that dynamic programming proposes
 RECORDED_BYTES = 2 << 30  # of features kept for the Gram matrices; with large models only some modules are recorded
@@ -39,7 +43,9 @@ SEARCH_SAMPLES = 8
 CHOICE_SAMPLES = 64  # between forecasts, half of them for validation: at four bits fewer take the wrong one (measured)
 
 
-def search_on_inputs(rollout: Rollout, inputs: list[Any], first_seed: int, config: Cache, reporter: Reporter) -> Cache:
+def search_on_inputs(
+    rollout: Rollout, inputs: list[Any], first_seed: int, config: Cache, reporter: Reporter
+) -> CachePlan:
     """`search_cache` by samples of these inputs, against the model as it is without a cache."""
     samples = draw(inputs, CHOICE_SAMPLES if config.estimation == "auto" else SEARCH_SAMPLES, first_seed)
     conditions = rollout.conditions(samples.inputs, samples.seeds)
@@ -53,58 +59,66 @@ def search_cache(
     reference: Tensor,
     config: Cache,
     reporter: Reporter,
-) -> Cache:
-    """Replace the config's target by a list of full timesteps or a tau.
+    fitted: Fitted | None = None,
+) -> CachePlan:
+    """The plan for what is asked, with a list of full timesteps or a tau in the place of the target.
 
     Args:
         conditions: of B calibration samples.
         reference: (T + 1, B, C, H, W), the latents to come near to: those of full precision without a cache.
+        fitted: the noise that forecasts know, where they are to.
 
     Raises:
         CacheError: the target cannot be met.
     """
     if config.estimation == "auto":
-        listed = config.model_copy(update={"estimation": "taylor"})
+        listed = config.changed(estimation="taylor")
         if listed.searches:
             few = torch.arange(min(len(conditions), SEARCH_SAMPLES), device=reference.device)
             given = (conditions.take(few), reference[:, few])
-            listed = search_cache(rollout, *given, listed, reporter)
-        return _choose_forecast(rollout, conditions, reference, listed, reporter)
+            plan = search_cache(rollout, *given, listed, reporter, fitted)
+        else:
+            plan = CachePlan.of(listed)
+        return _choose_forecast(rollout, conditions, reference, plan, reporter, fitted)
     if config.schedule == "dps":
-        return _dps(rollout, conditions, config, reporter)
-    nfc = config.target_nfc or _nfc_of_seconds(rollout, conditions, config)
+        return _dps(rollout, conditions, config, reporter, fitted)
+    nfc = config.target_nfc or _nfc_of_seconds(rollout, conditions, config, fitted)
     if nfc > rollout.num_steps:
         raise CacheError(f"target_nfc: {nfc:g} is more than the {rollout.num_steps} steps there are")
     if config.schedule == "rcs":
-        return _search_tau(rollout, conditions, config, nfc, reporter)
-    return _search_steps(rollout, conditions, reference, config, int(nfc), reporter)
+        return _search_tau(rollout, conditions, config, nfc, reporter, fitted)
+    return _search_steps(rollout, conditions, reference, config, int(nfc), reporter, fitted)
 
 
 def _choose_forecast(
-    rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, reporter: Reporter
-) -> Cache:
+    rollout: Rollout,
+    conditions: Conditions,
+    reference: Tensor,
+    plan: CachePlan,
+    reporter: Reporter,
+    fitted: Fitted | None,
+) -> CachePlan:
     """The forecast whose final latent is nearest, at the same full steps.
 
     One that knows the noise has to be nearer than the best of the others by two standard errors of the difference:
     most often it is by chance (measured).
     """
-    tried: dict[str, tuple[Tensor, Cache]] = {}
-    kinds = [("reuse", 0, False)]
-    for aware in (False, True) if config.noise is not None else (False,):
-        kinds += [(name, order, aware) for order in range(1, config.forecast_order + 1) for name in ("taylor", "rfe")]
+    tried: dict[str, tuple[Tensor, CachePlan]] = {}
+    kinds = [(name, 0, False) for name, (_, highest) in ESTIMATIONS.items() if not highest]
+    others = [name for name, (_, highest) in reversed(ESTIMATIONS.items()) if highest]
+    for aware in (False, True) if fitted is not None and fitted.noise else (False,):
+        kinds += [(name, i, aware) for i in range(1, plan.order + 1) for name in others if i <= ESTIMATIONS[name][1]]
     with reporter.bar("choosing the forecast", len(kinds)) as advance:
         for name, order, aware in kinds:
-            one = config.model_copy(update={"estimation": name, "order": order, "noise_aware": aware}).uncorrected
+            one = replace(plan, estimation=name, order=order, noise_aware=aware)
             words = f"{name} {order}{' noise-aware' if aware else ''}"
             try:
-                with cached(rollout.denoiser, one):
+                with cached(rollout.denoiser, one.uncorrected, fitted):
                     parts = [rollout.trajectory(part)[0][-1] for part in conditions.batches(SEARCH_SAMPLES)]
                     final = torch.cat(parts)
             except CacheError as error:  # a U-Net's blocks have no input for rfe
                 reporter.detail(f"{words}: {error}")
             else:
-                kept = {"corrected": config.corrected, "corrected_quantization": config.corrected_quantization}
-                one = one.model_copy(update=kept | ({} if aware else {"noise": None}))
                 tried[words] = relative_l2(final, reference[-1]), one
             advance(words)
     means = {words: float(error.mean()) for words, (error, _) in tried.items()}
@@ -124,8 +138,9 @@ def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
     if config.schedule == "dps":
         return num_steps
     trials = TAU_TRIALS if config.schedule == "rcs" else config.trials + len(EMPHASES) + 2
-    kinds = 2 * config.forecast_order * (2 if config.noise_aware else 1)
-    chosen = 1 + kinds if config.estimation == "auto" else 0
+    orders = [min(highest, config.forecast_order) for _, highest in ESTIMATIONS.values()]
+    kinds = sum(orders) * (2 if config.noise_aware else 1) + orders.count(0)
+    chosen = kinds if config.estimation == "auto" else 0
     samples = trials * SEARCH_SAMPLES + chosen * CHOICE_SAMPLES
     return round((config.target_nfc or num_steps) * samples / batch_size)
 
@@ -137,14 +152,15 @@ def _search_steps(
     config: Cache,
     nfc: int,
     reporter: Reporter,
-) -> Cache:
+    fitted: Fitted | None,
+) -> CachePlan:
     """The best list of ``nfc`` full steps that was found."""
     num_steps, warmup = rollout.num_steps, min(config.warmup, rollout.num_steps)
     errors: dict[tuple[int, ...], float] = {}
     images = rollout.decode(reference[-1])
 
     def error(steps: tuple[int, ...]) -> float:
-        with cached(rollout.denoiser, _with(config, schedule=steps)):
+        with cached(rollout.denoiser, CachePlan.of(config, full_steps=steps).uncorrected, fitted):
             final = rollout.trajectory(conditions)[0][-1]
         both = relative_l2(final, reference[-1]), relative_l2(rollout.decode(final), images)
         errors[steps] = math.exp(float(log_error(*both).mean()))
@@ -155,9 +171,10 @@ def _search_steps(
     longest = config.max_gap or max(
         8, math.ceil(4 * num_steps / nfc), math.ceil((num_steps - warmup + 1) / (nfc - warmup + 1))
     )
-    inputs, outputs = record_grams(rollout, conditions, config)
+    inputs, outputs = record_grams(rollout, conditions, config, fitted)
+    needs_input = FORECASTS[config.estimation].needs_input
     for emphasis in EMPHASES:
-        table = ForecastErrors(inputs, outputs, config.forecast_order, config.estimation == "rfe", emphasis)
+        table = ForecastErrors(inputs, outputs, config.forecast_order, needs_input, emphasis)
         proposals.add(best_steps(table.cost, num_steps, nfc, warmup, longest))
     best = min(sorted(proposals), key=error)
 
@@ -178,23 +195,25 @@ def _search_steps(
                 advance(f"{errors[best]:.4f}")
     timesteps = tuple(float(rollout.timesteps[i]) for i in best)
     reporter.say(f"cache: {len(best)} full steps of {num_steps}, error {errors[best]:.4f} on calibration samples")
-    return _with(config, full_timesteps=timesteps, measured_nfc=(float(len(best)), 0.0))
+    return CachePlan.of(config, full_timesteps=timesteps, measured_nfc=(float(len(best)), 0.0))
 
 
-def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: float, reporter: Reporter) -> Cache:
+def _search_tau(
+    rollout: Rollout, conditions: Conditions, config: Cache, nfc: float, reporter: Reporter, fitted: Fitted | None
+) -> CachePlan:
     """RCS's threshold, by bisection; each sample is a trajectory of its own, as its NFC is."""
     singles, low, high = conditions.batches(1), 1e-4, 100.0
-    best: Cache | None = None
+    best: CachePlan | None = None
     with reporter.bar(f"searching tau for NFC {nfc:g}", TAU_TRIALS) as advance:
         for _ in range(TAU_TRIALS):
             tau, counts = math.sqrt(low * high), []
             for single in singles:
-                with cached(rollout.denoiser, _with(config, tau=tau)) as controller:
+                with cached(rollout.denoiser, CachePlan.of(config, tau=tau), fitted) as controller:
                     rollout.trajectory(single)
                     counts.append(float(controller.stats().nfc))
             mean, std = torch.tensor(counts).mean().item(), torch.tensor(counts).std(correction=0).item()
             if best is None or best.measured_nfc is None or abs(mean - nfc) < abs(best.measured_nfc[0] - nfc):
-                best = _with(config, tau=tau, measured_nfc=(mean, std))
+                best = CachePlan.of(config, tau=tau, measured_nfc=(mean, std))
             advance(f"tau {tau:.4g}: {mean:.2f}")
             if abs(mean - nfc) <= TAU_TOLERANCE:
                 break
@@ -209,10 +228,12 @@ def _search_tau(rollout: Rollout, conditions: Conditions, config: Cache, nfc: fl
     return best
 
 
-def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Reporter) -> Cache:
+def _dps(
+    rollout: Rollout, conditions: Conditions, config: Cache, reporter: Reporter, fitted: Fitted | None
+) -> CachePlan:
     """CacheQuant's list of full steps, from cached modules' outputs along a trajectory of the model as it is."""
     distances = torch.zeros(rollout.num_steps, rollout.num_steps, dtype=torch.float64)
-    for pairs in record_features(rollout, conditions, config, config.dps_feature or ".*").values():
+    for pairs in record_features(rollout, conditions, config, config.dps_feature or ".*", fitted).values():
         outputs = torch.stack([output.flatten() for _, output in pairs])
         distances += torch.cdist(outputs, outputs, p=1).double()
     try:
@@ -221,12 +242,14 @@ def _dps(rollout: Rollout, conditions: Conditions, config: Cache, reporter: Repo
         raise CacheError(f"cache.{'interval' if config.interval else 'target_nfc'}: {error}") from error
     reporter.say(f"cache: {len(steps)} full steps of {rollout.num_steps}")
     timesteps = tuple(float(rollout.timesteps[i]) for i in steps)
-    return _with(config, full_timesteps=timesteps, measured_nfc=(float(len(steps)), 0.0))
+    return CachePlan.of(config, full_timesteps=timesteps, measured_nfc=(float(len(steps)), 0.0))
 
 
-def record_grams(rollout: Rollout, conditions: Conditions, config: Cache) -> tuple[Tensor, Tensor]:
+def record_grams(
+    rollout: Rollout, conditions: Conditions, config: Cache, fitted: Fitted | None = None
+) -> tuple[Tensor, Tensor]:
     """Inner products of the cached modules' inputs and outputs over one full trajectory, each (modules, B, T, T)."""
-    grams, kept = [], record_features(rollout, conditions, config)
+    grams, kept = [], record_features(rollout, conditions, config, fitted=fitted)
     for side in (0, 1):
         stacked = [torch.stack([pair[side] for pair in pairs]).double() for pairs in kept.values()]
         grams.append(torch.stack([torch.einsum("ibd,jbd->bij", x, x) for x in stacked]))
@@ -235,7 +258,7 @@ def record_grams(rollout: Rollout, conditions: Conditions, config: Cache) -> tup
 
 @torch.no_grad()
 def record_features(
-    rollout: Rollout, conditions: Conditions, config: Cache, pattern: str = ".*"
+    rollout: Rollout, conditions: Conditions, config: Cache, pattern: str = ".*", fitted: Fitted | None = None
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Input and output (B, ...) of cached modules at every step of one full trajectory, of two samples.
 
@@ -244,9 +267,9 @@ def record_features(
     """
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
     taken = conditions.take(torch.arange(min(2, len(conditions)), device=conditions.noise.device))
-    probe = _with(config, schedule=tuple(range(rollout.num_steps)))
-    with cached(rollout.denoiser, probe) as controller:
-        names, remember, every = [n for n in controller.modules if re.fullmatch(pattern, n)], controller.remember, 0
+    probe = CachePlan.of(config, full_steps=tuple(range(rollout.num_steps))).uncorrected
+    with cached(rollout.denoiser, probe, fitted) as controller:
+        names, every = [n for n in controller.modules if re.fullmatch(pattern, n)], 0
         if not names:
             raise CacheError(f"dps_feature: {pattern!r} matches none of {', '.join(controller.modules)}")
 
@@ -258,19 +281,18 @@ def record_features(
                 every = math.ceil(len(names) / max(1, RECORDED_BYTES // each))
             if module in names and names.index(module) % every == 0:
                 kept.setdefault(module, []).append((inputs[0].flatten(1).cpu(), tensor.flatten(1).cpu()))
-            remember(module, inputs, output)
 
-        controller.remember = record  # type: ignore[method-assign]
+        controller.see = record
         rollout.trajectory(taken)
     return kept
 
 
-def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache) -> float:
+def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache, fitted: Fitted | None) -> float:
     """NFC at which one trajectory takes the asked time, from the times of all steps full and of the fewest."""
     fewest = min(rollout.num_steps, max(config.warmup, config.forecast_order + 1))
     seconds = []
     for full in (rollout.num_steps, fewest):
-        with cached(rollout.denoiser, _with(config, schedule=tuple(range(full)))):
+        with cached(rollout.denoiser, CachePlan.of(config, full_steps=tuple(range(full))).uncorrected, fitted):
             times = []
             for _ in range(3):
                 started = time.perf_counter()
@@ -291,15 +313,6 @@ def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache) -> 
     return min(rollout.num_steps, fewest + math.floor(share * (rollout.num_steps - fewest)))
 
 
-def _with(config: Cache, **changes: Any) -> Cache:
-    """The config with what a search found, or tries, in the place of its target."""
-    if "schedule" in changes or "tau" in changes:
-        # the correction is fitted to the list that is found
-        plain = {"corrected": False, "corrected_quantization": False}
-        changes = {"target_nfc": None, "target_seconds": None, "interval": None} | plain | changes
-    return config.model_copy(update=changes)
-
-
 TYPICAL_NFC = 14  # for the gap that noise is measured over, where tau or a time leaves it open
 
 
@@ -308,19 +321,29 @@ def searched(
     session: Session,
     reporter: Reporter,
     samples: int = SEARCH_SAMPLES,
-) -> Cache:
-    """The cache with its noise measured, and its target searched for, on the session's model as it is."""
+    noise: Noise | None = None,
+) -> tuple[CachePlan, Fitted]:
+    """The plan for what is asked, its target searched for, and the noise of it, on the session's model as it is.
+
+    Args:
+        noise: if it was measured before.
+    """
     num_steps = session.rollout.num_steps
-    if config.noise_aware and config.noise is None:
+    if config.noise is not None:
+        noise = {name: (out, into) for name, (out, into) in config.noise.items()}
+    if config.noise_aware and noise is None:
         listed = len(config.full_steps or config.full_timesteps or ())
         gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
-        config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
-    if config.searches:
+        noise = measure_noise(session, max(1, gap), reporter, config.modules)
+    fitted = Fitted(noise=noise)
+    if not config.searches:
+        plan = CachePlan.of(config)
+    else:
         reference, published = session.reference.first(samples), config.measured_on == "full_precision"
         if config.estimation == "auto":  # by samples too that the weights are not fitted to
             half = CHOICE_SAMPLES // 2
             reference = session.reference.first(half).join(session.validation.first(half))
         given = (session.rollout, reference.conditions, reference.latents)
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():
-            config = search_cache(*given, config, reporter)
-    return config
+            plan = search_cache(*given, config, reporter, fitted)
+    return plan, fitted

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from accuquant.core.objective import group_gradient, groups
 from accuquant.errors import RecipeError
 from accuquant.files import write_tensors
 from accuquant.model.rollout import Conditions, Rollout
-from accuquant.recipe import Cache, Objective
-from accuquant.runtime.cache.fitted import Correction
+from accuquant.recipe import Objective
+from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
 
 SAVE_EVERY_SECONDS = 20.0
@@ -77,7 +78,8 @@ class Tuner:
 
     Attributes:
         cache: on during the updates; groups then begin at its full steps, and only those count as evaluations.
-        learned: weights of the cache's forecasts, where `objective.learn` has them; ``cache`` then names them.
+        fitted: what the cache's forecasts know, such as the noise.
+        learned: the same, with weights of the forecasts where `objective.learn` has them; ``cache`` then uses them.
         blocks: what learns where ``objective.target`` is blocks, instead of groups of steps.
         history: one entry an update: iteration, loss, steps_per_group (or block), network_evaluations so far, seconds.
     """
@@ -89,14 +91,15 @@ class Tuner:
     objective: Objective
     seed: int = 0
     steps_per_group: int = 1
-    cache: Cache | None = None
+    cache: CachePlan | None = None
+    fitted: Fitted | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     network_evaluations: int = 0
     seconds: float = 0.0
     stepping: bool = False
 
     def __post_init__(self) -> None:
-        self.learned: Correction | None = None
+        self.learned: Fitted | None = None
         self.blocks: Reconstruction | None = None
         if self.cache is not None:
             self._begin_cached(self.cache)
@@ -132,10 +135,10 @@ class Tuner:
         if self.cache is None:
             self._run(state, progress)
             return
-        with cached(self.rollout.denoiser, self.cache, self.learned) as self.controller:
+        with cached(self.rollout.denoiser, self.cache, self.learned or self.fitted) as self.controller:
             self._run(state, progress)
 
-    def _begin_cached(self, cache: Cache) -> None:
+    def _begin_cached(self, cache: CachePlan) -> None:
         """Where the full steps are; and weights for the forecasts at the others."""
         lengths: dict[float, dict[str, float]] = {}
 
@@ -144,7 +147,7 @@ class Tuner:
             lengths.setdefault(controller.timestep, {})[module] = min(max(relative, LEAST_UNIT), 1.0)
             return forecast
 
-        with cached(self.rollout.denoiser, cache) as controller:
+        with cached(self.rollout.denoiser, cache, self.fitted) as controller:
             controller.weigh = note
             self.rollout.trajectory(self.reference.conditions.take(self._batch(0)))
             self.full_steps = controller.stats().full_steps
@@ -153,7 +156,8 @@ class Tuner:
             if not skipped:
                 raise RecipeError("objective.cached_learn: 'forecast' is learned at skipped steps, and all are full")
             timesteps = [float(self.rollout.timesteps[i]) for i in skipped]
-            learned = Correction(learned_timesteps=timesteps, learned_modules=controller.modules)
+            noise = self.fitted.noise if self.fitted is not None else None
+            learned = Fitted(learned_timesteps=timesteps, learned_modules=controller.modules, noise=noise)
             for k in range(1, len(skipped)):  # those of a gap learn as one: fewer numbers, and less noise in each
                 if skipped[k] == skipped[k - 1] + 1:
                     learned.learned[k] = learned.learned[k - 1]
@@ -161,7 +165,7 @@ class Tuner:
             units = torch.tensor([[lengths[t][module] for module in controller.modules] for t in timesteps])
             learned.units = list(units.to(self.reference.latents.device))
             self.learned = learned.to(self.reference.latents.device)
-            self.cache = self.learned.named_in(cache)
+            self.cache = replace(cache, learned=True)
 
     def _run(self, state: Path | None, progress: Callable[[dict[str, Any]], None] | None) -> None:
         saved = time.monotonic()

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from accuquant.core.packing import packed_columns
 from accuquant.errors import AccuQuantError, RecipeError, closest
 from accuquant.kernels.select import fixed
 from accuquant.recipe import Rule
+from accuquant.runtime.observe import Call, observed
 from accuquant.runtime.spec import Conv, LayerSpec
 
 FLOAT_BITS = 32
@@ -98,19 +99,11 @@ def count_macs(
     rows: dict[str, int] = {}
     outputs = {p.name: p.shape[0] for p in planned}
 
-    def counter(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows[name] = rows.get(name, 0) + output.numel() // outputs[name]
+    def count(name: str, call: Call) -> None:
+        rows[name] = rows.get(name, 0) + call.output.numel() // outputs[name]
 
-        return count
-
-    handles = [denoiser.get_submodule(p.name).register_forward_hook(counter(p.name)) for p in planned]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), observed(denoiser, outputs, count):
+        run()
     return [replace(p, macs=rows.get(p.name, 0) * p.shape[0] * p.shape[1] // batch) for p in planned]
 
 

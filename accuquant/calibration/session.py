@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from accuquant.calibration.layers import TrainableLayer, adopt_dynamic_scales, full_precision, quantize_model
 from accuquant.calibration.loop import Reference, Tuner
@@ -23,8 +22,10 @@ from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import Split, calibration_samples, load_split, validation_samples
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Data, Model, Objective, Quantization, Recipe, Sampling
+from accuquant.recipe import Data, Model, Objective, Quantization, Recipe, Sampling
 from accuquant.runtime.cache.features import cached_features
+from accuquant.runtime.cache.fitted import Fitted
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
 
@@ -48,9 +49,11 @@ class Session:
     validation: Reference
     seed: int
 
-    def tuner(self, objective: Objective, steps_per_group: int, cache: Cache | None = None) -> Tuner:
-        tuned = {p.name: self.layers[p.name] for p in self.planned if p.tune}
-        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, self.seed, steps_per_group, cache)
+    def tuner(
+        self, objective: Objective, steps_per_group: int, cache: CachePlan | None = None, fitted: Fitted | None = None
+    ) -> Tuner:
+        tuned, seed = {p.name: self.layers[p.name] for p in self.planned if p.tune}, self.seed
+        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, seed, steps_per_group, cache, fitted)
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Everything calibration may change."""
@@ -76,26 +79,6 @@ class Session:
     def full_precision(self) -> AbstractContextManager[None]:
         """The layers compute in full precision for as long as the block runs."""
         return full_precision(self.layers.values())
-
-
-@contextmanager
-def watched(denoiser: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """First input and first output of each named module, of its last call in the block."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            seen[name] = (given, output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    handles = [denoiser.get_submodule(name).register_forward_hook(record(name), with_kwargs=True) for name in names]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def validation_error(session: Session) -> float:

@@ -13,6 +13,8 @@ from accuquant.calibration.session import Session, validation_error
 from accuquant.files import KeptFiles
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Objective
+from accuquant.runtime.cache.fitted import Fitted
+from accuquant.runtime.cache.plan import CachePlan
 
 AUTO_CANDIDATES = (1, 2, 5)
 AUTO_SHARE = 0.25  # of the budget, spent on each candidate's trial
@@ -40,16 +42,26 @@ def calibrate_alone(
 
 
 def calibrate_cached(
-    session: Session, objective: Objective, cache: Cache, alone: Tuner, kept: KeptFiles, reporter: Reporter
+    session: Session,
+    objective: Objective,
+    plan: CachePlan,
+    fitted: Fitted,
+    alone: Tuner,
+    kept: KeptFiles,
+    reporter: Reporter,
 ) -> Tuner | None:
-    """Go on calibrating with the cache on; returns what did, or None where nothing was to be done."""
+    """Go on calibrating with the cache on; returns what did, or None where nothing was to be done.
+
+    Args:
+        fitted: what the plan's forecasts know already.
+    """
     if not objective.cached_iterations:
         return None
     learn, steps = objective.cached_learn or objective.learn, alone.steps_per_group
     changes: dict[str, Any] = {"iterations": objective.cached_iterations, "learn": learn, "warmup_fraction": 0.0}
     if "forecast" in learn:  # learned by less than the whole trajectory, forecasts get worse: errors add up (measured)
         steps, changes = session.rollout.num_steps, changes | {"gradient": "exact"}
-    tuner = session.tuner(objective.model_copy(update=changes), steps, cache)
+    tuner = session.tuner(objective.model_copy(update=changes), steps, plan, fitted)
     _update(tuner, "calibrating with the cache on", kept, CACHED_STATE, reporter)
     if tuner.learned is not None:
         tuner.learned.settled()

@@ -60,7 +60,7 @@ def contents(folder: Path, measure: bool = False) -> tuple[Table, list[str]]:
         edges = ", ".join(f"{e:g}" for e in clock.edges)
         lines.append(f"timestep groups: {clock.num_groups}, edges at timesteps {edges or 'none'}")
         controller = controller_of(denoiser)
-        given = controller.config.model_dump(exclude_none=True) if controller else {}
+        given = controller.plan.to_dict() if controller else {}
         lines.append(f"cache: {', '.join(f'{k} {v}' for k, v in given.items()) or 'none'}")
     else:
         lines.append("format: torchao; diffusers and torchao load it without accuquant")

@@ -14,7 +14,7 @@ from accuquant.calibration.plan import PlannedModule
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.features import in_cache
-from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.stats import CacheStats
 
 LEAST_CALLS, MOST_CALLS, CALLS_SECONDS = 3, 40, 3.0  # of the denoiser, to know how long one takes
@@ -78,12 +78,12 @@ def cache_metrics(
     planned: list[PlannedModule],
     seconds: list[float],
     input_errors: list[float],
-    correction: Correction | None = None,
+    fitted: Fitted | None = None,
 ) -> dict[str, Any]:
     """Full computations, memory and step times of the cache, its learned shares, bit-operations of a trajectory."""
     shares = None  # least, mean and largest of all modules, at each skipped step: of the last output and of its change
-    if correction is not None and correction.learned_timesteps:
-        sides = torch.stack(list(correction.learned)).double().cpu().unbind(-1)
+    if fitted is not None and fitted.learned_timesteps:
+        sides = torch.stack(list(fitted.learned)).double().cpu().unbind(-1)
         shares = [torch.stack([s.amin(1), s.mean(1), s.amax(1)], 1).tolist() for s in sides]
     full_steps = set(controller.stats().full_steps)
     times: dict[bool, list[float]] = {True: [], False: []}
@@ -96,13 +96,13 @@ def cache_metrics(
     with_cache = operations - inside * (1 - float(nfc.mean()) / steps)
     return {
         "cache": {
-            "estimation": controller.config.estimation,
-            "order": controller.config.forecast_order,
+            "estimation": controller.plan.estimation,
+            "order": controller.plan.order,
             "nfc": {"mean": float(nfc.mean()), "std": float(nfc.std(correction=0))},
             "num_steps": steps,
             "full_steps": list(traces[0].full_steps),
             "input_errors": input_errors,
-            "tau": controller.config.tau,
+            "tau": controller.plan.tau,
             "nbytes": max(trace.nbytes for trace in traces),
             "modules": len(controller.modules),
             "shares": shares,

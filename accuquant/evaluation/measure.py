@@ -20,6 +20,7 @@ from accuquant.recipe import Data, Evaluation
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.hooks import cached, controller_of, uncached
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.observe import Call, observed
 
 MODULE_ERROR_STEPS = 10  # steps of the trajectory at which every module's own error is measured
 MODULE_ERROR_SAMPLES = 8
@@ -90,25 +91,18 @@ def module_errors(
     """
     error, energy = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
 
-    def compare(name: str, layer: nn.Module) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            error[name] += float((layer(args[0]) - output).double().square().sum())
-            energy[name] += float(output.double().square().sum())
+    def compare(name: str, call: Call) -> None:
+        error[name] += float((layers[name](call.input) - call.output).double().square().sum())
+        energy[name] += float(call.output.double().square().sum())
 
-        return hook
-
-    handles = [full.denoiser.get_submodule(n).register_forward_hook(compare(n, q)) for n, q in layers.items()]
     count = min(MODULE_ERROR_SAMPLES, len(held_out.conditions))
     chosen = torch.arange(count, device=held_out.latents.device)
     conditions = held_out.conditions.take(chosen)
-    try:
+    with observed(full.denoiser, layers, compare):
         for i in range(0, full.num_steps, max(1, full.num_steps // MODULE_ERROR_STEPS)):
             if clock is not None:
                 clock.set(float(full.timesteps[i]))
             full.predict(i, held_out.latents[i][chosen], conditions)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {n: (error[n] / max(energy[n], 1e-30)) ** 0.5 for n in layers}
 
 
@@ -130,7 +124,7 @@ def decompose(
     assert controller is not None
     with uncached(quantized.denoiser):
         alone = sample(quantized, held_out.conditions, batch_size, reporter, "held-out, quantized without the cache")
-    with cached(full.denoiser, controller.config.unfitted):
+    with cached(full.denoiser, controller.plan.unfitted):
         only = sample(full, held_out.conditions, batch_size, reporter, "held-out, full precision with the cache")
     sides = (("E_q", alone), ("E_c", only), ("E_qc", both))
     curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}
@@ -143,17 +137,13 @@ def decompose(
 def input_errors(full: Rollout, held_out: HeldOut, controller: Controller, full_steps: tuple[int, ...]) -> list[float]:
     """RCS's e at each step of one trajectory: how far the first cached module's input is from its Taylor forecast."""
     first, index = controller.modules[0], torch.arange(1, device=held_out.latents.device)
-    rcs, found = RCS(math.inf, max(1, controller.config.forecast_order), 1), list[float]()
+    rcs, found = RCS(math.inf, max(1, controller.plan.order), 1), list[float]()
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rcs.is_full(len(found), args[0] if args else kwargs["hidden_states"], forced=len(found) in full_steps)
+    def watch(name: str, call: Call) -> None:
+        rcs.is_full(len(found), call.input, forced=len(found) in full_steps)
         found.append(rcs.history[-1])
 
-    handle = full.denoiser.get_submodule(first).register_forward_pre_hook(watch, with_kwargs=True)
-    try:
+    with torch.no_grad(), observed(full.denoiser, [first], watch):
         for i in range(full.num_steps):
-            with torch.no_grad():
-                full.predict(i, held_out.latents[i][index], held_out.conditions.take(index))
-    finally:
-        handle.remove()
+            full.predict(i, held_out.latents[i][index], held_out.conditions.take(index))
     return found

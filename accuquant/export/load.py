@@ -18,6 +18,7 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Data, Recipe
 from accuquant.recipe.file import load_recipe
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.layer import quantized_layers
 
 
@@ -53,11 +54,11 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
                     f"{key}: the correction belongs to the cache that this export was calibrated with; "
                     f"another one needs --set {key}=false"
                 )
-            config = recipe.cache
-            if config.searches:
+            plan: Cache | CachePlan = recipe.cache
+            if recipe.cache.searches:
                 rollout = Rollout(pipeline, recipe.sampling)
-                config = _searched(config, rollout, recipe.data, reporter or Reporter(quiet=True))
-            attach_cache(denoiser, config)
+                plan = _searched(recipe.cache, rollout, recipe.data, reporter or Reporter(quiet=True))
+            attach_cache(denoiser, plan)
     return pipeline
 
 
@@ -66,7 +67,7 @@ def exported_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     return {**quantized_layers(denoiser), **torchao_layers(denoiser)}
 
 
-def _searched(config: Cache, rollout: Rollout, data: Data, reporter: Reporter) -> Cache:
+def _searched(config: Cache, rollout: Rollout, data: Data, reporter: Reporter) -> CachePlan:
     """A target given on the command line: searched on calibration samples, against the export without a cache."""
     split = load_split(data, rollout.family.condition)
     return search_on_inputs(rollout, split.calibration, data.seed * 100_000, config, reporter)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from accuquant.calibration.layers import trainable_layers
-from accuquant.recipe import Cache
-from accuquant.runtime.cache.fitted import Correction
-from accuquant.runtime.cache.hooks import CORRECTION
+from accuquant.runtime.cache.fitted import Fitted
+from accuquant.runtime.cache.hooks import FITTED
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.checkpoint import AccuQuantConfig, AccuQuantQuantizer, Method
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import prepare_layers, quantized_layers
@@ -25,10 +25,10 @@ def harden_model(model: Any, clock: StepClock) -> None:
     model.register_to_config(quantization_config=config)
 
 
-def store_cache(model: Any, cache: Cache, correction: Correction | None) -> None:
-    """Have a hardened model's config.json name this cache, so that loading puts it on; and save its correction."""
-    if correction is not None:
-        setattr(model, CORRECTION, correction)
+def store_cache(model: Any, plan: CachePlan, fitted: Fitted) -> None:
+    """Have a hardened model's config.json name this cache, so that loading puts it on; and save what was fitted."""
+    if plan.uses_fitted:
+        setattr(model, FITTED, fitted)
     config: AccuQuantConfig = model.hf_quantizer.quantization_config
-    config.cache = cache
+    config.cache, config.fitted = plan, fitted
     model.register_to_config(quantization_config=config)

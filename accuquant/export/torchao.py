@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from accuquant.calibration.layers import DYNAMIC_CLIP, trainable_layers
 from accuquant.errors import AccuQuantError
 from accuquant.runtime.layer import QuantizedLayer
+from accuquant.runtime.observe import observed
 
 TORCHAO_VERSIONS = "0.18"  # that this format is tested with; its place in torchao is torchao.prototype
 INSTALL_TORCHAO = "pip install 'accuquant[torchao]'"
@@ -39,16 +40,8 @@ def input_dimensions(model: nn.Module, names: Iterable[str], run: Callable[[], o
     """
     seen: dict[str, set[int]] = {name: set() for name in names}
 
-    def watch(name: str) -> Any:
-        return lambda module, args, kwargs: seen[name].add((args[0] if args else kwargs["input"]).dim())
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True) for name in seen]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), observed(model, seen, lambda name, call: seen[name].add(call.input.dim())):
+        run()
     for name, found in seen.items():
         if len(found) != 1:
             what = f"has inputs of {' and '.join(map(str, sorted(found)))} dimensions" if found else "is not called"

@@ -7,7 +7,9 @@ Everything is written to `<output>.partial` and put in place when it is whole. A
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,9 @@ from accuquant.programs.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Evaluation, Objective, Recipe
 from accuquant.recipe.file import dump_recipe
+from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.plan import CachePlan
 
 INITIAL, CACHE, NAIVE = "initial.json", "cache.json", "naive.json"
 
@@ -78,23 +82,25 @@ def calibrate(
         alone, tried = calibrate_alone(session, objective, run.kept, reporter)
 
         # the cache: where to compute in full, updates with it on, and last a correction, to the weights as they end up
-        history, cache, naive, latents, correction = alone.history, None, None, None, None
+        history, plan, fitted, naive, latents = alone.history, None, Fitted(), None, None
         if recipe.cache is not None:
-            cache = find_cache(recipe.cache, session, run.kept, reporter)
-            uncorrected = cache.uncorrected
-            stacked = Cache(**tuning["naive"]) if tuning and tuning["naive"] else uncorrected
-            naive, latents = stack_naively(session, stacked, held_out, recipe.evaluation, run.kept, reporter)
-            further = calibrate_cached(session, objective, uncorrected, alone, run.kept, reporter)
+            plan, fitted = find_plan(recipe.cache, session, run.kept, reporter)
+            stacked = (plan.uncorrected, fitted)
+            if tuning and tuning["naive"]:
+                stacked = CachePlan.from_dict(tuning["naive"]), Fitted()
+            naive, latents = stack_naively(session, *stacked, held_out, recipe.evaluation, run.kept, reporter)
+            further = calibrate_cached(session, objective, plan.uncorrected, fitted, alone, run.kept, reporter)
             if further is not None:
-                history, correction = history + counted_on(further.history, alone), further.learned
-                cache = cache if correction is None else correction.named_in(cache)
-            if cache.fits:
-                cache, correction = fit_correction(session, cache, reporter, correction)
+                history = history + counted_on(further.history, alone)
+                if further.learned is not None:
+                    plan, fitted = replace(plan, learned=True), further.learned
+            if plan.fits:
+                fitted = fit_correction(session, plan, reporter, fitted)
 
         # the export, judged as it will be loaded
         write_format(session, recipe.export.format, dimensions, getattr(torch, recipe.model.dtype))
-        if cache is not None:
-            store_cache(rollout.denoiser, cache, correction)
+        if plan is not None:
+            store_cache(rollout.denoiser, plan, fitted)
         export = run.stage(rollout.pipeline, recipe.export.max_shard_size)
         export.write_text(RECIPE, dump_recipe(recipe))
         made = calibration_record(history, objective, alone, tried)
@@ -126,15 +132,20 @@ def check_sections(recipe: Recipe) -> None:
         raise RecipeError("objective.cached_iterations: needs a cache: section, which it calibrates with")
 
 
-def find_cache(config: Cache, session: Session, kept: KeptFiles, reporter: Reporter) -> Cache:
-    """The cache with all that has to be found of it."""
+def find_plan(config: Cache, session: Session, kept: KeptFiles, reporter: Reporter) -> tuple[CachePlan, Fitted]:
+    """The plan of the cache that is asked for, with all that has to be found for it."""
     if not config.searches and not config.noise_aware:
-        return config
-    found = kept.read(CACHE, lambda path: Cache.model_validate_json(path.read_text(encoding="utf-8")))
+        return CachePlan.of(config), Fitted()
+    found = kept.read(CACHE, _read_plan)
     if found is None:
-        found = searched(config, session, reporter)
-        kept.write_text(CACHE, found.model_dump_json())
+        plan, fitted = found = searched(config, session, reporter)
+        kept.write_json(CACHE, plan.to_dict() | fitted.to_dict(plan))
     return found
+
+
+def _read_plan(path: Path) -> tuple[CachePlan, Fitted]:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return CachePlan.from_dict(stored), Fitted.from_dict(stored)
 
 
 def measure_initial(session: Session, held_out: HeldOut, evaluation: Evaluation, reporter: Reporter) -> dict[str, Any]:
@@ -145,13 +156,19 @@ def measure_initial(session: Session, held_out: HeldOut, evaluation: Evaluation,
 
 
 def stack_naively(
-    session: Session, cache: Cache, held_out: HeldOut, evaluation: Evaluation, kept: KeptFiles, reporter: Reporter
+    session: Session,
+    plan: CachePlan,
+    fitted: Fitted,
+    held_out: HeldOut,
+    evaluation: Evaluation,
+    kept: KeptFiles,
+    reporter: Reporter,
 ) -> tuple[dict[str, Any], Tensor]:
     """Held-out error of the model calibrated alone, with the cache put on it; final latents of the images shown."""
     error, latents = kept.read_json(NAIVE), kept.read_tensors(NAIVE_LATENTS)
     if error is not None and latents is not None:
         return error, latents["latents"]
-    with cached(session.rollout.denoiser, cache):
+    with cached(session.rollout.denoiser, plan, fitted):
         what = "held-out, naive stacking"
         whole = sample(session.rollout, held_out.conditions, evaluation.batch_size, reporter, what)
     error, shown = latent_metrics(whole, held_out.latents), whole[-1][: evaluation.num_images]

@@ -32,7 +32,7 @@ from accuquant.model.rollout import Rollout
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.runtime.arithmetic import arithmetic_used
-from accuquant.runtime.cache.hooks import CORRECTION, controller_of, uncached
+from accuquant.runtime.cache.hooks import controller_of, uncached
 from accuquant.runtime.cache.stats import CacheStats
 from accuquant.runtime.layer import quantized_layers
 from accuquant.version import __version__
@@ -93,7 +93,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     if controller:
         # RCS has kept those that it decided by
         errors_of_input = list(traces[0].input_errors) or input_errors(full, held_out, controller, traces[0].full_steps)
-        learned = getattr(quantized.denoiser, CORRECTION, None) if controller.config.learned_timesteps else None
+        learned = controller.fitted if controller.plan.learned else None
         metrics |= cache_metrics(controller, traces, planned, step_seconds(quantized, first), errors_of_input, learned)
     full_images, quantized_images = None, None
     if recipe.evaluation.reconstruct:

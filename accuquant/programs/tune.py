@@ -32,7 +32,8 @@ from accuquant.export.run_folder import RunFolder
 from accuquant.files import KeptFiles
 from accuquant.programs.calibrate import calibrate, run_folder
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Recipe, Tune
+from accuquant.recipe import Recipe, Tune
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.budget import (
     KEPT,
     LEAST_NFC,
@@ -45,11 +46,6 @@ from accuquant.tuning.budget import (
 from accuquant.tuning.candidates import Place
 from accuquant.tuning.choice import Choice, choose, ratio, settle
 from accuquant.tuning.tried import LEARNED, NAIVE, Candidate, Tried
-
-WRITTEN = (
-    *("noise", "measured_nfc", "correction_timesteps", "correction_full_timesteps", "correction_channels"),
-    *("learned_timesteps", "learned_modules"),
-)
 
 
 def tune(recipe: Recipe, reporter: Reporter, resume: bool = False, overwrite: bool = False) -> Path:
@@ -147,8 +143,8 @@ def learn(place: Place, alone: Tuner, nfc: int, folder: KeptFiles) -> None:
         return
     for what in place.section.learning:
         place.restore()
-        config = calibrate_with(place, what, alone, nfc, folder)
-        place.confirm(best.forecast, best.schedule, "none", nfc, lambda config=config: config)  # type: ignore[misc]
+        found = calibrate_with(place, what, alone, nfc, folder), best.fitted
+        place.confirm(best.forecast, best.schedule, "none", nfc, lambda found=found: found)  # type: ignore[misc]
         place.correct(nfc)
 
 
@@ -160,12 +156,12 @@ def model_as(place: Place, alone: Tuner, nfc: int, folder: KeptFiles, calibrated
             calibrate_with(place, what, alone, nfc, folder)
 
 
-def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: KeptFiles) -> Cache:
+def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: KeptFiles) -> CachePlan:
     """Have the model, as calibrated alone, learn with the best cache on; updates that are kept are not made again."""
     recipe, state = place.combination.recipe, learned_in(folder, nfc, what)
     objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
-    config = place.best_uncorrected(nfc).config
-    tuner = calibrate_cached(place.session, objective, config, alone, state, place.reporter)
+    best = place.best_uncorrected(nfc)
+    tuner = calibrate_cached(place.session, objective, best.plan, best.fitted, alone, state, place.reporter)
     assert tuner is not None and tuner.cache is not None
     place.calibrated, place.learned = LEARNED[what], tuner.learned
     return tuner.cache
@@ -179,9 +175,9 @@ def learnable(recipe: Recipe, what: str) -> tuple[str, ...]:
 
 def chosen_recipe(recipe: Recipe, best: Candidate) -> Recipe:
     """The recipe that makes the chosen candidate from nothing; what calibration writes into a cache is left to it."""
-    cache = best.config
-    cache = cache.model_copy(update=dict.fromkeys(WRITTEN) | ({"noise": cache.noise} if cache.tau else {}))
-    what = best.learned
+    cache, what = best.plan.as_recipe(), best.learned
+    if best.plan.tau and best.noise:  # over which gap it was measured, tau does not say
+        cache = cache.changed(noise=best.noise)
     changes = {"cached_learn": learnable(recipe, what)} if what else {"cached_iterations": 0, "cached_learn": None}
     objective = recipe.objective.model_copy(update=changes)
     return recipe.model_copy(update={"cache": cache, "objective": objective})
@@ -233,7 +229,7 @@ def record(section: Tune, candidates: list[Candidate], choice: Choice) -> dict[s
         "samples": samples,
         "leaders_samples": choice.samples,
         "seconds": round(sum(one.elapsed for one in candidates), 1),
-        "naive": naive.config.model_dump(mode="json", exclude_none=True),
+        "naive": naive.plan.to_dict(),
     }
 
 

@@ -1,7 +1,7 @@
 """The recipe: its schema, and its reading and writing (`file`). Imports nothing else of ours."""
 
 from accuquant.errors import RecipeError
-from accuquant.recipe.cache import Cache, FORAConfig, RFCConfig, TaylorSeerConfig
+from accuquant.recipe.cache import ESTIMATIONS, Cache, FORAConfig, RFCConfig, TaylorSeerConfig
 from accuquant.recipe.export import Export
 from accuquant.recipe.rule import Rule
 from accuquant.recipe.schema import (
@@ -17,6 +17,7 @@ from accuquant.recipe.schema import (
 from accuquant.recipe.tune import Tune
 
 __all__ = [
+    "ESTIMATIONS",
     "Cache",
     "Data",
     "Evaluation",

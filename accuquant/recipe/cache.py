@@ -11,6 +11,27 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from accuquant.errors import RecipeError, nearest
 from accuquant.recipe.base import Number, Section, found
 
+# the forecasts of `core.forecasts`, dearest first, with their least and highest order
+ESTIMATIONS = {"rfe": (1, 4), "taylor": (0, 4), "reuse": (0, 0)}
+# once written into recipes by searches and calibration, which now find them anew
+WRITTEN = (
+    *("correction_timesteps", "correction_full_timesteps", "correction_channels"),
+    *("learned_timesteps", "learned_modules", "measured_nfc"),
+)
+
+
+def check_estimation(value: Any, more: tuple[str, ...] = ()) -> str:
+    """One of the forecasts there are, or of ``more`` words.
+
+    Raises:
+        ValueError: it is none.
+    """
+    words = [*ESTIMATIONS, *more]
+    if value in words:
+        return str(value)
+    shown = ", ".join(map(repr, words[:-1]))
+    raise ValueError(f"must be {shown} or {words[-1]!r} (found {found(value)}){nearest(value, words)}")
+
 
 def _schedule(value: Any) -> Any:
     words = ["interval", "rcs", "dps", "best"]
@@ -24,7 +45,6 @@ def _schedule(value: Any) -> Any:
 
 Schedule = Annotated[Literal["interval", "rcs", "dps", "best"] | tuple[int, ...] | None, BeforeValidator(_schedule)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Pair = Annotated[tuple[int, int], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
@@ -34,7 +54,7 @@ class Cache(Section):
     One of `interval`, `tau`, `target_nfc`, `target_seconds`, or a list of steps as `schedule`, says at which.
     """
 
-    estimation: Literal["rfe", "taylor", "reuse", "auto"] = Field(
+    estimation: Annotated[str, BeforeValidator(lambda value: check_estimation(value, ("auto",)))] = Field(
         "rfe", description="forecast of RFC, TaylorSeer or FORA; auto: tries them all up to `order`, and noise-aware"
     )
     order: int | None = Field(None, ge=0, le=4, description="of the forecast; 2 if absent, 0 for reuse")
@@ -68,17 +88,31 @@ class Cache(Section):
     factors_device: str | None = Field(None, description="where factors wait, such as cpu; by the model if absent")
     num_inference_steps: int | None = Field(None, ge=1, description="if known, factors are freed after their last use")
     full_timesteps: Numbers | None = Field(None, description="written by a search: timestep values of the full steps")
-    noise: dict[str, Numbers] | None = Field(None, description="written by calibration: of each module, see noise.py")
-    correction_timesteps: Numbers | None = Field(None, description="written by calibration: of skipped steps")
-    correction_full_timesteps: Numbers | None = Field(None, description="written by calibration: of full steps")
-    correction_channels: dict[str, int] | None = Field(None, description="written by calibration")
-    learned_timesteps: Numbers | None = Field(None, description="written by calibration: of weighted forecasts")
-    learned_modules: Names | None = Field(None, description="written by calibration: whose forecasts are weighted")
-    measured_nfc: Numbers | None = Field(None, description="written by a search: NFC, mean and std over samples")
+    noise: dict[str, Numbers] | None = Field(None, description="written by a search: of each module, see noise.py")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _found_anew(cls, given: Any) -> Any:
+        if isinstance(given, dict) and cls is Cache:
+            return {key: value for key, value in given.items() if key not in WRITTEN}
+        return given
+
+    def changed(self, **changes: Any) -> Cache:
+        """The same with other settings, checked like any.
+
+        Raises:
+            ValidationError: they do not go together.
+        """
+        return Cache(**(self.model_dump() | changes))
+
+    @property
+    def orders(self) -> tuple[int, int]:
+        """The least and the highest order that the forecast can have."""
+        return ESTIMATIONS.get(self.estimation, (1, 4))  # auto has the orders of those it tries
 
     @property
     def forecast_order(self) -> int:
-        return (0 if self.estimation == "reuse" else 2) if self.order is None else self.order
+        return min(2, self.orders[1]) if self.order is None else self.order
 
     @property
     def full_steps(self) -> tuple[int, ...] | None:
@@ -88,21 +122,6 @@ class Cache(Section):
     def fits(self) -> bool:
         """Whether calibration fits a correction."""
         return self.corrected or self.corrected_quantization
-
-    @property
-    def keeps(self) -> bool:
-        """Whether an export keeps tensors of it."""
-        return self.fits or self.learned_timesteps is not None
-
-    @property
-    def uncorrected(self) -> Cache:
-        return self.model_copy(update={"corrected": False, "corrected_quantization": False})
-
-    @property
-    def unfitted(self) -> Cache:
-        """The same steps and forecast without what was fitted to, learned or measured of a quantized model."""
-        gone = dict.fromkeys(("learned_timesteps", "learned_modules", "noise")) | {"noise_aware": False}
-        return self.uncorrected.model_copy(update=gone)
 
     @property
     def searches(self) -> bool:
@@ -144,12 +163,14 @@ class Cache(Section):
         order, full = self.forecast_order, self.full_steps
         if self.factors_device and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", self.factors_device):
             raise ValueError(f"factors_device: {self.factors_device!r} is no device; cpu, cuda or cuda:1 are")
-        if self.estimation == "reuse" and order != 0:
-            raise ValueError(f"order: estimation reuse has order 0 (found {order}); use estimation: taylor")
+        least, highest = self.orders
+        if order > highest:
+            most = f"{'at most ' if highest else ''}order {highest}"
+            raise ValueError(f"order: estimation {self.estimation} has {most} (found {order}); use estimation: taylor")
         if self.noise_aware and order < 1:
             raise ValueError("noise_aware: order 0 has no change that noise could spoil; leave it out")
-        if self.estimation in ("rfe", "auto") and order < 1:
-            raise ValueError(f"order: estimation {self.estimation} needs order 1 or more; use estimation: reuse")
+        if order < least:
+            raise ValueError(f"order: estimation {self.estimation} needs order {least} or more; use estimation: reuse")
         if self.estimation == "auto" and rcs:
             raise ValueError("estimation: auto compares forecasts at the same full steps; use interval or target_nfc")
         if full is not None and (full[0] != 0 or any(a >= b for a, b in itertools.pairwise(full))):

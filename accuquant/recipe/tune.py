@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from accuquant.recipe.base import Number, Section
+from accuquant.recipe.cache import check_estimation
 from accuquant.recipe.rule import Rule
 
-Estimation = Literal["reuse", "taylor", "rfe"]
+Estimation = Annotated[str, BeforeValidator(check_estimation)]
 Schedule = Literal["interval", "dps", "rcs", "best"]
 Correction = Literal["none", "cache", "quantization", "both"]
 Learning = Literal["forecast", "weights", "both"]

@@ -16,8 +16,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from accuquant.errors import AccuQuantError, CacheError, CheckpointError, nearest
-from accuquant.runtime.cache.fitted import Correction
-from accuquant.runtime.cache.hooks import CORRECTION, attach_cache
+from accuquant.runtime.cache.fitted import Fitted
+from accuquant.runtime.cache.hooks import FITTED, attach_cache
 from accuquant.runtime.checks import (
     FORMAT_VERSION,
     Files,
@@ -48,7 +48,8 @@ class AccuQuantConfig(QuantizationConfigMixin):
     Args:
         layers: module name -> fields of `LayerSpec`.
         timestep_edges: descending timestep values between groups of activation scales.
-        cache: fields of the feature cache that loading puts on the model; None loads it without.
+        cache: of the feature cache that loading puts on the model, its `CachePlan` and what was `Fitted` to it; None
+            loads it without.
         version: of the file format.
 
     Raises:
@@ -82,7 +83,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
         self.timestep_edges = checked_edges(timestep_edges)
         self._specs = checked_layers(layers)
         self.layers = layers
-        self.cache = checked_cache(cache)
+        self.cache, self.fitted = checked_cache(cache)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -100,7 +101,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
             "version": self.version,
             "timestep_edges": self.timestep_edges,
             "layers": self.layers,
-        } | ({} if self.cache is None else {"cache": self.cache.model_dump(mode="json", exclude_none=True)})
+        } | ({} if self.cache is None else {"cache": self.cache.to_dict() | self.fitted.to_dict(self.cache)})
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -128,17 +129,9 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"config.json: quantization_config.layers.{name}.{error}") from error
             model.set_submodule(name, layer)
         self.clock = clock
-        cache = config.cache
-        if cache is not None and cache.keeps:
-            fitted = (
-                cache.correction_timesteps or (),
-                cache.correction_channels,
-                cache.correction_full_timesteps or (),
-            )
-            with torch.device("meta"):
-                setattr(
-                    model, CORRECTION, Correction(*fitted, cache.learned_timesteps or (), cache.learned_modules or ())
-                )
+        if config.cache is not None and config.cache.uses_fitted:
+            with torch.device("meta"):  # one of the model's own
+                setattr(model, FITTED, Fitted.from_dict(config.fitted.to_dict(config.cache)))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, layer in quantized_layers(model).items():
@@ -148,13 +141,13 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             layer.prepare()
         share_grids(quantized_layers(model).values(), *GRID)
         self.clock.attach(model)
-        keep_float32(model, [*self.quantization_config.layers, CORRECTION])
+        keep_float32(model, [*self.quantization_config.layers, FITTED])
         if self.quantization_config.cache is not None:
             try:
                 controller = attach_cache(model, self.quantization_config.cache)
             except CacheError as error:
                 raise CheckpointError(f"config.json: quantization_config.cache: {error}") from error
-            check_fits(self.quantization_config.cache, controller.modules)
+            check_fits(self.quantization_config.cache, self.quantization_config.fitted, controller.modules)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.files = Files(checkpoint_files)  # what they hold; for shards, loaded_keys is what their index says
@@ -172,14 +165,14 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             raise CheckpointError(
                 f"{where}: the checkpoint holds tensors its config does not promise: {', '.join(extra[:5])}"
             )
-        check_tensors(model, self.files, CORRECTION)
+        check_tensors(model, self.files, FITTED)
         return missing_keys
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         owner = param_name.rpartition(".")[0]
-        return owner.partition(".")[0] == CORRECTION or isinstance(model.get_submodule(owner), QuantizedLayer)
+        return owner.partition(".")[0] == FITTED or isinstance(model.get_submodule(owner), QuantizedLayer)
 
     def create_quantized_param(
         self,

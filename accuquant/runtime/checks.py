@@ -20,6 +20,8 @@ from accuquant.core.numerics import QType
 from accuquant.errors import AccuQuantError, CheckpointError, nearest
 from accuquant.recipe import Cache
 from accuquant.recipe.cache import cache_mistakes
+from accuquant.runtime.cache.fitted import Fitted
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.layer import QuantizedLayer
 from accuquant.runtime.spec import LayerSpec
 
@@ -103,14 +105,14 @@ def _layer(fields: Any, key: str) -> LayerSpec:
         raise CheckpointError(f"config.json: {key}.{error}") from error
 
 
-def checked_cache(fields: Any, key: str = "quantization_config.cache") -> Cache | None:
-    """The feature cache that loading puts on the model.
+def checked_cache(fields: Any, key: str = "quantization_config.cache") -> tuple[CachePlan | None, Fitted]:
+    """The feature cache that loading puts on the model, and empty tensors of what was fitted for it.
 
     Raises:
         CheckpointError: a field is unknown, of another type, or does not go with another one.
     """
     if fields is None:
-        return None
+        return None, Fitted()
     if not isinstance(fields, dict):
         raise refuse(key, f"must be an object (found {shown(fields)})")
     check_plain(fields, key, 1)
@@ -118,36 +120,61 @@ def checked_cache(fields: Any, key: str = "quantization_config.cache") -> Cache 
         if isinstance(fields.get(name), str):
             raise refuse(f"{key}.{name}", f"must be a number (found {shown(fields[name])})")
     try:
-        cache = Cache(**fields)
+        cache = Cache(**{name: value for name, value in fields.items() if name != "forecasts"})
     except ValidationError as error:
         raise CheckpointError(f"config.json: {key}.{cache_mistakes(error)}") from error
     if cache.full_timesteps == ():
         raise refuse(f"{key}.full_timesteps", "must have an entry or more, the first step is always full (found none)")
-    if cache.measured_nfc is not None and len(cache.measured_nfc) != 2:
-        raise refuse(f"{key}.measured_nfc", f"must be mean and deviation (found {shown(list(cache.measured_nfc))})")
     for name, energies in (cache.noise or {}).items():
         if len(energies) != 2 or min(energies) < 0:
             raise refuse(f"{key}.noise.{name}", f"must be two energies of 0 or more (found {shown(list(energies))})")
-    for name, channels in (cache.correction_channels or {}).items():
-        if not 0 < channels < 1 << 31:
-            raise refuse(f"{key}.correction_channels.{name}", f"must be a count (found {shown(channels)})")
-    if cache.fits and not cache.correction_channels:
+    _check_fitted(fields, key)
+    try:
+        with torch.device("meta"):
+            plan, fitted = CachePlan.from_dict(fields), Fitted.from_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: {key}.{error}") from error
+    if plan.fits and not fitted.channels:
         raise refuse(f"{key}.correction_channels", "is missing or empty, and the cache is corrected")
     for one, other in (("learned_timesteps", "learned_modules"), ("learned_modules", "learned_timesteps")):
-        if getattr(cache, one) and not getattr(cache, other):
+        if getattr(fitted, one) and not getattr(fitted, other):
             raise refuse(f"{key}.{other}", f"is missing or empty, and {one} is not")
-    return cache
+    return plan, fitted
 
 
-def check_fits(cache: Cache, modules: tuple[str, ...]) -> None:
+def _check_fitted(fields: dict[str, Any], key: str) -> None:
+    """What is stored of a cache beside a person's settings, by its exact types."""
+    for name, of, words in (
+        ("correction_timesteps", (int, float), "numbers"),
+        ("correction_full_timesteps", (int, float), "numbers"),
+        ("learned_timesteps", (int, float), "numbers"),
+        ("measured_nfc", (int, float), "numbers"),
+        ("learned_modules", (str,), "names"),
+    ):
+        values = fields.get(name)
+        if values is not None and not (isinstance(values, list | tuple) and all(type(v) in of for v in values)):
+            raise refuse(f"{key}.{name}", f"must be a list of {words} (found {shown(values)})")
+    if (measured := fields.get("measured_nfc")) is not None and len(measured) != 2:
+        raise refuse(f"{key}.measured_nfc", f"must be mean and deviation (found {shown(measured)})")
+    channels = fields.get("correction_channels")
+    if channels is not None and not isinstance(channels, dict):
+        raise refuse(f"{key}.correction_channels", f"must be an object (found {shown(channels)})")
+    for name, count in (channels or {}).items():
+        if type(count) is not int or not 0 < count < 1 << 31:
+            raise refuse(f"{key}.correction_channels.{name}", f"must be a count (found {shown(count)})")
+
+
+def check_fits(plan: CachePlan, fitted: Fitted, modules: tuple[str, ...]) -> None:
     """A cache names what was fitted of each module that it caches.
 
     Raises:
         CheckpointError: it does not.
     """
-    for name, needed in (("correction_channels", cache.fits), ("noise", cache.noise_aware)):
-        named = getattr(cache, name) or {}
-        if needed and (missing := [m for m in modules if m not in named]):
+    noisy = [module for module in modules if plan.knows_noise(module)]
+    both = (("correction_channels", modules if plan.fits else (), fitted.channels), ("noise", noisy, fitted.noise))
+    for name, needed, found in both:
+        named = found or {}
+        if missing := [m for m in needed if m not in named]:
             unknown = [n for n in named if n not in modules]
             hint = f"; it names {unknown[0]!r}, which is not cached" if unknown else ""
             raise refuse(f"quantization_config.cache.{name}", f"lacks the cached module {missing[0]!r}{hint}")

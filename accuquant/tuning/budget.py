@@ -12,13 +12,14 @@ from typing import Any
 from accuquant.calibration.objectives import blocks
 from accuquant.calibration.plan import count_macs, plan_modules
 from accuquant.calibration.session import Session, open_model, open_session, validation_error
+from accuquant.core.forecasts import FORECASTS
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.errors import RecipeError
 from accuquant.evaluation.costs import call_seconds, step_seconds
 from accuquant.files import KeptFiles
 from accuquant.pipeline.data import draw
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Recipe, Rule, Tune
+from accuquant.recipe import ESTIMATIONS, Cache, Recipe, Rule, Tune
 from accuquant.runtime.cache.features import in_cache
 from accuquant.runtime.cache.hooks import cached
 
@@ -173,9 +174,10 @@ def step_times(session: Session, settings: dict[str, Any], section: Tune) -> tup
     Args:
         settings: what holds for the cache of every candidate.
     """
-    kinds = ("taylor", "reuse") if settings.get("feature") == "blocks" else ("rfe", "taylor", "reuse")
-    dearest: Any = next((kind for kind in kinds if kind in section.estimations), "reuse")
-    order = 0 if dearest == "reuse" else min(max(section.orders), (session.rollout.num_steps - 1) // 2)
+    blocks_only = settings.get("feature") == "blocks"
+    kinds = [kind for kind in ESTIMATIONS if not (blocks_only and FORECASTS[kind].needs_input)]
+    dearest = next((kind for kind in kinds if kind in section.estimations), "reuse")
+    order = min(ESTIMATIONS[dearest][1], max(section.orders), (session.rollout.num_steps - 1) // 2)
     config = Cache(**settings, estimation=dearest, order=order, interval=2)
     eight = session.reference.conditions.batches(TIMED_SAMPLES)[0]
     with session.hardened(), cached(session.rollout.denoiser, config) as controller:
@@ -220,7 +222,8 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     steps = recipe.sampling.num_inference_steps
     paid = [n for _, n, _ in rows if n >= LEAST_NFC]
     tried, nfc = min(section.combinations, len(paid)), statistics.mean(paid)
-    forecasts = sum(1 if e == "reuse" else len(section.orders) * len(section.noise_aware) for e in section.estimations)
+    each = len(section.orders) * len(section.noise_aware)
+    forecasts = sum(each if ESTIMATIONS[e][1] else 1 for e in section.estimations)
     proposals = forecasts * len(section.schedules) + 5 * len(section.estimations)
     stages = len(section.learning) * bool(objective.cached_iterations)  # of calibration with the cache on
     refined = (section.trials + 5) * section.finalists

@@ -27,10 +27,11 @@ from accuquant.files import KeptFiles
 from accuquant.model.rollout import Conditions
 from accuquant.pipeline.data import load_split
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Tune
+from accuquant.recipe import ESTIMATIONS, Cache, Tune
 from accuquant.runtime.cache.features import cached_features
-from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.fitted import Fitted, Noise
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.budget import LEAST_NFC, Combination, base_settings
 from accuquant.tuning.tried import ALONE, CORRECTED, LEARNED, NAIVE, PARTS, Candidate, Forecast, Tried
 
@@ -69,10 +70,10 @@ class Place:
     reporter: Reporter
     kept: KeptFiles | None = None
     calibrated: str = ALONE
-    learned: Correction | None = None
-    noises: dict[tuple[str, int], Any] = field(default_factory=dict)  # as calibrated, by gap
+    learned: Fitted | None = None
+    noises: dict[tuple[str, int], Noise] = field(default_factory=dict)  # as calibrated, by gap
     targets: Targets = field(default_factory=Targets)
-    corrections: dict[str, Correction | None] = field(default_factory=dict)  # of candidates that get more samples
+    fitted: dict[str, Fitted] = field(default_factory=dict)  # to candidates that get more samples
     further: dict[tuple[int, int], Checked] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,11 +101,10 @@ class Place:
             for forecast in self.forecasts(nfc):
                 for schedule in self.section.schedules:
 
-                    def make(forecast: Forecast = forecast, schedule: str = schedule) -> Cache:
+                    def make(forecast: Forecast = forecast, schedule: str = schedule) -> tuple[CachePlan, Fitted]:
                         config = self.cache(forecast, schedule, nfc)
                         if schedule == "best":
-                            found = self.full_timesteps(forecast, nfc)
-                            config = config.model_copy(update={"full_timesteps": found})
+                            config = config.changed(full_timesteps=self.full_timesteps(forecast, nfc))
                         return self.searched(config)
 
                     found = self.confirm(forecast, schedule, "none", nfc, make)
@@ -114,8 +114,8 @@ class Place:
         """A list without refining, which serves all orders of an estimation."""
         same = [c for c in self.own(nfc) if c.schedule == "best" and c.calibrated == self.calibrated]
         known = next((c for c in same if c.forecast[0] == forecast[0]), None)
-        config = known.config if known else self.searched(self.cache(forecast, "best", nfc, trials=0))
-        return config.full_timesteps
+        plan = known.plan if known else self.searched(self.cache(forecast, "best", nfc, trials=0))[0]
+        return plan.full_timesteps
 
     def refine(self, forecast: Forecast, nfc: int) -> None:
         """Full steps that are searched for this very forecast."""
@@ -128,13 +128,15 @@ class Place:
         for candidate in sorted(self.plain(nfc, self.calibrated), key=self.score):
             best.setdefault(candidate.forecast[0], candidate)
         for number, one in enumerate(best.values()):
+            made = one.plan, one.fitted
             for parts in self.section.corrections if number == 0 else {"both"} & {*self.section.corrections}:
-                self.confirm(one.forecast, one.schedule, parts, nfc, lambda one=one: one.config)  # type: ignore[misc]
+                self.confirm(one.forecast, one.schedule, parts, nfc, lambda made=made: made)  # type: ignore[misc]
 
     def naive(self, nfc: int) -> Candidate:
         """Naive stacking: TaylorSeer, as if alone, on the model calibrated alone. Candidates are judged against it."""
         config = self.cache(("taylor", 2, False), "interval", nfc)
-        found = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: config, NAIVE)
+        made = CachePlan.of(config), Fitted()
+        found = self.confirm(("taylor", 2, False), "interval", "none", nfc, lambda: made, NAIVE)
         assert found is not None
         return found
 
@@ -144,10 +146,10 @@ class Place:
         published = self.cache(reuse, "dps", nfc, measured_on="full_precision")
         self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(published), "CacheQuant")
         if published.modules is None and published.feature == "modules":
-            one = published.model_copy(update={"feature": "blocks"})
+            one = published.changed(feature="blocks")
             fewer = self.same_cost(one, nfc)  # the outer blocks are computed at every step
             if fewer >= LEAST_NFC:
-                one = one.model_copy(update={"target_nfc": fewer})
+                one = one.changed(target_nfc=fewer)
                 self.confirm(reuse, "dps", "both", nfc, lambda: self.searched(one), "CacheQuant, one feature")
 
     def same_cost(self, other: Cache, nfc: int) -> int:
@@ -157,7 +159,13 @@ class Place:
         return next((n for n in counts if self.combination.bit_operations(n, (*modules, *bypassed)) <= budget), 0)
 
     def confirm(
-        self, forecast: Forecast, schedule: str, parts: str, nfc: int, make: Callable[[], Cache], rival: str = ""
+        self,
+        forecast: Forecast,
+        schedule: str,
+        parts: str,
+        nfc: int,
+        make: Callable[[], tuple[CachePlan, Fitted]],
+        rival: str = "",
     ) -> Candidate | None:
         """Roll the candidate out, unless that was done; None where there is no such cache."""
         words = f"{_words(forecast)}, {schedule} steps{CORRECTED[parts]}"
@@ -167,16 +175,16 @@ class Place:
             return known
         started = time.monotonic()
         try:
-            config, correction = make(), self.learned
+            plan, fitted = make()
         except CacheError as error:  # no tau meets the target, or groups cannot be cut so
             self.reporter.detail(f"{words}: {error}")
             return None
+        fitted = fitted.with_learned(self.learned)
         of_forecasts, of_full_steps = PARTS[parts]
         if of_forecasts or of_full_steps:
-            wanted = {"corrected": of_forecasts, "corrected_quantization": of_full_steps}
-            config = config.model_copy(update=wanted)
-            config, correction = fit_correction(self.session, config, Reporter(quiet=True), self.learned, self.targets)
-        latents, images, counts, skipped_by = self.rolled_out(config, correction, self.checked)
+            plan = replace(plan, corrected=of_forecasts, corrected_quantization=of_full_steps)
+            fitted = fit_correction(self.session, plan, Reporter(quiet=True), fitted, self.targets)
+        latents, images, counts, skipped_by = self.rolled_out(plan, fitted, self.checked)
         mean, (full, skipped) = sum(counts) / len(counts), self.seconds
         return self.tried.add(
             Candidate(
@@ -194,18 +202,19 @@ class Place:
                 image_errors=images,
                 calibrated=calibrated,
                 elapsed=round(time.monotonic() - started, 2),
-                config=config,
+                plan=plan,
+                noise=fitted.noise if plan.uses_noise else None,
                 rival=rival or None,
             )
         )
 
     def rolled_out(
-        self, config: Cache, correction: Correction | None, checked: Checked
+        self, plan: CachePlan, fitted: Fitted, checked: Checked
     ) -> tuple[tuple[float, ...], tuple[float, ...], list[int], tuple[str, ...]]:
         """Latent and image error of each sample, full computations of each batch, and names of what was skipped."""
         rollout, finals, counts = self.session.rollout, list[Tensor](), list[int]()
-        size = 1 if config.tau else self.combination.recipe.evaluation.batch_size
-        with cached(rollout.denoiser, config, correction) as controller:
+        size = 1 if plan.tau else self.combination.recipe.evaluation.batch_size
+        with cached(rollout.denoiser, plan, fitted) as controller:
             for batch in checked.conditions.batches(size):
                 finals.append(rollout.trajectory(batch)[0][-1])
                 counts.append(controller.stats().nfc)
@@ -218,18 +227,18 @@ class Place:
         if candidate.samples >= samples:
             return candidate
         started, span = time.monotonic(), (candidate.samples, samples)
-        if candidate.key not in self.corrections:
-            correction, quiet = self.learned, Reporter(quiet=True)
-            if candidate.config.fits:
-                _, correction = fit_correction(self.session, candidate.config, quiet, self.learned, self.targets)
-            self.corrections[candidate.key] = correction
+        if candidate.key not in self.fitted:
+            fitted, quiet = candidate.fitted.with_learned(self.learned), Reporter(quiet=True)
+            if candidate.plan.fits:
+                fitted = fit_correction(self.session, candidate.plan, quiet, fitted, self.targets)
+            self.fitted[candidate.key] = fitted
         if span not in self.further:
             recipe, condition = self.combination.recipe, self.session.rollout.family.condition
             split, size = load_split(recipe.data, condition), recipe.evaluation.batch_size
             quiet = Reporter(quiet=True)
             conditions, final = further_validation(self.session, split, recipe.data, span, size, quiet, self.kept)
             self.further[span] = Checked(conditions, final, self.session.rollout.decode(final))
-        latents, images, *_ = self.rolled_out(candidate.config, self.corrections[candidate.key], self.further[span])
+        latents, images, *_ = self.rolled_out(candidate.plan, self.fitted[candidate.key], self.further[span])
         more = replace(
             candidate,
             latent_errors=candidate.latent_errors + latents,
@@ -238,23 +247,24 @@ class Place:
         )
         return self.tried.add(more)
 
-    def searched(self, config: Cache) -> Cache:
-        quiet = Reporter(quiet=True)
+    def searched(self, config: Cache) -> tuple[CachePlan, Fitted]:
+        quiet, noise = Reporter(quiet=True), None
         if config.noise_aware and config.noise is None:
             full_steps = config.target_nfc or len(config.full_steps or config.full_timesteps or ())
             gap = max(1, round(self.session.rollout.num_steps / full_steps))
             if (self.calibrated, gap) not in self.noises:
                 self.noises[self.calibrated, gap] = measure_noise(self.session, gap, quiet, config.modules)
-            config = config.model_copy(update={"noise": self.noises[self.calibrated, gap]})
-        return searched(config, self.session, quiet, samples=TUNING_SAMPLES)
+            noise = self.noises[self.calibrated, gap]
+        return searched(config, self.session, quiet, samples=TUNING_SAMPLES, noise=noise)
 
     def forecasts(self, nfc: int) -> list[Forecast]:
         """Those that the section allows and ``nfc`` full steps are enough for."""
-        found: list[Forecast] = [("reuse", 0, False)] if "reuse" in self.section.estimations else []
+        wanted = [(name, ESTIMATIONS[name][1]) for name in reversed(ESTIMATIONS) if name in self.section.estimations]
+        found: list[Forecast] = [(name, 0, False) for name, highest in wanted if not highest]
         blocks = base_settings(self.combination.recipe.cache).get("feature") == "blocks"  # noise is measured of modules
         knowing = [aware for aware in self.section.noise_aware if not (aware and blocks)]
-        for estimation in ("taylor", "rfe"):
-            for order in self.section.orders if estimation in self.section.estimations else ():
+        for estimation, highest in wanted:
+            for order in [order for order in self.section.orders if order <= highest]:
                 found += [(estimation, order, aware) for aware in knowing if order < nfc]
         return found
 
@@ -286,7 +296,7 @@ class Place:
     def plain(self, nfc: int, calibrated: str = ALONE) -> list[Candidate]:
         """Those without a correction on the model calibrated so, whose skipped steps are the same for all samples."""
         found = [c for c in self.own(nfc) if c.parts == "none" and c.calibrated == calibrated]
-        return [c for c in found if c.config.tau is None]  # RCS skips other steps with every sample
+        return [c for c in found if c.plan.tau is None]  # RCS skips other steps with every sample
 
     def score(self, candidate: Candidate) -> float:
         """Mean over samples and both errors of their logarithm, on the samples that every candidate has."""

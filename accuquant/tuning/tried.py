@@ -12,7 +12,8 @@ from torch import Tensor
 
 from accuquant.core.choice import log_error
 from accuquant.errors import RecipeError
-from accuquant.recipe import Cache
+from accuquant.runtime.cache.fitted import Fitted, Noise
+from accuquant.runtime.cache.plan import CachePlan
 
 ALONE, NAIVE = "alone", "naive stacking"
 CORRECTED = {
@@ -44,6 +45,7 @@ class Candidate:
         latent_errors, image_errors: relative L2 of each validation sample; of the first ones, where others have more.
         calibrated: how the model was: `ALONE`, or one of `LEARNED`.
         elapsed: seconds that it took to try.
+        noise: what its forecasts know of the quantization noise, if they do; what was learned is fitted anew.
         rival: whose method it is, if not ours.
     """
 
@@ -61,7 +63,8 @@ class Candidate:
     image_errors: tuple[float, ...]
     calibrated: str
     elapsed: float
-    config: Cache
+    plan: CachePlan
+    noise: Noise | None = None
     rival: str | None = None
 
     __pydantic_config__ = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
@@ -97,6 +100,11 @@ class Candidate:
         """What is taken of equals: less computation, then less time, then what is simpler, then what is ours."""
         simpler = sum(PARTS[self.parts]) + (self.calibrated != ALONE), self.forecast[1] + self.forecast[2]
         return round(self.bit_operations, 9), round(self.seconds, 9), *simpler, self.rival is not None
+
+    @property
+    def fitted(self) -> Fitted:
+        """What its forecasts know; what was learned for them or corrects them is fitted anew."""
+        return Fitted(noise=self.noise)
 
     @property
     def learned(self) -> str | None:

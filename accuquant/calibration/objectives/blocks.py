@@ -23,6 +23,7 @@ from accuquant.calibration.plan import PlannedModule
 from accuquant.core.rounding import decided
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.observe import run_until
 
 # of a transformer, or of one inside a U-Net, and a U-Net's residual blocks
 BLOCK = re.compile(r"(?:.*?\.)?(?:transformer_blocks|single_transformer_blocks|blocks|resnets)\.\d+(?=\.)")
@@ -91,7 +92,7 @@ def cost(
 
 
 @dataclass
-class Call:
+class BlockCall:
     """One call of a block: the step it was made at, what it was given, what it has to give, and how far that is."""
 
     step: int
@@ -131,7 +132,7 @@ class Reconstruction:
         }
         self.steps = spread_calls(clock.groups(rollout.timesteps), iterations)
         self.gathered: int | None = None
-        self.calls: list[Call] = []
+        self.calls: list[BlockCall] = []
 
     @property
     def updates(self) -> int:
@@ -187,28 +188,17 @@ class Reconstruction:
         for k, step in enumerate(self.steps):
             samples = self.batch(index * len(self.steps) + k)
             given = (step, self.latents[step, samples], self.conditions.take(samples))
+
+            def run(given: tuple[int, Tensor, Conditions] = given) -> None:
+                self.rollout.predict(*given)
+
             with full_precision(self.layers.values()):
-                targets = _tensors(self._stopped_after(module, *given)[2])
-            args, kwargs, _ = self._stopped_after(module, *given)
-            entered = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+                targets = _tensors(run_until(module, run).returned)
+            call = run_until(module, run)
+            entered = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), None)
             scales = [_displacement(module, entered, target) for target in targets]
-            calls.append(Call(step, args, kwargs, targets, scales))
+            calls.append(BlockCall(step, call.args, call.kwargs, targets, scales))
         self.gathered, self.calls = index, calls
-
-    def _stopped_after(self, module: nn.Module, step: int, x: Tensor, conditions: Conditions) -> tuple[Any, ...]:
-        """Arguments, keyword arguments and output of the module's call; what comes after it is not computed."""
-
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            raise _Reached(args, kwargs, output)
-
-        handle = module.register_forward_hook(stop, with_kwargs=True)
-        try:
-            self.rollout.predict(step, x, conditions)
-        except _Reached as reached:
-            return reached.args
-        finally:
-            handle.remove()
-        raise AssertionError("a layer that ran before does not run now")
 
     @torch.no_grad()
     def _macs(self) -> dict[str, int]:
@@ -227,10 +217,6 @@ class Reconstruction:
             for layer in self.layers.values():
                 layer.observer = None
         return found
-
-
-class _Reached(Exception):
-    """Carries what was wanted out of a forward pass whose rest is not."""
 
 
 def _tensors(output: Any) -> list[Tensor]:

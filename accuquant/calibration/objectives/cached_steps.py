@@ -23,7 +23,7 @@ class CachedSteps:
         self, rollout: Rollout, controller: Controller, conditions: Conditions, full_steps: tuple[int, ...]
     ) -> None:
         self.rollout, self.controller, self.conditions = rollout, controller, conditions
-        self.full_steps, self.history = full_steps, controller.config.forecast_order
+        self.full_steps, self.history = full_steps, controller.plan.highest_order
         self.full_evaluations = 0
 
     def full(self, i: int, x: Tensor, state: State) -> tuple[Tensor, State]:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accuquant.core.forecasts import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor
+from accuquant.core.forecasts import Memory
 from accuquant.core.schedule import RCS, interval_is_full
 from accuquant.errors import CacheError
-from accuquant.recipe import Cache
+from accuquant.runtime.cache.fitted import Fitted, Noise
+from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats, Trace
+from accuquant.runtime.observe import Call
 
 
 class Controller:
@@ -31,23 +33,27 @@ class Controller:
         modules: names of the cached ones, whose outputs are forecast.
         bypassed: names of those that need not run at skipped steps because only cached ones read them.
         begins: cached block -> the block at whose input begins the deviation that is forecast.
+        noise: of each cached module, where the plan's forecasts know it.
     """
 
     def __init__(
         self,
-        config: Cache,
+        plan: CachePlan,
         modules: tuple[str, ...],
         bypassed: tuple[str, ...] = (),
         begins: dict[str, str] | None = None,
+        noise: Noise | None = None,
     ) -> None:
-        self.config, self.modules, self.bypassed, self.begins = config, modules, bypassed, begins or {}
-        self.forecasts = {module: forecast_of(config, module) for module in modules}
+        self.plan, self.modules, self.bypassed, self.begins = plan, modules, bypassed, begins or {}
+        self.forecasts = {module: plan.forecast(module, (noise or {}).get(module)) for module in modules}
         self.last = Trace()
         self.driven = self.paused = False
+        self.fitted: Fitted | None = None  # what `correct` and `weigh` take theirs from
         self.correct: Callable[[str, Tensor, bool], Tensor] | None = None  # module, output, whether it was computed
         self.weigh: Callable[[str, Tensor, Tensor], Tensor] | None = None  # module, forecast, last output
-        order = max(1, config.forecast_order)
-        self.rcs = RCS(config.tau, order, config.warmup, config.max_gap) if config.tau is not None else None
+        self.see: Callable[[str, tuple[Tensor, ...], Any], None] | None = None  # module, inputs, what it computed
+        order = max(1, plan.order)
+        self.rcs = RCS(plan.tau, order, plan.warmup, plan.max_gap) if plan.tau is not None else None
         self._forget()
 
     def reset(self) -> None:
@@ -105,7 +111,7 @@ class Controller:
 
     def _next_step(self, timestep: float, batch: int) -> None:
         before, now = self.calls_before, len(self.calls)
-        if self.step + 1 == self.config.num_inference_steps:
+        if self.step + 1 == self.plan.num_inference_steps:
             raise CacheError(f"cache.num_inference_steps is {self.step + 1}, and a step more was sampled; correct it")
         self.step, self.timestep, self.batch, self.forced = self.step + 1, timestep, batch, False
         self.full = self._scheduled(timestep)
@@ -124,17 +130,17 @@ class Controller:
 
     def _scheduled(self, timestep: float) -> bool | None:
         """None where RCS decides, once the watched input is known."""
-        config, step = self.config, self.step
+        plan, step = self.plan, self.step
         if self.rcs is not None:
             return None
-        if config.full_steps is not None:
-            return step in config.full_steps
-        if config.full_timesteps is not None:  # at the first step at or below each listed value, or as soon as may be
-            due = sum(t >= timestep for t in config.full_timesteps[1:]) > self.timesteps_done
+        if plan.full_steps is not None:
+            return step in plan.full_steps
+        if plan.full_timesteps is not None:  # at the first step at or below each listed value, or as soon as may be
+            due = sum(t >= timestep for t in plan.full_timesteps[1:]) > self.timesteps_done
             self.timesteps_done += due and step > 0
             return step == 0 or due
-        assert config.interval is not None
-        return interval_is_full(step, config.interval, config.warmup)
+        assert plan.interval is not None
+        return interval_is_full(step, plan.interval, plan.warmup)
 
     def computes(self, module: str, input: Tensor) -> bool:
         """Whether this module is computed now; the first question in a step is what RCS answers by its input."""
@@ -156,15 +162,17 @@ class Controller:
             return (self.correct(module, output[0], True), *output[1:])
         return self.correct(module, output, True)
 
-    def features(self, seen: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Input and output of every cached module as forecasts know them, from those of the modules themselves."""
+    def features(self, seen: dict[str, Call]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Input and output of every cached module as forecasts know them, from the calls of the modules themselves."""
         found = {}
         for module in self.modules:
-            first = seen[self.begins.get(module, module)][0]
-            found[module] = (first, seen[module][1] - first if module in self.begins else seen[module][1])
+            first, output = seen[self.begins.get(module, module)].input, seen[module].output
+            found[module] = (first, output - first if module in self.begins else output)
         return found
 
     def remember(self, module: str, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if self.see is not None:
+            self.see(module, inputs, output)
         key, tensors = (self.context, module), output if isinstance(output, tuple) else (output,)
         old = self.memories.get(key) or (None,) * len(tensors)
         self.nbytes -= sum(memory.nbytes() for memory in old if memory)
@@ -180,7 +188,7 @@ class Controller:
         self.nbytes += sum(memory.nbytes() for memory in memories if memory)
         watched = self.rcs.memory.nbytes() if self.rcs is not None and self.rcs.memory is not None else 0
         self.trace.nbytes = max(self.trace.nbytes, self.nbytes + watched)
-        if self.config.num_inference_steps == self.step + 1:
+        if self.plan.num_inference_steps == self.step + 1:
             del self.memories[key]  # before the decoder needs the room
 
     def predict(self, module: str, inputs: tuple[Tensor, ...]) -> Any:
@@ -195,33 +203,19 @@ class Controller:
                 output = self.weigh(module, output, memory.factors[0])
             output = output.to(input.device, input.dtype)
             outputs.append(output if self.correct is None or i > 0 else self.correct(module, output, False))
-        if self.config.num_inference_steps == self.step + 1:
+        if self.plan.num_inference_steps == self.step + 1:
             del self.memories[key]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _stored(self, tensor: Tensor) -> Tensor:
-        dtype = getattr(torch, self.config.factors_dtype) if self.config.factors_dtype else tensor.dtype
+        dtype = getattr(torch, self.plan.factors_dtype) if self.plan.factors_dtype else tensor.dtype
         tensor = tensor if self.driven else tensor.detach()
-        return tensor.to(self.config.factors_device or tensor.device, dtype)
+        return tensor.to(self.plan.factors_device or tensor.device, dtype)
 
     def stats(self) -> CacheStats:
         trace = self.trace if self.step >= 0 else self.last
         full = tuple(i for i, computed in enumerate(trace.full) if computed)
         return CacheStats(full, len(trace.full), trace.nbytes, tuple(trace.input_errors), self.modules)
-
-
-def forecast_of(config: Cache, module: str) -> Forecast:
-    """A module's forecast; with ``noise_aware`` each module has its own noise."""
-    if config.noise_aware and config.estimation != "reuse":
-        assert config.noise is not None
-        own_out, own_in = config.noise[module]
-        relational = config.estimation == "rfe"
-        return NoiseAware(config.forecast_order, config.differences, config.norm, relational, own_out, own_in)
-    if config.estimation == "reuse":
-        return Reuse()
-    if config.estimation == "taylor":
-        return Taylor(config.forecast_order, config.differences)
-    return RFE(config.forecast_order, config.differences, config.norm)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

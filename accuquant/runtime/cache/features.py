@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from accuquant.core.forecasts import FORECASTS
 from accuquant.errors import CacheError
 from accuquant.recipe import Cache
+from accuquant.runtime.cache.plan import CachePlan
 
 BLOCKS = r"(transformer_blocks|blocks|.*attentions\.\d+\.transformer_blocks)\.\d+"
 MODULES = BLOCKS + r"\.(attn\d?|ff|ffn|ff_context|img_mlp|txt_mlp)"
@@ -16,7 +18,7 @@ FUSED = r"single_transformer_blocks\.\d+"  # attention and MLP side by side, and
 
 
 def cached_features(
-    denoiser: nn.Module, config: Cache
+    denoiser: nn.Module, config: Cache | CachePlan
 ) -> tuple[tuple[str, ...], list[str], tuple[str, ...], dict[str, str]]:
     """Names of what is forecast, of the fused blocks at its end, of what is bypassed, and where deviations begin.
 
@@ -65,7 +67,9 @@ def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[lis
     return found, fused
 
 
-def cached_blocks(denoiser: nn.Module, config: Cache) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+def cached_blocks(
+    denoiser: nn.Module, config: Cache | CachePlan
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
     """CacheQuant's variants: the one cached block, those bypassed with it, and where its deviation begins (DiT).
 
     Of a U-Net the feature is the input of the last up-block, that is the output of the one before it (DeepCache's
@@ -79,9 +83,10 @@ def cached_blocks(denoiser: nn.Module, config: Cache) -> tuple[tuple[str, ...], 
         downs: Any = denoiser.down_blocks
         if config.blocks is not None:
             raise CacheError(f"blocks: of {name}, a U-Net, the last up-block's input is cached; leave blocks out")
-        if config.estimation == "rfe":
+        if config.estimation in FORECASTS and FORECASTS[config.estimation].needs_input:
             raise CacheError(
-                "estimation: rfe needs an input that a U-Net does not compute at skipped steps; use taylor"
+                f"estimation: {config.estimation} needs an input that a U-Net does not compute at skipped steps; "
+                "use taylor"
             )
         if len(ups) < 2:
             raise CacheError(f"feature: blocks: {name} has one up-block, there is nothing to skip before it")

@@ -21,10 +21,11 @@ from accuquant.errors import CacheError
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.features import cached_features
-from accuquant.runtime.cache.fitted import Correction
+from accuquant.runtime.cache.fitted import Fitted
+from accuquant.runtime.cache.plan import CachePlan
 
 HOOK = "accuquant_cache"
-CORRECTION = "cache_correction"  # the denoiser's submodule that holds a fitted one, to be saved with the weights
+FITTED = "cache_correction"  # the denoiser's submodule that holds what was fitted, to be saved with the weights
 
 _eager: Callable[[Any], Any] = torch.compiler.disable(recursive=False)  # what a hook calls is compiled all the same
 
@@ -74,7 +75,7 @@ class Calls(Hook):
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A pipeline is done."""
-        stats, order = self.controller.stats(), self.controller.config.forecast_order
+        stats, order = self.controller.stats(), self.controller.plan.highest_order
         if self.controller.step >= 0 and stats.nfc <= order and stats.nfc < stats.num_steps:
             warnings.warn(
                 f"order {order} needs {order + 1} full computations, this trajectory of {stats.num_steps} steps had "
@@ -177,34 +178,39 @@ class Skipped(Hook):
         return inputs if len(inputs) > 1 else inputs[0]
 
 
-def attach_cache(denoiser: nn.Module, config: Cache, correction: Correction | None = None) -> Controller:
+def attach_cache(denoiser: nn.Module, plan: CachePlan | Cache, fitted: Fitted | None = None) -> Controller:
     """Put a cache on a denoiser.
 
     Args:
-        correction: of its forecasts, where the config asks for one; by default that of the loaded checkpoint.
+        plan: of the cache; what is asked for is one too, where it leaves nothing open.
+        fitted: what the plan's forecasts use; by default that of the loaded checkpoint.
 
     Raises:
-        CacheError: it has one already, no module matches, or the config asks for a search that has to be made first.
+        CacheError: it has one already, no module matches, something is asked for that has to be searched for first, or
+            nothing was fitted of what the plan uses.
     """
     if controller_of(denoiser) is not None or getattr(denoiser, "is_cache_enabled", False):
         raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
-    if config.searches:
-        raise CacheError("target_nfc, target_seconds, dps and auto need a search: give enable_cache the whole pipeline")
-    modules, fused, bypassed, begins = cached_features(denoiser, config)
-    if config.noise_aware and (unknown := [name for name in modules if name not in (config.noise or {})]):
+    found = fitted or getattr(denoiser, FITTED, None)
+    noise = found.noise if found is not None else None
+    if isinstance(plan, Cache):
+        noise = {name: (pair[0], pair[1]) for name, pair in plan.noise.items()} if plan.noise else noise
+        plan = CachePlan.of(plan)
+    modules, fused, bypassed, begins = cached_features(denoiser, plan)
+    if unknown := [name for name in modules if plan.knows_noise(name) and name not in (noise or {})]:
         raise CacheError(f"noise_aware: no noise was measured for {', '.join(unknown[:3])}; `accuquant calibrate` does")
-    controller = Controller(config, modules, bypassed, begins)
-    found = correction or getattr(denoiser, CORRECTION, None)
-    if config.fits:
-        if found is None:
+    controller = Controller(plan, modules, bypassed, begins, noise)
+    controller.fitted = found
+    if plan.fits:
+        if found is None or not set(modules) <= set(found.channels):
             raise CacheError("corrected: nothing was fitted for this model; `accuquant calibrate` does")
-        asked = {True: config.corrected_quantization, False: config.corrected}
+        asked = {True: plan.corrected_quantization, False: plan.corrected}
 
         def correct(module: str, output: Tensor, computed: bool) -> Tensor:
             return found.correct(module, output, controller.timestep, computed) if asked[computed] else output
 
         controller.correct = correct
-    if config.learned_timesteps:
+    if plan.learned:
         if found is None or not set(modules) <= set(found.learned_modules):
             raise CacheError("learned_timesteps: nothing was learned for this model; `accuquant calibrate` does")
         controller.weigh = lambda module, output, last: found.weigh(module, output, last, controller.timestep)
@@ -223,7 +229,7 @@ def attach_cache(denoiser: nn.Module, config: Cache, correction: Correction | No
         _hook(denoiser.get_submodule(f"{block}.proj_out"), Cached(controller, f"{block}.proj_out", tap=block))
     registry.invalidate_child_registries_cache()
     if hasattr(denoiser, "_cache_config"):
-        denoiser._cache_config = config  # type: ignore[assignment]  # so that diffusers' own caches refuse to join
+        denoiser._cache_config = plan  # type: ignore[assignment]  # so that diffusers' own caches refuse to join
     if not hasattr(denoiser, "_reset_stateful_cache"):  # pipelines call it where it exists; DiT, PixArt, SD3 lack it
         denoiser._reset_stateful_cache = registry.reset_stateful_hooks
     return controller
@@ -263,9 +269,9 @@ def detach_cache(denoiser: nn.Module) -> None:
 
 
 @contextmanager
-def cached(denoiser: nn.Module, config: Cache, correction: Correction | None = None) -> Iterator[Controller]:
-    """A cache for as long as the block runs."""
-    controller = attach_cache(denoiser, config, correction)
+def cached(denoiser: nn.Module, plan: CachePlan | Cache, fitted: Fitted | None = None) -> Iterator[Controller]:
+    """A cache for as long as the block runs; see `attach_cache`."""
+    controller = attach_cache(denoiser, plan, fitted)
     try:
         yield controller
     finally:
@@ -282,7 +288,7 @@ def uncached(denoiser: nn.Module) -> Iterator[None]:
         yield
     finally:
         if controller is not None:
-            attach_cache(denoiser, controller.config)
+            attach_cache(denoiser, controller.plan, controller.fitted)
 
 
 def controller_of(denoiser: nn.Module) -> Controller | None:

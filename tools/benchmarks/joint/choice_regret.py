@@ -108,7 +108,7 @@ def judged(
                 continue
             started = time.monotonic()
             more = place.extended(candidate, len(held_out.conditions))
-            latents, images, *_ = place.rolled_out(more.config, place.corrections[more.key], held_out)
+            latents, images, *_ = place.rolled_out(more.plan, place.fitted[more.key], held_out)
             about = {name: getattr(more, name) for name in ("key", "cache", "calibrated", "rival", "cost")}
             yield about | {
                 "validation": {"latents": _rounded(more.latent_errors), "images": _rounded(more.image_errors)},

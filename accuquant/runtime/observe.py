@@ -1,0 +1,84 @@
+"""What modules are given and what they give while a model runs: every loop that looks inside one goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its arguments, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returned: Any
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor it was given; ``hidden_states``, where all are named."""
+        given = (*self.args, self.kwargs.get("hidden_states"), *self.kwargs.values())
+        return next(value for value in given if isinstance(value, Tensor))
+
+    @property
+    def output(self) -> Tensor:
+        """The first of what it returned."""
+        first: Tensor = self.returned[0] if isinstance(self.returned, tuple) else self.returned
+        return first
+
+
+@contextmanager
+def observed(
+    model: nn.Module, names: Iterable[str], see: Callable[[str, Call], None] | None = None
+) -> Iterator[dict[str, Call]]:
+    """The last call of each named module of ``model`` in the block, by name; one that was not called is not there.
+
+    Args:
+        see: is shown every call as it ends, in place of what is kept.
+
+    Raises:
+        AttributeError: the model has no module of such a name.
+    """
+    seen: dict[str, Call] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
+            (see or seen.__setitem__)(name, Call(args, kwargs, returned))
+
+        return note
+
+    with ExitStack() as handles:
+        for name in names:
+            module = model.get_submodule(name)
+            handles.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
+        yield seen
+
+
+def run_until(module: nn.Module, run: Callable[[], object]) -> Call:
+    """The module's first call in ``run``; what comes after it is not computed.
+
+    Raises:
+        LookupError: ``run`` ended without calling it.
+    """
+
+    def stop(name: str, call: Call) -> None:
+        raise _Reached(call)
+
+    try:
+        with observed(module, [""], stop):
+            run()
+    except _Reached as reached:
+        return reached.call
+    raise LookupError(f"no {type(module).__name__} was called before the model had run to its end")
+
+
+class _Reached(Exception):
+    """Carries a call out of a forward pass whose rest is not wanted."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
