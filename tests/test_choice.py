@@ -178,7 +178,7 @@ def test_further_samples_go_on_from_those_there_are_and_are_kept(place: Place, t
 
     eight = Place(combination, place.section, session, (1.0, 0.5), Tried(tmp_path / "eight" / "tried.jsonl"), QUIET)
     extended = place.extended(place.own(4)[0], 8)
-    latents, images, *_ = eight.rolled_out(extended.config, None, eight.checked)
+    latents, images, *_ = eight.rolled_out(extended.plan, extended.fitted, eight.checked)
     np.testing.assert_allclose(extended.latent_errors, latents, rtol=0.2)  # roundings flip
     np.testing.assert_allclose(extended.image_errors, images, rtol=0.2)
 
