@@ -246,7 +246,7 @@ def test_inspect_prints_the_cache(fixed: tuple[Path, Result], searched: Path, co
     line = run("inspect", fixed[0]).stdout.splitlines()[-1]
     assert line.startswith("cache: ") and {"estimation rfe", "order 1", "interval 2"} <= set(line[7:].split(", "))
     found = ", ".join(str(t) for t in stored_cache(searched)["full_timesteps"])
-    assert f"full_timesteps ({found})" in run("inspect", searched).stdout.splitlines()[-1]
+    assert f"full_timesteps [{found}]" in run("inspect", searched).stdout.splitlines()[-1]
     corrupt(copied, None)
     assert run("inspect", copied).stdout.splitlines()[-1] == "cache: none"
 
