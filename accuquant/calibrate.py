@@ -30,7 +30,7 @@ from accuquant.noise import measure_noise
 from accuquant.optimise import Tuner
 from accuquant.recipe import Cache, Objective, Recipe, RecipeError
 from accuquant.recipe.file import dump_recipe
-from accuquant.search import CHOICE_SAMPLES, SEARCH_SAMPLES, search_cache, search_calls
+from accuquant.search import CHOICE_SAMPLES, SEARCH_SAMPLES, samples_of, search_cache, search_calls
 from accuquant.session import Session, block_costs, open_model, prepare, validation_error
 
 AUTO_CANDIDATES = (1, 2, 5)
@@ -276,7 +276,8 @@ def searched(
         gap = config.interval or round(num_steps / (config.target_nfc or listed or TYPICAL_NFC))
         config = config.model_copy(update={"noise": measure_noise(session, max(1, gap), reporter, config.modules)})
     if config.searches:
-        reference, published = session.reference.first(samples), config.measured_on == "full_precision"
+        reference = session.reference.first(samples_of(config, samples))
+        published = config.measured_on == "full_precision"
         if config.estimation == "auto":  # by samples too that the weights are not fitted to
             half = CHOICE_SAMPLES // 2
             reference = session.reference.first(half).join(session.validation.first(half))

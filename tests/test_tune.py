@@ -18,7 +18,7 @@ from accuquant.calibrate import calibrate
 from accuquant.candidates import LEARNED, Place, Tried
 from accuquant.cli import app
 from accuquant.console import Reporter
-from accuquant.core.schedule import filled_interval_steps
+from accuquant.core.schedule import DIFFUSERS_OFFSET, filled_interval_steps
 from accuquant.model.caching import controller_of
 from accuquant.model.families import load_pipeline
 from accuquant.model.rollout import Rollout
@@ -104,10 +104,14 @@ def test_the_chosen_point_keeps_to_the_budget_and_is_the_best(tuned: Path) -> No
     bests = [best([row for row in rows if row["types"] == types], naive) for types, naive in naives.items()]
     assert len(bests) == 2
     assert chosen == best(bests, min(naives.values(), key=lambda row: float(row["E_qc"])))
-    full_steps = filled_interval_steps(8, chosen["asked_nfc"], 2)
     recipe = load_recipe(tuned / "recipe.yaml")
     timesteps = Rollout(load_pipeline(recipe.model), recipe.sampling).timesteps
+    naive, offset = naives[chosen["types"]], DIFFUSERS_OFFSET if "offset" in naives[chosen["types"]]["cache"] else None
+    full_steps = filled_interval_steps(8, chosen["asked_nfc"], 2, offset)
     assert found["naive"]["full_timesteps"] == [float(timesteps[i]) for i in full_steps]
+    for words in ("interval", "offset-1 interval"):  # the better of both
+        same = [row for row in rows if row["cache"] == f"taylor 2, {words} steps" and row["types"] == chosen["types"]]
+        assert all(row["E_qc"] * row["image_error"] >= naive["E_qc"] * naive["image_error"] for row in same) and same
     rivals = {row["rival"] for row in rows if row["types"] == chosen["types"]}
     assert rivals == {None, "naive stacking", "CacheQuant", "CacheQuant, one feature"}
 

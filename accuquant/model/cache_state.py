@@ -254,7 +254,7 @@ class Controller:
             self.timesteps_done += due and step > 0
             return step == 0 or due
         assert config.interval is not None
-        return interval_is_full(step, config.interval, config.warmup)
+        return interval_is_full(step, config.interval, config.warmup, config.offset)
 
     def computes(self, module: str, input: Tensor) -> bool:
         """Whether this module is computed now; the first question in a step is what RCS answers by its input."""
