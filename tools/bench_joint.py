@@ -100,9 +100,14 @@ class Bench:
 
     def judge(self, config: Cache | None, learned: Correction | None = None) -> dict[str, Any]:
         """Held-out figures of the model as it is under this cache; corrections are fitted first."""
-        correction = learned
+        return self.figures(*self.fitted(config, learned))
+
+    def fitted(self, config: Cache | None, learned: Correction | None = None) -> tuple[Cache | None, Correction | None]:
         if config is not None and config.fits:
-            config, correction = fit_correction(self.session, config, QUIET, learned)
+            return fit_correction(self.session, config, QUIET, learned)
+        return config, learned
+
+    def figures(self, config: Cache | None, correction: Correction | None) -> dict[str, Any]:
         rollout, reference = self.session.rollout, self.held_out.latents[-1]
         with nullcontext() if config is None else cached(rollout.denoiser, config, correction) as controller:
             final = rollout.trajectory(self.held_out.conditions)[0][-1]
@@ -144,14 +149,14 @@ def run(
     """Make the runs that are missing."""
     torch.set_num_threads(threads)
     for name, seed in pairs_of(types, seeds, shard):
-        wanted = [n for n in map(int, nfcs.split(",")) if _key("run", name, seed, n, "(d) tuner") not in _done(out)]
+        wanted = [n for n in map(int, nfcs.split(",")) if key_of("run", name, seed, n, "(d) tuner") not in done_in(out)]
         if not wanted:
             continue
         bench = Bench(name, seed, Path("build/bench_joint"))
-        _write(out, shard, _key("run", name, seed, 0, "E_q"), bench.judge(None))
+        write(out, shard, key_of("run", name, seed, 0, "E_q"), bench.judge(None))
         for nfc in wanted:
             for method, found in compare(bench, name, seed, nfc):
-                _write(out, shard, _key("run", name, seed, nfc, method), found)
+                write(out, shard, key_of("run", name, seed, nfc, method), found)
 
 
 def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -218,7 +223,7 @@ def stacking(
         config = Cache(estimation="taylor", order=2, schedule="best", target_nfc=key[3], trials=TUNED["trials"])
         with bench.session.full_precision():
             config = searched(config, bench.session, QUIET, worse_of_both=True, samples=TUNING_SAMPLES)
-        _write(out, shard, key, bench.judge(config))
+        write(out, shard, key, bench.judge(config))
 
 
 @app.command()
@@ -232,7 +237,7 @@ def orders(
     """Forecasts at fixed intervals, quantized by MSE search, with E_q and E_c; and what `auto` takes."""
     torch.set_num_threads(threads)
     for name, seed in pairs_of(types, seeds, shard):
-        if _key("orders", name, seed, 7, "auto, learned") in _done(out):
+        if key_of("orders", name, seed, 7, "auto, learned") in done_in(out):
             continue
         bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)
         e_q = bench.judge(None)["relative_l2"]
@@ -241,7 +246,7 @@ def orders(
             for order in range(4):
                 config = Cache(estimation="taylor", order=order, schedule=steps)
                 both, only = bench.judge(config), bench.full_precision(config)["relative_l2"]
-                _write(out, shard, _key("orders", name, seed, nfc, f"order {order}"), both | {"E_q": e_q, "E_c": only})
+                write(out, shard, key_of("orders", name, seed, nfc, f"order {order}"), both | {"E_q": e_q, "E_c": only})
             chosen = searched(Cache(estimation="auto", noise_aware=True, schedule=steps), bench.session, QUIET)
             noise = measure_noise(bench.session, round(50 / nfc), QUIET)
             aware: dict[str, Any] = {"schedule": steps, "noise_aware": True, "noise": noise}
@@ -257,10 +262,10 @@ def orders(
                     "cache": f"{config.estimation} {config.forecast_order}{' aware' if config.noise_aware else ''}"
                 }
                 found = bench.judge(config) | {"E_q": e_q} | about
-                _write(out, shard, _key("orders", name, seed, nfc, method), found)
+                write(out, shard, key_of("orders", name, seed, nfc, method), found)
             tuner = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps)
             found = bench.judge(tuner.cache, tuner.learned) | {"E_q": e_q}
-            _write(out, shard, _key("orders", name, seed, nfc, "auto, learned"), found)
+            write(out, shard, key_of("orders", name, seed, nfc, "auto, learned"), found)
 
 
 @app.command()
@@ -279,7 +284,7 @@ def shares(
     for bench, key in _missing(out, "shares", pairs_of(types, seeds, shard), cells):
         naive, m = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, key[3], 2)), lengths[key[4]]
         tuner = bench.learned_shares(naive, max(1, m), updates if m else 0)
-        _write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
+        write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
 
 
 @app.command()
@@ -345,22 +350,22 @@ def _missing(
 ) -> Iterator[tuple[Bench, tuple[Any, ...]]]:
     """Keys of the cells (NFC, method) that have no line yet, with the calibrated model, made where there are any."""
     for name, seed in pairs:
-        keys = [key for cell in cells if (key := _key(part, name, seed, *cell)) not in _done(out)]
+        keys = [key for cell in cells if (key := key_of(part, name, seed, *cell)) not in done_in(out)]
         if keys:
             bench = Bench(name, seed, Path("build/bench_joint"))
             yield from ((bench, key) for key in keys)
 
 
-def _done(out: Path) -> set[tuple[Any, ...]]:
+def done_in(out: Path) -> set[tuple[Any, ...]]:
     return {tuple(row[k] for k in ("part", "types", "seed", "nfc", "method")) for row in rows_of(out)}
 
 
-def _key(part: str, types: str, seed: int, nfc: int, method: str) -> tuple[Any, ...]:
+def key_of(part: str, types: str, seed: int, nfc: int, method: str) -> tuple[Any, ...]:
     return part, types, seed, nfc, method
 
 
-def _write(out: Path, shard: str, key: tuple[Any, ...], found: dict[str, Any]) -> None:
-    if key in _done(out):
+def write(out: Path, shard: str, key: tuple[Any, ...], found: dict[str, Any]) -> None:
+    if key in done_in(out):
         return
     out.mkdir(parents=True, exist_ok=True)
     row = dict(zip(("part", "types", "seed", "nfc", "method"), key, strict=True)) | found
@@ -376,9 +381,12 @@ def plot(out: Out = DEFAULT_OUT) -> None:
 
 
 @app.command()
-def table(out: Out = DEFAULT_OUT) -> None:
+def table(
+    out: Out = DEFAULT_OUT, seeds: Annotated[str, typer.Option(help="Those that count; all if empty.")] = ""
+) -> None:
     """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds; and latency."""
-    print_tables(rows := rows_of(out))
+    wanted = {int(seed) for seed in seeds.split(",") if seed}
+    print_tables(rows := [row for row in rows_of(out) if not wanted or row["seed"] in wanted])
     print_choice(rows)
     if (kept := out / "latency.json").is_file():
         print_latency(kept)
