@@ -132,7 +132,8 @@ class Place:
         """
         forecast, found = ("taylor", 2, False), self.tried.rows
         mine = (row for row in found if (row["types"], row["asked_nfc"]) == (self.combination.name, nfc))
-        if known := next((row for row in mine if row["rival"] == NAIVE), None):
+        known: Row | None = next((row for row in mine if row["rival"] == NAIVE), None)
+        if known is not None:
             return known
         published = self.cache(forecast, "interval", nfc)
         rollout, rows = self.session.rollout, list[Row]()

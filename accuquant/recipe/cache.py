@@ -140,8 +140,9 @@ class Cache(Section):
         if self.fits and rcs:
             key = "corrected" if self.corrected else "corrected_quantization"
             raise ValueError(f"{key}: steps that RCS skips differ from sample to sample; use interval or target_nfc")
-        if self.schedule != "dps" and (key := self._given("dps_feature", "dps_samples")):
-            raise ValueError(f"{key}: only schedule: dps looks at it")
+        for name in ("dps_feature", "dps_samples"):
+            if self.schedule != "dps" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: only schedule: dps looks at it")
         if self.correction_ridge is not None and not self.fits:
             raise ValueError("correction_ridge: nothing is corrected; add corrected or corrected_quantization")
         if self.offset is not None and (self.interval is None or self.schedule == "dps"):
@@ -176,10 +177,6 @@ class Cache(Section):
             raise ValueError(f"schedule must rise from 0, which is always full (found {found(list(full))})")
         self.check_steps(self.num_inference_steps)
         return self
-
-    def _given(self, *keys: str) -> str | None:
-        """The first of these keys that is there."""
-        return next((key for key in keys if getattr(self, key) is not None), None)
 
     def _check_blocks(self) -> None:
         if self.feature == "modules":
