@@ -14,7 +14,7 @@ from diffusers import DiTPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from accuquant.caching.correct import fit_correction
-from accuquant.caching.search import record_features, search_cache, searched
+from accuquant.caching.search import record_features, samples_of, search_cache, searched
 from accuquant.calibration.session import Session, open_model, open_session
 from accuquant.core.correction import fit_affine
 from accuquant.core.metrics import relative_l2
@@ -247,6 +247,37 @@ def test_dps_is_the_best_of_all_lists_for_the_feature_it_looks_at(session: Sessi
     assert found.full_timesteps == tuple(float(rollout.timesteps[i]) for i in best)
 
 
+def test_dps_looks_at_as_many_samples_as_asked() -> None:
+    """By the sum of the distances of five samples; on random features those of two give another list."""
+    rollout, _ = dit(steps=12)
+    conditions = rollout.conditions([1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8])
+    name, outputs = "transformer_blocks.3.ff", list[Tensor]()
+    handle = rollout.denoiser.get_submodule(name).register_forward_hook(lambda _, args, output: outputs.append(output))
+    reference = rollout.trajectory(conditions)[0]
+    handle.remove()
+    halves = torch.stack([o.unflatten(0, (2, 6)) for o in outputs])  # (T, guidance, samples, tokens, channels)
+
+    def expected(count: int) -> tuple[float, ...]:
+        distances = torch.cdist(halves[:, :, :count].flatten(1), halves[:, :, :count].flatten(1), p=1)
+        return tuple(float(rollout.timesteps[i]) for i in dps_steps(distances, 12 / 5))
+
+    found = {}
+    for count in (None, 5, 99):
+        config = Cache(estimation="reuse", schedule="dps", target_nfc=5, dps_samples=count, dps_feature=name)
+        found[count] = search_cache(rollout, conditions, reference, config, QUIET).full_timesteps
+        assert len(found[count] or ()) == 5
+    assert found == {None: expected(2), 5: expected(5), 99: expected(6)}
+
+
+def test_a_search_draws_the_samples_that_dps_asks_for(session: Session) -> None:
+    seen = []
+    for count, expected in ((None, 3), (4, 4)):
+        config = Cache(estimation="reuse", schedule="dps", target_nfc=3, dps_samples=count)
+        seen.append(samples_of(config, 3))
+        assert seen[-1] == expected
+    assert samples_of(Cache(target_nfc=3), 3) == 3
+
+
 def test_a_feature_that_dps_cannot_find_is_named(session: Session) -> None:
     config = Cache(estimation="reuse", schedule="dps", interval=2, dps_feature="nothing")
     with pytest.raises(CacheError, match="dps_feature: 'nothing' matches none of transformer_blocks"):
@@ -283,6 +314,27 @@ def test_published_correction_is_fitted_to_full_precision_features(session: Sess
         last = max(s for s in (0, 1, 4) if s <= i)
         given = outputs[i, False] if full else outputs[last, True]
         torch.testing.assert_close(correction(name)[row], fit_affine(given, outputs[i, True]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("measured_on", ["quantized", "full_precision"])
+def test_the_ridge_is_the_configs(session: Session, measured_on: Any) -> None:
+    """At the first step both are fitted to the same output: slopes of ridge 1 are half way from those of none to 1."""
+    fits = {}
+    for ridge in (0.0, 1.0, None):
+        config = Cache(
+            estimation="reuse",
+            interval=3,
+            corrected=True,
+            corrected_quantization=True,
+            measured_on=measured_on,
+            correction_ridge=ridge,
+        )
+        written, correction = fit_correction(session, config, QUIET)
+        assert written.correction_ridge == ridge and written.uncorrected.correction_ridge is None
+        fits[ridge] = correction("transformer_blocks.0.attn1")[3, 0]  # the first full step's slopes
+    assert torch.equal(fits[1.0], fits[None])
+    torch.testing.assert_close(fits[1.0], (1 + fits[0.0]) / 2, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(fits[0.0], fits[1.0])
 
 
 def test_correcting_both_parts_brings_the_calibration_samples_nearer(session: Session) -> None:

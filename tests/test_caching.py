@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import flux_arguments, images, make_flux, make_pipeline, sampled
 from diffusers import DiTPipeline, FirstBlockCacheConfig
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import HookRegistry, ModelHook, TaylorSeerCacheConfig, apply_taylorseer_cache
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
 
 from accuquant.errors import CacheError
-from accuquant.recipe import Cache
+from accuquant.recipe import Cache, TaylorSeerConfig
+from accuquant.runtime.cache.features import MODULES
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
 from accuquant.runtime.cache.plan import CachePlan
 
@@ -81,6 +83,32 @@ def test_the_schedule_says_which_steps_are_full(pipeline: DiTPipeline, plain: Te
     assert stats.num_steps == 10 and stats.input_errors == ()
     assert found.isfinite().all()
     assert not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize(("warmup", "interval"), [(2, 4), (3, 2)])
+def test_offset_one_is_the_taylorseer_of_diffusers(pipeline: DiTPipeline, warmup: int, interval: int) -> None:
+    """The same full steps as diffusers' own hook, and the same images, given our modules and float32 factors."""
+    model, computed = pipeline.transformer, [0]
+    handle = model.get_submodule("transformer_blocks.1.ff.net.0").register_forward_hook(lambda *_: computed.append(1))
+    theirs = TaylorSeerCacheConfig(
+        cache_interval=interval,
+        disable_cache_before_step=warmup,
+        max_order=2,
+        taylor_factors_dtype=torch.float32,
+        cache_identifiers=[MODULES],
+    )
+    apply_taylorseer_cache(model, theirs)
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    _set_cache_context(model, CacheContext("both"))
+    expected = sampled(pipeline)
+    registry.remove_hook("taylorseer_cache", recurse=True)
+    handle.remove()
+    config = TaylorSeerConfig(interval=interval, warmup=warmup, offset=1)
+    controller = attach_cache(model, config)
+    found = sampled(pipeline)
+    assert controller.stats().full_steps == (*range(warmup), *range(warmup + 1, 10, interval))
+    assert controller.stats().nfc == sum(computed)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_each_setting_forecasts_in_its_own_way(pipeline: DiTPipeline) -> None:

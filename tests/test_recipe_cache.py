@@ -58,6 +58,10 @@ def refusal(section: Any) -> str:
         ({"interval": 9, "order": 1}, "rfe", 1, False),  # warmup alone supports it
         ({"interval": 2, "warmup": 9}, "rfe", 2, False),  # all steps are full
         ({"interval": 4, "estimation": "reuse", "warmup": 1}, "reuse", 0, False),
+        ({"interval": 3, "offset": 1, "estimation": "taylor"}, "taylor", 2, False),
+        ({"interval": 3, "offset": 0, "schedule": "interval"}, "rfe", 2, False),
+        ({"interval": 2, "schedule": "dps", "dps_samples": 16, "order": 1}, "rfe", 1, True),
+        ({"interval": 2, "corrected": True, "correction_ridge": 0}, "rfe", 2, False),
         ({"tau": 0.3}, "rfe", 2, False),
         ({"tau": "1e-1", "schedule": "rcs", "max_gap": 3}, "rfe", 2, False),
         ({"target_nfc": 3}, "rfe", 2, True),
@@ -161,6 +165,21 @@ def test_scientific_notation_and_lists_are_read_as_meant() -> None:
             {"schedule": [0, 2, 4], "warmup": 3},
             "cache.warmup: the list of steps in schedule says which are full; leave warmup out",
         ),
+        ({"interval": 4, "offset": 4}, "cache.offset: must be below the interval of 4 (found 4)"),
+        ({"interval": 4, "offset": -1}, "cache.offset: must be greater than or equal to 0 (found -1)"),
+        (
+            {"target_nfc": 4, "offset": 1},
+            "cache.offset: belongs to a fixed interval, for example interval: 4 with offset: 1",
+        ),
+        (
+            {"schedule": "dps", "interval": 2, "order": 1, "offset": 1},
+            "cache.offset: belongs to a fixed interval, for example interval: 4 with offset: 1",
+        ),
+        ({"interval": 2, "dps_samples": 16}, "cache.dps_samples: only schedule: dps looks at it"),
+        (
+            {"interval": 2, "correction_ridge": 0},
+            "cache.correction_ridge: nothing is corrected; add corrected or corrected_quantization",
+        ),
         ({"interval": 2, "num_inference_steps": 9}, "cache.num_inference_steps is 9, sampling.num_inference_steps 6"),
         ({"target_nfc": 3.5}, "cache.target_nfc must be whole (found 3.5); schedule: rcs can meet a mean"),
         (
@@ -213,16 +232,17 @@ def test_several_mistakes_are_listed_one_per_line() -> None:
 
 
 def test_order_check_counts_the_full_steps_that_are_run() -> None:
-    """The count in the message is that of the schedule itself, for every interval and warmup."""
+    """The count in the message is that of the schedule itself, for every interval, warmup and offset."""
     for interval in range(1, 8):
         for warmup in range(1, 5):
-            full = len(interval_steps(STEPS, interval, warmup))
-            section = {"interval": interval, "warmup": warmup, "estimation": "taylor"}
-            assert cache_of(section | {"order": min(4, full - 1)}).forecast_order == min(4, full - 1)
-            if full < 5 and full != STEPS:
-                assert f"order {full} needs {full + 1} full steps, and there are {full};" in refusal(
-                    section | {"order": full}
-                )
+            for offset in (None, *range(interval)):
+                full = len(interval_steps(STEPS, interval, warmup, offset))
+                section = {"interval": interval, "warmup": warmup, "offset": offset, "estimation": "taylor"}
+                assert cache_of(section | {"order": min(4, full - 1)}).forecast_order == min(4, full - 1)
+                if full < 5 and full != STEPS:
+                    assert f"order {full} needs {full + 1} full steps, and there are {full};" in refusal(
+                        section | {"order": full}
+                    )
 
 
 @pytest.mark.parametrize(

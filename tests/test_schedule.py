@@ -11,7 +11,7 @@ import torch
 from conftest import finite_differences
 from torch import Tensor
 
-from accuquant.core.schedule import RCS, best_steps, dps_steps, interval_steps
+from accuquant.core.schedule import DIFFUSERS_OFFSET, RCS, best_steps, dps_steps, filled_interval_steps, interval_steps
 
 
 def gaps(steps: tuple[int, ...], num_steps: int) -> list[int]:
@@ -37,6 +37,26 @@ def test_interval_counts_from_the_last_warmup_step() -> None:
     assert interval_steps(10, 3, warmup=2) == (0, 1, 4, 7)
     assert interval_steps(4, 1, warmup=1) == (0, 1, 2, 3)
     assert interval_steps(3, 4, warmup=5) == (0, 1, 2)
+
+
+def test_offset_counts_the_steps_skipped_after_the_warmup() -> None:
+    assert interval_steps(12, 4, 2, offset=1) == (0, 1, 3, 7, 11)
+    assert interval_steps(12, 4, 2, offset=0) == (0, 1, 2, 6, 10)
+    for interval, warmup in itertools.product(range(1, 8), range(1, 5)):
+        assert interval_steps(20, interval, warmup) == interval_steps(20, interval, warmup, interval - 1)
+        for offset in range(interval):
+            found = interval_steps(20, interval, warmup, offset)
+            assert found == (*range(warmup), *range(warmup + offset, 20, interval))
+
+
+@pytest.mark.parametrize("offset", [None, DIFFUSERS_OFFSET])
+def test_filled_interval_has_as_many_full_steps_as_asked(offset: int | None) -> None:
+    for warmup, num_steps in itertools.product((1, 2, 3), (6, 13, 50)):
+        for nfc in range(warmup, num_steps + 1):
+            steps = filled_interval_steps(num_steps, nfc, warmup, offset)
+            assert len(steps) == nfc and steps == tuple(sorted(set(steps))) and steps[-1] < num_steps
+            assert steps[:warmup] == tuple(range(warmup))
+    assert filled_interval_steps(50, 14, 2, DIFFUSERS_OFFSET) == (0, 1, *range(3, 50, 4))
 
 
 # ---- RCS

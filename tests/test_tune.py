@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from accuquant.calibration.loop import Tuner
 from accuquant.calibration.session import open_session
 from accuquant.cli.main import app
-from accuquant.core.schedule import filled_interval_steps
+from accuquant.core.schedule import DIFFUSERS_OFFSET, filled_interval_steps
 from accuquant.errors import RecipeError
 from accuquant.export.run_folder import RunFolder
 from accuquant.files import KeptFiles
@@ -109,13 +109,18 @@ def test_the_chosen_point_keeps_to_the_budget_and_is_the_best(tuned: Path) -> No
     # two combinations of types: what leads has all samples, and nothing else has more than the first
     assert found["samples"] == 8 and found["leaders_samples"] == 32
     assert 0 < sum(row["samples"] > 8 for row in rows) <= 2 * LEADERS
-    (naive,) = [row for row in rows if row["rival"] == "naive stacking" and row["types"] == chosen["types"]]
+    naives = {row["types"]: row for row in rows if row["rival"] == "naive stacking"}
+    naive = naives[chosen["types"]]
     assert (naive["ratio"]["mean"], naive["ratio"]["standard_error"]) == (0, 0)
     assert chosen["ratio"]["mean"] <= 2 * chosen["ratio"]["standard_error"]
-    full_steps = filled_interval_steps(8, chosen["asked_nfc"], 2)
     recipe = load_recipe(tuned / "recipe.yaml")
     timesteps = Rollout(load_pipeline(recipe.model), recipe.sampling).timesteps
+    offset = DIFFUSERS_OFFSET if "offset" in naive["cache"] else None
+    full_steps = filled_interval_steps(8, chosen["asked_nfc"], 2, offset)
     assert found["naive"]["full_timesteps"] == [float(timesteps[i]) for i in full_steps]
+    for words in ("interval", "offset-1 interval"):  # the better of both
+        same = [row for row in rows if row["cache"] == f"taylor 2, {words} steps" and row["types"] == chosen["types"]]
+        assert same and all(row["ratio"]["mean"] >= 0 for row in same)
     rivals = {row["rival"] for row in rows if row["types"] == chosen["types"]}
     assert rivals == {None, "naive stacking", "CacheQuant", "CacheQuant, one feature"}
 

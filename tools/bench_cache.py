@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ from accuquant.caching.search import SEARCH_SAMPLES, search_cache
 from accuquant.calibration.session import open_model
 from accuquant.core.forecasts import Differences, Norm
 from accuquant.core.metrics import latent_psnr, relative_l2
-from accuquant.core.schedule import RCS, interval_steps
+from accuquant.core.schedule import DIFFUSERS_OFFSET, RCS, filled_interval_steps, interval_steps
 from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.evaluation.images import image_metrics
 from accuquant.model.families import resolve
@@ -88,7 +88,7 @@ class Bench:
         return search_cache(self.rollout, self.calibration, self.calibration_latents, config, Reporter(quiet=True))
 
     def judge(self, config: Cache | CachePlan) -> dict[str, Any]:
-        """Figures of a cache on the held-out set."""
+        """Figures of a cache on the held-out set, and, to choose by, its errors on the calibration set."""
         finals, traces = [], []
         for batch in self.held_out.batches(1 if config.tau is not None else HELD_OUT):
             with cached(self.rollout.denoiser, config) as controller:
@@ -97,7 +97,19 @@ class Bench:
         full_steps = {"full_steps": list(traces[0].full_steps)} if len(traces) == 1 else {}
         nfc = [trace.nfc for trace in traces]
         row = {"nfc_mean": statistics.mean(nfc), "nfc_std": statistics.pstdev(nfc), "nbytes": traces[0].nbytes}
-        return row | self.figures(torch.cat(finals)) | full_steps
+        return row | self.figures(torch.cat(finals)) | full_steps | self.calibration_errors(config)
+
+    def calibration_errors(self, config: Cache | CachePlan) -> dict[str, float]:
+        if config.tau is not None:
+            return {}
+        with cached(self.rollout.denoiser, config):
+            final = self.rollout.trajectory(self.calibration)[0][-1]
+        reference, decode = self.calibration_latents[-1], self.rollout.decode
+        images = relative_l2(decode(final), decode(reference))
+        return {
+            "calibration_l2": float(relative_l2(final, reference).mean()),
+            "calibration_image_error": float(images.mean()),
+        }
 
     def figures(self, final: Tensor) -> dict[str, Any]:
         reference = self.held_out_latents[-1]
@@ -119,8 +131,11 @@ def methods(nfc: int, order: int) -> Iterator[tuple[str, Cache]]:
     interval = INTERVALS[nfc]
     if order == 1:
         yield "FORA", Cache(estimation="reuse", interval=interval)
-        yield "FORA, CacheQuant's steps", Cache(estimation="reuse", schedule="dps", interval=math.ceil(50 / nfc))
+        yield "FORA, CacheQuant's steps", Cache(estimation="reuse", schedule="dps", target_nfc=nfc)
     yield "TaylorSeer", Cache(estimation="taylor", order=order, interval=interval)
+    for name, warmup in (("TaylorSeer, diffusers' offset", 2), ("TaylorSeer, diffusers' offset and warm-up of 3", 3)):
+        steps = filled_interval_steps(50, nfc, warmup, DIFFUSERS_OFFSET)
+        yield name, Cache(estimation="taylor", order=order, schedule=steps)
     yield "+ RFE", Cache(order=order, interval=interval)
     yield "+ RCS", Cache(estimation="taylor", order=order, schedule="rcs", target_nfc=nfc)
     yield "RFC", Cache(order=order, schedule="rcs", target_nfc=nfc)
@@ -132,9 +147,10 @@ def methods(nfc: int, order: int) -> Iterator[tuple[str, Cache]]:
 @app.command()
 def run(
     out: Out = DEFAULT_OUT,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "3,4,5",
     nfcs: Annotated[str, typer.Option(help="Comma-separated.")] = "14,11,10,8,7",
     orders: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2",
+    only: Annotated[str, typer.Option(help="Regular expression: methods that are run.")] = ".*",
     threads: Annotated[int, typer.Option(help="Torch threads.")] = 1,
 ) -> None:
     """Make the missing runs of the table."""
@@ -152,7 +168,7 @@ def run(
                     wanted.append(("cache-dit", lambda b, n=nfc, m=order: cache_dit_taylorseer(b, n, m)))  # type: ignore[misc]
                 for name, judged in wanted:
                     key = {"part": "table", "seed": seed, "nfc": nfc, "order": order, "method": name}
-                    if _key(key) not in done:
+                    if re.fullmatch(only, name) and _key(key) not in done:
                         bench = bench or Bench.of(seed)
                         _write(out, key, judged(bench))
 
@@ -308,9 +324,11 @@ def latency(
 
 
 @app.command()
-def table(out: Out = DEFAULT_OUT) -> None:
+def table(
+    out: Out = DEFAULT_OUT, seeds: Annotated[str, typer.Option(help="Comma-separated; those that count.")] = "3,4,5"
+) -> None:
     """Markdown: relative L2 in percent, mean ± standard deviation over seeds; then the other figures at each NFC."""
-    rows = rows_of(out)
+    rows = [row for row in rows_of(out) if row["seed"] in {*map(int, seeds.split(","))}]
     for part, orders in (("table", (1, 2)), ("details", (2,)), ("watch", (2,))):
         for order in orders:
             here = [r for r in rows if r["part"] == part and r["order"] == order]

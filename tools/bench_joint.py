@@ -108,8 +108,14 @@ class Bench:
 
     def judge(self, plan: CachePlan | None, fitted: Fitted | None = None) -> dict[str, Any]:
         """Held-out figures of the model as it is under this cache; corrections are fitted first."""
+        return self.figures(*self.fitted(plan, fitted))
+
+    def fitted(self, plan: CachePlan | None, fitted: Fitted | None = None) -> tuple[CachePlan | None, Fitted | None]:
         if plan is not None and plan.fits:
             fitted = fit_correction(self.session, plan, QUIET, fitted)
+        return plan, fitted
+
+    def figures(self, plan: CachePlan | None, fitted: Fitted | None) -> dict[str, Any]:
         rollout, reference = self.session.rollout, self.held_out.latents[-1]
         with nullcontext() if plan is None else cached(rollout.denoiser, plan, fitted) as controller:
             final = rollout.trajectory(self.held_out.conditions)[0][-1]
@@ -151,14 +157,14 @@ def run(
     """Make the runs that are missing."""
     torch.set_num_threads(threads)
     for name, seed in pairs_of(types, seeds, shard):
-        wanted = [n for n in map(int, nfcs.split(",")) if _key("run", name, seed, n, "(d) tuner") not in _done(out)]
+        wanted = [n for n in map(int, nfcs.split(",")) if key_of("run", name, seed, n, "(d) tuner") not in done_in(out)]
         if not wanted:
             continue
         bench = Bench(name, seed, Path("build/bench_joint"))
-        _write(out, shard, _key("run", name, seed, 0, "E_q"), bench.judge(None))
+        write(out, shard, key_of("run", name, seed, 0, "E_q"), bench.judge(None))
         for nfc in wanted:
             for method, found in compare(bench, name, seed, nfc):
-                _write(out, shard, _key("run", name, seed, nfc, method), found)
+                write(out, shard, key_of("run", name, seed, nfc, method), found)
 
 
 def compare(bench: Bench, types: str, seed: int, nfc: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -225,7 +231,7 @@ def stacking(
         config = Cache(estimation="taylor", order=2, schedule="best", target_nfc=key[3], trials=TUNED["trials"])
         with bench.session.full_precision():
             plan, fitted = searched(config, bench.session, QUIET, samples=TUNING_SAMPLES)
-        _write(out, shard, key, bench.judge(plan, fitted))
+        write(out, shard, key, bench.judge(plan, fitted))
 
 
 @app.command()
@@ -239,7 +245,7 @@ def orders(
     """Forecasts at fixed intervals, quantized by MSE search, with E_q and E_c; and what `auto` takes."""
     torch.set_num_threads(threads)
     for name, seed in pairs_of(types, seeds, shard):
-        if _key("orders", name, seed, 7, "auto, learned") in _done(out):
+        if key_of("orders", name, seed, 7, "auto, learned") in done_in(out):
             continue
         bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)
         e_q = bench.judge(None)["relative_l2"]
@@ -248,7 +254,7 @@ def orders(
             for order in range(4):
                 plan = CachePlan.of(Cache(estimation="taylor", order=order, schedule=steps))
                 both, only = bench.judge(plan), bench.full_precision(plan)["relative_l2"]
-                _write(out, shard, _key("orders", name, seed, nfc, f"order {order}"), both | {"E_q": e_q, "E_c": only})
+                write(out, shard, key_of("orders", name, seed, nfc, f"order {order}"), both | {"E_q": e_q, "E_c": only})
             chosen, measured = searched(
                 Cache(estimation="auto", noise_aware=True, schedule=steps), bench.session, QUIET
             )
@@ -263,10 +269,10 @@ def orders(
             for method, (plan, known) in (plans | {"auto": (chosen, measured)}).items():
                 about = {"cache": f"{plan.estimation} {plan.order}{' aware' if plan.noise_aware else ''}"}
                 found = bench.judge(plan, known) | {"E_q": e_q} | about
-                _write(out, shard, _key("orders", name, seed, nfc, method), found)
+                write(out, shard, key_of("orders", name, seed, nfc, method), found)
             tuner = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps, fitted=measured)
             found = bench.judge(tuner.cache, tuner.learned) | {"E_q": e_q}
-            _write(out, shard, _key("orders", name, seed, nfc, "auto, learned"), found)
+            write(out, shard, key_of("orders", name, seed, nfc, "auto, learned"), found)
 
 
 @app.command()
@@ -285,7 +291,7 @@ def shares(
     for bench, key in _missing(out, "shares", pairs_of(types, seeds, shard), cells):
         config, m = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, key[3], 2)), lengths[key[4]]
         tuner = bench.learned_shares(CachePlan.of(config), max(1, m), updates if m else 0)
-        _write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
+        write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
 
 
 @app.command()
@@ -350,22 +356,22 @@ def _missing(
 ) -> Iterator[tuple[Bench, tuple[Any, ...]]]:
     """Keys of the cells (NFC, method) that have no line yet, with the calibrated model, made where there are any."""
     for name, seed in pairs:
-        keys = [key for cell in cells if (key := _key(part, name, seed, *cell)) not in _done(out)]
+        keys = [key for cell in cells if (key := key_of(part, name, seed, *cell)) not in done_in(out)]
         if keys:
             bench = Bench(name, seed, Path("build/bench_joint"))
             yield from ((bench, key) for key in keys)
 
 
-def _done(out: Path) -> set[tuple[Any, ...]]:
+def done_in(out: Path) -> set[tuple[Any, ...]]:
     return {tuple(row[k] for k in ("part", "types", "seed", "nfc", "method")) for row in rows_of(out)}
 
 
-def _key(part: str, types: str, seed: int, nfc: int, method: str) -> tuple[Any, ...]:
+def key_of(part: str, types: str, seed: int, nfc: int, method: str) -> tuple[Any, ...]:
     return part, types, seed, nfc, method
 
 
-def _write(out: Path, shard: str, key: tuple[Any, ...], found: dict[str, Any]) -> None:
-    if key in _done(out):
+def write(out: Path, shard: str, key: tuple[Any, ...], found: dict[str, Any]) -> None:
+    if key in done_in(out):
         return
     out.mkdir(parents=True, exist_ok=True)
     row = dict(zip(("part", "types", "seed", "nfc", "method"), key, strict=True)) | found
@@ -381,9 +387,12 @@ def plot(out: Out = DEFAULT_OUT) -> None:
 
 
 @app.command()
-def table(out: Out = DEFAULT_OUT) -> None:
+def table(
+    out: Out = DEFAULT_OUT, seeds: Annotated[str, typer.Option(help="Those that count; all if empty.")] = ""
+) -> None:
     """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds; and latency."""
-    print_tables(rows := rows_of(out))
+    wanted = {int(seed) for seed in seeds.split(",") if seed}
+    print_tables(rows := [row for row in rows_of(out) if not wanted or row["seed"] in wanted])
     print_choice(rows)
     if (kept := out / "latency.json").is_file():
         print_latency(kept)

@@ -56,7 +56,7 @@ def draw_runs(rows: list[dict[str, Any]], path: Path) -> None:
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
     """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds."""
-    for part in ("run", "orders", "shares"):
+    for part in ("run", "ladder", "orders", "shares"):
         here = [row for row in rows if row["part"] == part]
         for types in dict.fromkeys(row["types"] for row in here):
             mine = [row for row in here if row["types"] == types]
@@ -70,11 +70,11 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
                 cells = []
                 for nfc in columns:
                     found = [row for row in mine if row["method"] == method and row["nfc"] == nfc]
-                    cells.append(
-                        " / ".join(_spread([k * row[name] for row in found], d) for name, k, d in FIGURES)
-                        if found
-                        else ""
-                    )
+                    cell = " / ".join(_spread([k * row[name] for row in found], d) for name, k, d in FIGURES)
+                    if found and part == "ladder":
+                        chosen_by = [100 * row["validation"] for row in found]
+                        cell += f" (validation {_spread(chosen_by, 2)})"
+                    cells.append(cell if found else "")
                 print(f"| {method} | {' | '.join(cells)} |")
 
 

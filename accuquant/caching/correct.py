@@ -3,8 +3,8 @@
 Both parts are affine maps of each channel of a cached module's output, one for each step. Published (CVPR 2025, arXiv
 2503.01323), the second is fitted to output channels of quantized layers with the bias kept out of both tensors. The
 last layer of attention and MLP is such a layer, and least squares finds the same map with the bias inside. Ours departs
-in two ways, also where it is the rival: slopes are drawn half way to 1 (`core.correction`, which helps), and layers
-outside of what is cached are not corrected.
+in two ways: slopes are drawn half way to 1, unless `correction_ridge` is 0 (`core.correction`), and layers outside of
+what is cached are not corrected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from accuquant.calibration.loop import Reference
 from accuquant.calibration.session import Session
-from accuquant.core.correction import apply_affine, fit_affine
+from accuquant.core.correction import RIDGE, apply_affine, fit_affine
 from accuquant.core.forecasts import Memory
 from accuquant.model.rollout import Conditions
 from accuquant.progress import Advance, Reporter
@@ -91,6 +91,10 @@ def fit_correction(
     return correction.to(session.reference.latents.device)
 
 
+def ridge_of(plan: CachePlan) -> float:
+    return RIDGE if plan.correction_ridge is None else plan.correction_ridge
+
+
 def _fit_on_own_trajectory(
     session: Session,
     reference: Reference,
@@ -102,14 +106,14 @@ def _fit_on_own_trajectory(
     targets: Targets,
 ) -> None:
     """The model walks its own trajectory, quantized and cached and corrected so far."""
-    rollout, conditions = session.rollout, reference.conditions
+    rollout, conditions, ridge = session.rollout, reference.conditions, ridge_of(plan)
     x, predictions = {0: conditions.noise}, dict[int, Tensor]()
     true: dict[str, Tensor] = {}
 
     def correct(module: str, output: Tensor, is_computed: bool) -> Tensor:
         if not (plan.corrected_quantization if is_computed else plan.corrected):
             return output
-        found = fit_affine(output, true[module])
+        found = fit_affine(output, true[module], ridge)
         (computed if is_computed else forecasts).setdefault(module, {})[controller.timestep] = found
         return apply_affine(found, output)
 
@@ -131,7 +135,7 @@ def _fit_as_published(
     advance: Advance,
 ) -> None:
     """On the reference latents: forecasts of full precision's features, and quantized modules beside them."""
-    rollout, conditions = session.rollout, reference.conditions
+    rollout, conditions, ridge = session.rollout, reference.conditions, ridge_of(plan)
     memories: dict[str, Memory] = {}
     for i in range(rollout.num_steps):
         latents, timestep = reference.latents[i], float(rollout.timesteps[i])
@@ -140,7 +144,7 @@ def _fit_as_published(
         if controller.full and plan.corrected_quantization:
             noisy = features_at(session, controller, i, latents, conditions, full_precision=False)
             for module, (_, output) in noisy.items():
-                computed.setdefault(module, {})[timestep] = fit_affine(output, true[module][1])
+                computed.setdefault(module, {})[timestep] = fit_affine(output, true[module][1], ridge)
         for module, (input, output) in true.items():
             forecast = controller.forecasts[module]
             if controller.full:
@@ -149,7 +153,7 @@ def _fit_as_published(
                 plain = forecast.predict(memories[module], i, input)
                 if controller.weigh is not None:
                     plain = controller.weigh(module, plain, memories[module].factors[0])
-                forecasts.setdefault(module, {})[timestep] = fit_affine(plain, output)
+                forecasts.setdefault(module, {})[timestep] = fit_affine(plain, output, ridge)
         advance("")
 
 

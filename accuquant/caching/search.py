@@ -26,7 +26,7 @@ from accuquant.calibration.session import Session
 from accuquant.core.choice import log_error
 from accuquant.core.forecasts import FORECASTS
 from accuquant.core.metrics import relative_l2
-from accuquant.core.schedule import ForecastErrors, best_steps, dps_steps, filled_interval_steps
+from accuquant.core.schedule import DIFFUSERS_OFFSET, ForecastErrors, best_steps, dps_steps, filled_interval_steps
 from accuquant.errors import CacheError
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import draw
@@ -37,9 +37,11 @@ from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 
 EMPHASES = (0.0, 1.0, 2.0)  # of late steps over early ones, for the lists that dynamic programming proposes
+RECORDED_SAMPLES = 2
 RECORDED_BYTES = 2 << 30  # of features kept for the Gram matrices; with large models only some modules are recorded
 TAU_TOLERANCE, TAU_TRIALS = 0.1, 20
 SEARCH_SAMPLES = 8
+DPS_SAMPLES = 2
 CHOICE_SAMPLES = 64  # between forecasts, half of them for validation: at four bits fewer take the wrong one (measured)
 
 
@@ -47,10 +49,15 @@ def search_on_inputs(
     rollout: Rollout, inputs: list[Any], first_seed: int, config: Cache, reporter: Reporter
 ) -> CachePlan:
     """`search_cache` by samples of these inputs, against the model as it is without a cache."""
-    samples = draw(inputs, CHOICE_SAMPLES if config.estimation == "auto" else SEARCH_SAMPLES, first_seed)
+    samples = draw(inputs, CHOICE_SAMPLES if config.estimation == "auto" else samples_of(config), first_seed)
     conditions = rollout.conditions(samples.inputs, samples.seeds)
     reference = torch.cat([rollout.trajectory(part)[0] for part in conditions.batches(SEARCH_SAMPLES)], 1)
     return search_cache(rollout, conditions, reference, config, reporter)
+
+
+def samples_of(config: Cache, usual: int = SEARCH_SAMPLES) -> int:
+    """Calibration samples that a search takes; more than usual where dps asks for them."""
+    return max(usual, config.dps_samples or DPS_SAMPLES) if config.schedule == "dps" else usual
 
 
 def search_cache(
@@ -136,8 +143,8 @@ def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
     if not config.searches:
         return 0
     if config.schedule == "dps":
-        return num_steps
-    trials = TAU_TRIALS if config.schedule == "rcs" else config.trials + len(EMPHASES) + 2
+        return math.ceil(num_steps * (config.dps_samples or DPS_SAMPLES) / batch_size)
+    trials = TAU_TRIALS if config.schedule == "rcs" else config.trials + len(EMPHASES) + 3
     orders = [min(highest, config.forecast_order) for _, highest in ESTIMATIONS.values()]
     kinds = sum(orders) * (2 if config.noise_aware else 1) + orders.count(0)
     chosen = kinds if config.estimation == "auto" else 0
@@ -166,8 +173,8 @@ def _search_steps(
         errors[steps] = math.exp(float(log_error(*both).mean()))
         return errors[steps]
 
-    # proposals: the fixed interval that comes nearest from below, and dynamic programming
-    proposals = {filled_interval_steps(num_steps, nfc, warmup)}
+    # proposals: the fixed interval that comes nearest from below, at both offsets, and dynamic programming
+    proposals = {filled_interval_steps(num_steps, nfc, warmup, offset) for offset in (None, DIFFUSERS_OFFSET)}
     longest = config.max_gap or max(
         8, math.ceil(4 * num_steps / nfc), math.ceil((num_steps - warmup + 1) / (nfc - warmup + 1))
     )
@@ -233,14 +240,17 @@ def _dps(
 ) -> CachePlan:
     """CacheQuant's list of full steps, from cached modules' outputs along a trajectory of the model as it is."""
     distances = torch.zeros(rollout.num_steps, rollout.num_steps, dtype=torch.float64)
-    for pairs in record_features(rollout, conditions, config, config.dps_feature or ".*", fitted).values():
-        outputs = torch.stack([output.flatten() for _, output in pairs])
-        distances += torch.cdist(outputs, outputs, p=1).double()
+    count = min(config.dps_samples or DPS_SAMPLES, len(conditions))
+    looked_at = conditions.take(torch.arange(count, device=conditions.noise.device))
+    for few in looked_at.batches(RECORDED_SAMPLES):  # the L1 distances of samples add up
+        for pairs in record_features(rollout, few, config, config.dps_feature or ".*", fitted).values():
+            outputs = torch.stack([output.flatten() for _, output in pairs])
+            distances += torch.cdist(outputs, outputs, p=1).double()
     try:
         steps = dps_steps(distances, config.interval or rollout.num_steps / (config.target_nfc or 1))
     except ValueError as error:
         raise CacheError(f"cache.{'interval' if config.interval else 'target_nfc'}: {error}") from error
-    reporter.say(f"cache: {len(steps)} full steps of {rollout.num_steps}")
+    reporter.say(f"cache: {len(steps)} full steps of {rollout.num_steps}, by the features of {count} samples")
     timesteps = tuple(float(rollout.timesteps[i]) for i in steps)
     return CachePlan.of(config, full_timesteps=timesteps, measured_nfc=(float(len(steps)), 0.0))
 
@@ -260,13 +270,13 @@ def record_grams(
 def record_features(
     rollout: Rollout, conditions: Conditions, config: Cache, pattern: str = ".*", fitted: Fitted | None = None
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Input and output (B, ...) of cached modules at every step of one full trajectory, of two samples.
+    """Input and output (B, ...) of cached modules at every step of one full trajectory, of `RECORDED_SAMPLES` at most.
 
     Raises:
         CacheError: ``pattern``, the config's dps_feature, matches no cached module.
     """
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    taken = conditions.take(torch.arange(min(2, len(conditions)), device=conditions.noise.device))
+    taken = conditions.take(torch.arange(min(RECORDED_SAMPLES, len(conditions)), device=conditions.noise.device))
     probe = CachePlan.of(config, full_steps=tuple(range(rollout.num_steps))).uncorrected
     with cached(rollout.denoiser, probe, fitted) as controller:
         names, every = [n for n in controller.modules if re.fullmatch(pattern, n)], 0
@@ -339,7 +349,8 @@ def searched(
     if not config.searches:
         plan = CachePlan.of(config)
     else:
-        reference, published = session.reference.first(samples), config.measured_on == "full_precision"
+        reference = session.reference.first(samples_of(config, samples))
+        published = config.measured_on == "full_precision"
         if config.estimation == "auto":  # by samples too that the weights are not fitted to
             half = CHOICE_SAMPLES // 2
             reference = session.reference.first(half).join(session.validation.first(half))

@@ -15,23 +15,30 @@ from torch import Tensor
 
 from accuquant.core.forecasts import Memory, Taylor
 
+DIFFUSERS_OFFSET = 1  # of diffusers' TaylorSeer hook: after the warm-up one step is skipped, and the next is full
 
-def interval_steps(num_steps: int, interval: int, warmup: int) -> tuple[int, ...]:
-    """Full at the first ``warmup`` steps, then every ``interval``.
 
-    With T = 50 these are the published NFC: ``warmup`` 2 for DiT (2 + 48 // N), 3 for FLUX, 1 for HunyuanVideo.
+def interval_steps(num_steps: int, interval: int, warmup: int, offset: int | None = None) -> tuple[int, ...]:
+    """Full at the first ``warmup`` steps, then every ``interval``, at warmup + offset first.
+
+    Args:
+        offset: steps skipped between the warm-up and the first full step after it, below ``interval``; None is
+            ``interval`` - 1, as TaylorSeer's authors have it. With T = 50 that gives the published NFC: ``warmup`` 2
+            for DiT (2 + 48 // N), 3 for FLUX, 1 for HunyuanVideo. diffusers has `DIFFUSERS_OFFSET`.
     """
-    return tuple(i for i in range(num_steps) if interval_is_full(i, interval, warmup))
+    return tuple(i for i in range(num_steps) if interval_is_full(i, interval, warmup, offset))
 
 
-def interval_is_full(step: int, interval: int, warmup: int) -> bool:
-    return step < warmup or (step - warmup + 1) % interval == 0
+def interval_is_full(step: int, interval: int, warmup: int, offset: int | None = None) -> bool:
+    skipped = interval - 1 if offset is None else offset
+    return step < warmup or (step - warmup - skipped) % interval == 0
 
 
-def filled_interval_steps(num_steps: int, nfc: int, warmup: int) -> tuple[int, ...]:
+def filled_interval_steps(num_steps: int, nfc: int, warmup: int, offset: int | None = None) -> tuple[int, ...]:
     """The fixed interval that comes nearest to ``nfc`` full steps from below; the longest gaps get what is left."""
-    interval = next(n for n in range(1, num_steps + 1) if len(interval_steps(num_steps, n, warmup)) <= nfc)
-    steps = interval_steps(num_steps, interval, warmup)
+    lists = (interval_steps(num_steps, n, warmup, offset) for n in range(1, num_steps + 1))
+    # with an offset the step at warmup + offset is full in all of them, and may be one too many
+    steps = next((steps for steps in lists if len(steps) <= nfc), tuple(range(warmup)))
     while len(steps) < nfc:
         gap, start = max((b - a, a) for a, b in itertools.pairwise((*steps, num_steps)))
         steps = tuple(sorted((*steps, start + gap // 2)))

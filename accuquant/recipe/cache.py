@@ -63,6 +63,12 @@ class Cache(Section):
         description="interval; rcs: by tau; dps: CacheQuant's, of mean gap interval or target_nfc; best: searched",
     )
     interval: int | None = Field(None, ge=1, description="a full step every so many")
+    offset: int | None = Field(
+        None,
+        ge=0,
+        description="interval: steps skipped between warmup and the next full one; interval - 1 if absent, as "
+        "published (0, 1, 5, 9 ...); 1 as in diffusers (0, 1, 3, 7 ...)",
+    )
     tau: Number | None = Field(None, gt=0, description="RCS: full when the input's forecast error adds up to this")
     target_nfc: Number | None = Field(None, ge=1, description="search for this mean number of full computations")
     target_seconds: Number | None = Field(None, gt=0, description="search for this time of one trajectory of 8 samples")
@@ -77,7 +83,15 @@ class Cache(Section):
     measured_on: Literal["quantized", "full_precision"] = Field(
         "quantized", description="what dps and corrections are found on; full_precision: without cache, as published"
     )
+    correction_ridge: Number | None = Field(
+        None,
+        ge=0,
+        description="weight of the slope 1 against the fitted one; 1 if absent, 0: least squares, as published",
+    )
     dps_feature: str | None = Field(None, description="regular expression: modules that dps looks at, if not all")
+    dps_samples: int | None = Field(
+        None, ge=1, description="calibration samples that dps looks at, as far as there are; 2 if absent"
+    )
     feature: Literal["modules", "blocks"] = Field(
         "modules",
         description="blocks: one feature, as CacheQuant; what `blocks` add up to, of a U-Net its last up-block's input",
@@ -145,8 +159,15 @@ class Cache(Section):
         if self.fits and rcs:
             key = "corrected" if self.corrected else "corrected_quantization"
             raise ValueError(f"{key}: steps that RCS skips differ from sample to sample; use interval or target_nfc")
-        if self.dps_feature is not None and self.schedule != "dps":
-            raise ValueError("dps_feature: only schedule: dps looks at it")
+        for name in ("dps_feature", "dps_samples"):
+            if self.schedule != "dps" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: only schedule: dps looks at it")
+        if self.correction_ridge is not None and not self.fits:
+            raise ValueError("correction_ridge: nothing is corrected; add corrected or corrected_quantization")
+        if self.offset is not None and (self.interval is None or self.schedule == "dps"):
+            raise ValueError("offset: belongs to a fixed interval, for example interval: 4 with offset: 1")
+        if self.offset is not None and self.interval is not None and self.offset >= self.interval:
+            raise ValueError(f"offset: must be below the interval of {self.interval} (found {self.offset})")
         self._check_blocks()
         if self.max_gap is not None and not rcs and not any(targets):
             raise ValueError("max_gap is for tau and targets; with interval or a list of steps the gaps are given")
@@ -210,7 +231,8 @@ class Cache(Section):
         elif self.schedule == "dps" and self.interval is not None and steps is not None:
             most = -(-steps // self.interval)
         elif self.interval is not None and steps is not None:
-            most = self.warmup + max(0, steps - self.warmup) // self.interval
+            skipped = self.interval - 1 if self.offset is None else self.offset
+            most = self.warmup + max(0, -(-(steps - self.warmup - skipped) // self.interval))
         if most <= order and most != steps:
             raise ValueError(f"order {order} needs {order + 1} full steps, and there are {most:g}; lower the order")
 
@@ -243,7 +265,7 @@ class FORAConfig(_Config):
 
 
 class TaylorSeerConfig(_Config):
-    """TaylorSeer (arXiv 2503.06923): a Taylor forecast, at a fixed interval."""
+    """TaylorSeer (arXiv 2503.06923): a Taylor forecast, at a fixed interval; ``offset=1`` has it as diffusers does."""
 
     estimation: Literal["taylor"] = "taylor"
 

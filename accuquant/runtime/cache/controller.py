@@ -140,7 +140,7 @@ class Controller:
             self.timesteps_done += due and step > 0
             return step == 0 or due
         assert plan.interval is not None
-        return interval_is_full(step, plan.interval, plan.warmup)
+        return interval_is_full(step, plan.interval, plan.warmup, plan.offset)
 
     def computes(self, module: str, input: Tensor) -> bool:
         """Whether this module is computed now; the first question in a step is what RCS answers by its input."""

@@ -58,6 +58,7 @@ class CachePlan:
     interval: int | None = None
     tau: float | None = None
     warmup: int = 2
+    offset: int | None = None
     max_gap: int | None = None
     num_inference_steps: int | None = None
     differences: Differences = "taylor"
@@ -70,6 +71,7 @@ class CachePlan:
     factors_device: str | None = None
     corrected: bool = False
     corrected_quantization: bool = False
+    correction_ridge: float | None = None
     measured_on: str = "quantized"
     learned: bool = False
     measured_nfc: tuple[float, ...] | None = None
@@ -101,7 +103,7 @@ class CachePlan:
             found = {name: getattr(wish, name)}
         found |= {"order": wish.forecast_order, "measured_nfc": measured_nfc}
         other = {"interval", "full_timesteps", "tau"} | (set() if found.get("tau") else {"max_gap"})
-        other |= {"warmup"} if found.get("full_steps") or found.get("full_timesteps") else set()
+        other |= {"warmup", "offset"} if found.get("full_steps") or found.get("full_timesteps") else set()
         taken = {f.name for f in fields(cls)} & {*Cache.model_fields} - {*found} - other
         return cls(**{name: getattr(wish, name) for name in taken}, **found)
 
@@ -133,7 +135,7 @@ class CachePlan:
     def to_dict(self) -> dict[str, Any]:
         """Its part of that section: settings that say something, in types that JSON has."""
         silent = {"learned", "full_steps", "forecasts"}  # told by `Fitted`, by another name, and where there are any
-        silent |= {"warmup"} if self.full_steps or self.full_timesteps else set()
+        silent |= {"warmup", "offset"} if self.full_steps or self.full_timesteps else set()
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in silent}
         named["schedule"] = self.full_steps
         named["forecasts"] = {module: asdict(one) for module, one in self.forecasts.items()} or None
@@ -173,7 +175,7 @@ class CachePlan:
 
     @property
     def uncorrected(self) -> CachePlan:
-        return replace(self, corrected=False, corrected_quantization=False)
+        return replace(self, corrected=False, corrected_quantization=False, correction_ridge=None)
 
     @property
     def unfitted(self) -> CachePlan:
