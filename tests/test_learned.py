@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_cached_objective import STEPS, setting, taken
 
 from accuquant.caching.correct import fit_correction
+from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.calibration.objectives.cached_steps import CachedSteps
 from accuquant.calibration.session import open_model, prepare, validation_error
 from accuquant.core.cached_objective import cached_group_gradient, full_cached_gradient
@@ -134,13 +135,15 @@ def test_learning_lowers_the_error_on_noise_it_has_not_seen(
         return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
     before, weights, least = error(cache), session.snapshot(), validation_error(session)
-    tuner = calibrate_cached(session, recipe.objective, cache, alone, QUIET, tmp_path, resume=False)
-    assert tuner is not None and tuner.learned is not None and tuner.cache is not None
+    loop = calibrate_cached(session, recipe.objective, cache, alone, QUIET, tmp_path, resume=False)
+    assert loop is not None and isinstance(loop.source, CachedTrajectory)
+    tuner = loop.source
+    assert tuner.learned is not None
     assert error(tuner.cache, tuner.learned) - least < 0.6 * (before - least), "what the cache adds to quantization"
     after = session.snapshot()
     same = all(torch.equal(t, after[name][key]) for name, kept in weights.items() for key, t in kept.items())
     assert same == (learn == ["forecast"])
-    assert all(entry["steps_per_group"] == 6 for entry in tuner.history), "through the whole trajectory"
+    assert all(entry["steps_per_group"] == 6 for entry in loop.history), "through the whole trajectory"
     corrected = tuner.cache.model_copy(update={"corrected": True})
     config, correction = fit_correction(session, corrected, QUIET, tuner.learned)
     assert config.learned_timesteps == tuner.cache.learned_timesteps

@@ -33,7 +33,8 @@ from joint_report import draw_runs, print_choice, print_latency, print_tables, r
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.noise import measure_noise
 from accuquant.caching.search import searched
-from accuquant.calibration.loop import Tuner
+from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.calibration.session import Session, open_model, prepare
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import filled_interval_steps
@@ -94,7 +95,7 @@ class Bench:
         self.session: Session = prepare(recipe, rollout, planned, split, QUIET)
         self.folder = work / f"{types}-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.alone: Tuner = calibrate_alone(self.session, QUIET, self.folder, resume=True)[0]
+        self.alone: UpdateLoop = calibrate_alone(self.session, QUIET, self.folder, resume=True)[0]
         self.start = self.session.snapshot()
         self.classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
         with torch.no_grad():
@@ -121,13 +122,14 @@ class Bench:
             "frechet_distance": found["frechet_distance"],
         }
 
-    def learned_shares(self, config: Cache, steps_per_group: int, updates: int = 40) -> Tuner:
+    def learned_shares(self, config: Cache, steps_per_group: int, updates: int = 40) -> CachedTrajectory:
         """Forecasts' shares alone, by groups of this length; the weights stay as they are."""
         how = {"iterations": updates, "learn": ("forecast",), "gradient": "exact"}
         objective = self.session.recipe.objective.model_copy(update=how)
-        tuner = self.session.tuner(objective, steps_per_group, config)
-        tuner.run()
-        return tuner
+        loop = self.session.loop(objective, steps_per_group, config)
+        loop.run()
+        assert isinstance(loop.source, CachedTrajectory)
+        return loop.source
 
     def full_precision(self, config: Cache) -> dict[str, Any]:
         with self.session.full_precision():
@@ -260,8 +262,8 @@ def orders(
                 }
                 found = bench.judge(config) | {"E_q": e_q} | about
                 _write(out, shard, _key("orders", name, seed, nfc, method), found)
-            tuner = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps)
-            found = bench.judge(tuner.cache, tuner.learned) | {"E_q": e_q}
+            shared = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps)
+            found = bench.judge(shared.cache, shared.learned) | {"E_q": e_q}
             _write(out, shard, _key("orders", name, seed, nfc, "auto, learned"), found)
 
 
@@ -280,8 +282,10 @@ def shares(
     cells = list(itertools.product((14, 7), lengths))
     for bench, key in _missing(out, "shares", pairs_of(types, seeds, shard), cells):
         naive, m = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, key[3], 2)), lengths[key[4]]
-        tuner = bench.learned_shares(naive, max(1, m), updates if m else 0)
-        _write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
+        started = time.monotonic()
+        shared = bench.learned_shares(naive, max(1, m), updates if m else 0)
+        seconds = round(time.monotonic() - started, 1)
+        _write(out, shard, key, bench.judge(shared.cache, shared.learned) | {"seconds": seconds})
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer, adopt_dynamic_scales, full_precision, quantize_model
-from accuquant.calibration.loop import Reference, Tuner
-from accuquant.calibration.objectives.blocks import evaluations_made, parts_of, spread_calls
-from accuquant.calibration.plan import PlannedModule, plan_modules
+from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.methods import METHODS
+from accuquant.calibration.methods.base import Method
+from accuquant.calibration.objectives import AUTO, OBJECTIVES
+from accuquant.calibration.objectives.base import Job
+from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
+from accuquant.calibration.reference import Reference
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
 from accuquant.model.families import load_pipeline, set_scheduler
@@ -23,6 +28,7 @@ from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import Samples, Split, calibration_samples, draw, load_split
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Objective, Recipe
+from accuquant.recipe.base import nearest
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
@@ -43,9 +49,10 @@ class Session:
     reference: Reference
     validation: Reference
 
-    def tuner(self, objective: Objective, steps_per_group: int, cache: Cache | None = None) -> Tuner:
+    def loop(self, objective: Objective, steps_per_group: int, cache: Cache | None = None) -> UpdateLoop:
+        """Updates of the layers as they are now, none of them made yet."""
         tuned, seed = {p.name: self.layers[p.name] for p in self.planned if p.tune}, self.recipe.data.seed
-        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, seed, steps_per_group, cache)
+        return UpdateLoop(self.rollout, self.clock, tuned, self.reference, objective, seed, steps_per_group, cache)
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Everything calibration may change."""
@@ -56,6 +63,17 @@ class Session:
             if "rounding_logits" not in snapshot[name]:
                 layer.rounding_logits = None
             layer.load_state_dict(snapshot[name])
+
+    @cached_property
+    def counted(self) -> list[PlannedModule]:
+        """The planned modules with their multiply-adds."""
+        one = self.reference.first(1)
+        call = partial(self.rollout.predict, 0, one.latents[0], one.conditions)
+        return count_macs(self.rollout.denoiser, self.planned, call, 1)
+
+    def job(self) -> Job:
+        """What the costs of updates depend on."""
+        return job_of(self.recipe, self.rollout, self.counted)
 
     @contextmanager
     def hardened(self) -> Iterator[None]:
@@ -93,18 +111,31 @@ def watched(denoiser: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tup
             handle.remove()
 
 
-def validation_error(session: Session) -> float:
-    """Relative L2 of the final latent on the session's validation noise, as the model is now."""
+def validation_errors(session: Session) -> Tensor:
+    """(B,) relative L2 of the final latent of each validation sample, as the model is now."""
     latents, _ = session.rollout.trajectory(session.validation.conditions)
-    return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
+    return relative_l2(latents[-1], session.validation.latents[-1])
+
+
+def validation_error(session: Session) -> float:
+    """Their mean."""
+    return float(validation_errors(session).mean())
+
+
+def _check_name(key: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        raise RecipeError(f"{key}: must be {' or '.join(map(repr, known))} (found {name!r}){nearest(name, known)}")
 
 
 def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     """Load pipeline and data names and apply the rules; whatever is wrong with a recipe shows here.
 
     Raises:
-        RecipeError: see `load_pipeline`, `plan_modules`, `load_split` and `Rollout`.
+        RecipeError: see `load_pipeline`, `plan_modules`, `load_split` and `Rollout`; or nothing has the name of
+            `objective.target` or `quantization.initialization`.
     """
+    _check_name("objective.target", recipe.objective.target, [*OBJECTIVES, AUTO])
+    _check_name("quantization.initialization", recipe.quantization.initialization, list(METHODS))
     pipeline = load_pipeline(recipe.model)
     set_scheduler(pipeline, recipe.sampling.scheduler)
     rollout = Rollout(pipeline, recipe.sampling)
@@ -119,13 +150,12 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     return rollout, planned, split
 
 
-def block_costs(rollout: Rollout, planned: list[PlannedModule], recipe: Recipe) -> tuple[int, int]:
-    """About how many calls of the denoiser block reconstruction makes, and how many calls of a block it keeps."""
+def job_of(recipe: Recipe, rollout: Rollout, planned: list[PlannedModule]) -> Job:
+    """What the costs of a recipe's updates without a cache depend on; M is 1 where it is to be found."""
     clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
-    sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in planned if p.spec}
-    parts, iterations = parts_of(sizes, {p.name for p in planned if p.tune}).values(), recipe.objective.iterations
-    calls = len(spread_calls(clock.groups(rollout.timesteps), iterations))
-    return evaluations_made(iterations * len(parts), iterations, calls, parts), calls
+    steps = recipe.objective.steps_per_group
+    steps, groups = 1 if steps == "auto" else steps, clock.groups(rollout.timesteps)
+    return Job(recipe.objective, steps, groups, planned, recipe.data.num_samples)
 
 
 def prepare(
@@ -150,9 +180,11 @@ def prepare(
 
     specs = {p.name: p.spec for p in planned if p.spec is not None}
     clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
-    search = recipe.quantization.initialization == "mse"
+    method = METHODS[recipe.quantization.initialization]()
     reporter.detail(f"initial weight scales of {len(specs)} modules ({recipe.quantization.initialization})")
-    layers = quantize_model(rollout.denoiser, specs, clock, search)
+    layers = quantize_model(rollout.denoiser, specs, clock, search=False)
+    for layer in layers.values():
+        method.weights(layer)
     if recipe.export.format == "torchao":
         adopt_dynamic_scales(layers.values())
     session = Session(
@@ -164,7 +196,7 @@ def prepare(
         reference.take(index[: len(samples)]),
         reference.take(index[len(samples) :]),
     )
-    _activation_scales(session, search, reporter)
+    _activation_scales(session, method, reporter)
     if recipe.quantization.share_activation_scales:
         _share_activation_scales(session, reporter)
     return session
@@ -192,7 +224,7 @@ def _reference(
 
 
 @torch.no_grad()
-def _activation_scales(session: Session, search: bool, reporter: Reporter) -> None:
+def _activation_scales(session: Session, method: Method, reporter: Reporter) -> None:
     """Static scales per timestep group, from the inputs modules see along the full-precision trajectories."""
     observed = {n: layer for n, layer in session.layers.items() if layer.spec.static}
     if not observed:
@@ -217,7 +249,7 @@ def _activation_scales(session: Session, search: bool, reporter: Reporter) -> No
             advance("")
     for name, layer in observed.items():
         layer.observer = None
-        layer.set_activation_scale([torch.cat(v) for v in values[name]], search)
+        method.activations(layer, [torch.cat(v) for v in values[name]])
 
 
 def _share_activation_scales(session: Session, reporter: Reporter) -> None:

@@ -248,9 +248,17 @@ def _picture(image: Tensor) -> str:
 
 
 def _auto(calibration: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the trial of several M, smallest M first."""
-    tried = sorted((int(m), error) for m, error in (calibration.get("auto") or {}).items())
-    return [{"m": m, "error": error, "chosen": m == calibration.get("steps_per_group")} for m, error in tried]
+    """Rows of the trials of several objectives, in their order; of an export of before, of several M and no more."""
+    tried, m = calibration.get("auto") or [], calibration.get("steps_per_group")
+    if isinstance(tried, dict):
+        tried = sorted(
+            ({"target": "trajectory", "steps_per_group": int(k), "error": e} for k, e in tried.items()),
+            key=lambda row: row["steps_per_group"],
+        )
+    chosen = [row for row in tried if row["target"] == calibration.get("target", "trajectory")]
+    chosen = [row for row in chosen if row["target"] != "trajectory" or row["steps_per_group"] == m]
+    best = min(chosen, key=lambda r: (-r.get("budget", 0), r["error"] or math.inf), default=None)
+    return [row | {"chosen": row is best} for row in tried]
 
 
 def _tuning(tuning: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from safetensors.torch import save_file
 
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.search import search_calls, searched
-from accuquant.calibration.loop import Tuner
+from accuquant.calibration.choice import Trial, choose_objective, is_searched, search_cost, trial_budgets
+from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.objectives import AUTO, WITH_CACHE
+from accuquant.calibration.objectives.base import Cost, Job
+from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.calibration.plan import PlannedModule, count_macs
-from accuquant.calibration.session import Session, block_costs, open_model, prepare, validation_error
+from accuquant.calibration.session import Session, job_of, open_model, prepare
 from accuquant.errors import RecipeError
 from accuquant.evaluation.card import model_card
 from accuquant.evaluation.costs import call_seconds
@@ -33,10 +38,8 @@ from accuquant.programs.evaluate import NAIVE_LATENTS, evaluate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Objective, Recipe
 from accuquant.recipe.file import dump_recipe
+from accuquant.runtime.cache.fitted import Correction
 from accuquant.runtime.cache.hooks import cached
-
-AUTO_CANDIDATES = (1, 2, 5)
-AUTO_SHARE = 0.25  # of the budget, spent on each candidate's trial
 
 
 def calibrate(
@@ -72,16 +75,16 @@ def calibrate(
 
     initial = _held_out_metrics(session, held_out, reporter, partial / "initial.json", "before calibration")
     started = time.monotonic()
-    tuner, tried = calibrate_alone(session, reporter, partial, resume)
-    history, cache, naive, correction = tuner.history, None, None, None
+    alone, trials = calibrate_alone(session, reporter, partial, resume)
+    history, cache, naive, correction = alone.history, None, None, None
     if recipe.cache is not None:
         cache = _cache(recipe.cache, session, reporter, partial / "cache.json")
         uncorrected = cache.uncorrected  # a correction is fitted last, to the weights as they end up
         kept, stacked = partial / "naive.json", Cache(**tuning["naive"]) if tuning and tuning["naive"] else uncorrected
         naive = _held_out_metrics(session, held_out, reporter, kept, "naive stacking", stacked)
-        further = calibrate_cached(session, recipe.objective, uncorrected, tuner, reporter, partial, resume)
+        further = calibrate_cached(session, recipe.objective, uncorrected, alone, reporter, partial, resume)
         if further is not None:
-            history, correction = history + counted_on(further.history, tuner), further.learned
+            history, correction = history + counted_on(further.history, alone), learned_forecasts(further)
             cache = cache if correction is None else correction.named_in(cache)
         if cache.fits:
             cache, correction = fit_correction(session, cache, reporter, correction)
@@ -100,12 +103,13 @@ def calibrate(
             "history": history,
             "network_evaluations": history[-1]["network_evaluations"] if history else 0,
             "seconds": round(history[-1]["seconds"], 1) if history else 0.0,
-            "target": "trajectory" if tuner.blocks is None else "blocks",
-            "steps_per_group": tuner.steps_per_group,
+            "target": alone.objective.target,
+            "steps_per_group": alone.steps_per_group,
             "gradient": recipe.objective.gradient,
             "loss": recipe.objective.loss,
             "cached_learn": recipe.objective.cached_learn,
-            "auto": tried,
+            "learning_rates": alone.objective.learning_rates.model_dump(),
+            "auto": [asdict(trial) for trial in trials] or None,
         },
     }
     (staging / "calibration.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -123,61 +127,78 @@ def calibrate(
 
 def calibrate_alone(
     session: Session, reporter: Reporter, partial: Path, resume: bool
-) -> tuple[Tuner, dict[str, float]]:
-    """Run the objective; with ``steps_per_group: auto`` choose M first. Returns the tuner and the trials' errors."""
-    objective, state, chosen = session.recipe.objective, partial / "state.safetensors", partial / "auto.json"
-    tried: dict[str, float] = {}
-    if objective.steps_per_group != "auto":
-        steps = objective.steps_per_group
-    else:
-        if resume and chosen.is_file():
-            tried = json.loads(chosen.read_text(encoding="utf-8"))
-        else:
-            tried = try_steps_per_group(session, reporter)
-            chosen.write_text(json.dumps(tried), encoding="utf-8")
-        steps = int(min(tried, key=lambda m: tried[m]))
-        reporter.say(
-            f"steps_per_group: {steps} (validation error {', '.join(f'M={m}: {e:.4f}' for m, e in tried.items())})"
-        )
-        objective = equal_cost(objective, steps)
-    tuner = session.tuner(objective, steps)
-    what = f"calibrating, M = {steps}" if tuner.blocks is None else f"reconstructing {len(tuner.blocks.blocks)} blocks"
-    _update(tuner, what, reporter, state, resume)
-    return tuner, tried
+) -> tuple[UpdateLoop, list[Trial]]:
+    """Make the updates without a cache, of the objective that is nearest in trials if the recipe leaves it open.
+
+    Returns:
+        the loop that made them, and the trials.
+    """
+    objective, trials = session.recipe.objective, list[Trial]()
+    if is_searched(objective):
+        objective, trials = choose_objective(session, reporter, partial, resume)
+    steps = 1 if objective.steps_per_group == AUTO else objective.steps_per_group
+    if objective.target == AUTO:  # no updates are asked for
+        objective = objective.model_copy(update={"target": "trajectory"})
+    loop = session.loop(objective, steps)
+    how = f"M = {steps}" if objective.target == "trajectory" else objective.target
+    _update(loop, f"calibrating, {how}", reporter, partial / "state.safetensors", resume)
+    return loop, trials
 
 
 def calibrate_cached(
-    session: Session, objective: Objective, cache: Cache, alone: Tuner, reporter: Reporter, partial: Path, resume: bool
-) -> Tuner | None:
+    session: Session,
+    objective: Objective,
+    cache: Cache,
+    alone: UpdateLoop,
+    reporter: Reporter,
+    partial: Path,
+    resume: bool,
+) -> UpdateLoop | None:
     """Go on calibrating with the cache on; returns what did, or None where nothing was to be done."""
     state = partial / "state-cached.safetensors"
     if not objective.cached_iterations:
         return None
-    learn, steps = objective.cached_learn or objective.learn, alone.steps_per_group
+    loop = session.loop(*cached_objective(objective, alone.steps_per_group, session.rollout.num_steps), cache)
+    _update(loop, "calibrating with the cache on", reporter, state, resume)
+    if (forecasts := learned_forecasts(loop)) is not None:
+        forecasts.settled()
+    return loop
+
+
+def cached_objective(objective: Objective, steps_per_group: int, num_steps: int) -> tuple[Objective, int]:
+    """The settings and the M of the updates with the cache on, after those without it."""
+    learn = objective.cached_learn or objective.learn
     changes: dict[str, Any] = {"iterations": objective.cached_iterations, "learn": learn, "warmup_fraction": 0.0}
     if "forecast" in learn:  # learned by less than the whole trajectory, forecasts get worse: errors add up (measured)
-        steps, changes = session.rollout.num_steps, changes | {"gradient": "exact"}
-    tuner = session.tuner(objective.model_copy(update=changes), steps, cache)
-    _update(tuner, "calibrating with the cache on", reporter, state, resume)
-    if tuner.learned is not None:
-        tuner.learned.settled()
-    return tuner
+        steps_per_group, changes = num_steps, changes | {"gradient": "exact"}
+    return objective.model_copy(update=changes), steps_per_group
 
 
-def _update(tuner: Tuner, what: str, reporter: Reporter, state: Path, resume: bool) -> None:
+def cached_cost(job: Job, cache: Cache) -> Cost:
+    """Of the updates with the cache on."""
+    objective, steps = cached_objective(job.objective, job.steps_per_group, job.num_steps)
+    return WITH_CACHE.cost(replace(job, objective=objective, steps_per_group=steps, cache=cache))
+
+
+def learned_forecasts(loop: UpdateLoop) -> Correction | None:
+    """What a loop with a cache on has learned of its forecasts, if anything."""
+    return loop.source.learned if isinstance(loop.source, CachedTrajectory) else None
+
+
+def _update(loop: UpdateLoop, what: str, reporter: Reporter, state: Path, resume: bool) -> None:
     """Make the updates that ``state`` does not keep yet."""
     if resume and state.is_file():
-        tuner.load(state)
-        if len(tuner.history) == tuner.updates:
-            reporter.say(f"{what}: all {tuner.updates} updates are kept")
+        loop.load(state)
+        if len(loop.history) == loop.updates:
+            reporter.say(f"{what}: all {loop.updates} updates are kept")
             return
-        reporter.say(f"{what}: resuming at update {len(tuner.history)} of {tuner.updates}")
-    with reporter.bar(what, tuner.updates, len(tuner.history)) as advance:
-        tuner.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
-    tuner.save(state)
+        reporter.say(f"{what}: resuming at update {len(loop.history)} of {loop.updates}")
+    with reporter.bar(what, loop.updates, len(loop.history)) as advance:
+        loop.run(state, lambda entry: advance(f"loss {entry['loss']:.2e}"))
+    loop.save(state)
 
 
-def counted_on(history: list[dict[str, Any]], alone: Tuner) -> list[dict[str, Any]]:
+def counted_on(history: list[dict[str, Any]], alone: UpdateLoop) -> list[dict[str, Any]]:
     """Records of updates with the cache on, counted on from those without it."""
     before = {
         "iteration": len(alone.history),
@@ -185,28 +206,6 @@ def counted_on(history: list[dict[str, Any]], alone: Tuner) -> list[dict[str, An
         "seconds": alone.seconds,
     }
     return [entry | {k: round(entry[k] + before[k], 3) for k in before} | {"cached": True} for entry in history]
-
-
-def equal_cost(objective: Objective, steps_per_group: int) -> Objective:
-    """The same number of network evaluations that ``iterations`` updates with M = 1 make; one update makes 2 M - 1."""
-    iterations = max(1, round(objective.iterations / (2 * steps_per_group - 1))) if objective.iterations else 0
-    return objective.model_copy(update={"iterations": iterations})
-
-
-def try_steps_per_group(session: Session, reporter: Reporter) -> dict[str, float]:
-    """Short trials of each M at equal cost from the same start; relative L2 of the final latent on validation noise."""
-    start, objective = session.snapshot(), session.recipe.objective
-    budget = max(1, round(AUTO_SHARE * objective.iterations))
-    tried: dict[str, float] = {}
-    candidates = [m for m in AUTO_CANDIDATES if m <= session.rollout.num_steps]
-    with reporter.bar("choosing steps_per_group", len(candidates)) as advance:
-        for m in candidates:
-            trial = equal_cost(objective.model_copy(update={"iterations": budget}), m)
-            session.tuner(trial, m).run()
-            tried[str(m)] = validation_error(session)
-            session.restore(start)
-            advance(f"M = {m}: {tried[str(m)]:.4f}")
-    return tried
 
 
 def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
@@ -223,22 +222,14 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     conditions = rollout.conditions(samples.inputs, samples.seeds)
     planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, conditions.noise, conditions), batch)
     seconds = call_seconds(rollout, conditions)
-    steps = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
-    tuning, kept = objective.iterations * (2 * steps - 1), 0
-    if objective.steps_per_group == "auto":
-        tuning = round(tuning * (1 + AUTO_SHARE * len(AUTO_CANDIDATES)))
-    if objective.target == "blocks" and objective.iterations:
-        tuning, calls_kept = block_costs(rollout, planned, recipe)
-        widest = max(p.macs // max(p.shape) for p in planned)  # tokens and channels of a block's input
-        kept = 2 * 2 * batch * widest * calls_kept
+    job = job_of(recipe, rollout, planned)
+    cost = search_cost(job)
+    tuning, kept = cost.evaluations, cost.kept_bytes
     if recipe.cache is not None and objective.cached_iterations:
-        whole = "forecast" in (objective.cached_learn or ())
-        listed = len(recipe.cache.full_steps or ())
-        nfc = recipe.cache.target_nfc or listed or rollout.num_steps / (recipe.cache.interval or 4)
-        inside = nfc if whole else max(1.0, nfc * steps / rollout.num_steps)  # full steps in a group: rolled, and again
-        tuning += round(objective.cached_iterations * 2 * inside)
+        tuning += cached_cost(job, recipe.cache).evaluations
     per_batch = rollout.num_steps / batch
     sampling = round((data.num_samples + data.validation_samples + 3 * recipe.evaluation.num_samples) * per_batch)
+    sampling += round(len(trial_budgets(job)) * data.validation_samples * per_batch)
     sampling += search_calls(recipe.cache, rollout.num_steps, batch) if recipe.cache else 0
     trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
     calls = sampling + 3.5 * tuning  # a backward pass and the fake quantization cost about 2.5 calls
@@ -246,7 +237,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     return planned, {
         "network_evaluations": {"tuning": tuning, "sampling": sampling},
         "seconds": seconds * calls,
-        "memory_bytes": 4 * (5 * trainable + 2 * rollout.num_steps * latents + kept),
+        "memory_bytes": 4 * (5 * trainable + 2 * rollout.num_steps * latents) + kept,
     }
 
 

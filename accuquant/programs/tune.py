@@ -22,7 +22,8 @@ from pathlib import Path
 
 import yaml
 
-from accuquant.calibration.loop import Tuner
+from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.errors import RecipeError
 from accuquant.export.run_folder import check_output
 from accuquant.programs.calibrate import calibrate, calibrate_alone, calibrate_cached
@@ -122,7 +123,7 @@ def search(combination: Combination, section: Tune, tried: Tried, work: Path, re
     return [place.best(nfc) for nfc in (*fewer, most)]
 
 
-def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
+def learn(place: Place, alone: UpdateLoop, nfc: int, folder: Path) -> None:
     """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
     row = place.best_uncorrected(nfc)
     if not place.combination.recipe.objective.cached_iterations or row["nfc"] == place.session.rollout.num_steps:
@@ -135,16 +136,16 @@ def learn(place: Place, alone: Tuner, nfc: int, folder: Path) -> None:
         place.correct(nfc)
 
 
-def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: Path) -> Cache:
+def calibrate_with(place: Place, what: str, alone: UpdateLoop, nfc: int, folder: Path) -> Cache:
     """Have the model, as calibrated alone, learn with the best cache on; updates that are kept are not made again."""
     recipe, state = place.combination.recipe, learned_in(folder, nfc, what)
     state.mkdir(exist_ok=True)
     objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
     config = as_cache(place.best_uncorrected(nfc))
-    tuner = calibrate_cached(place.session, objective, config, alone, place.reporter, state, resume=True)
-    assert tuner is not None and tuner.cache is not None
-    place.calibrated, place.learned = LEARNED[what], tuner.learned
-    return tuner.cache
+    loop = calibrate_cached(place.session, objective, config, alone, place.reporter, state, resume=True)
+    assert loop is not None and isinstance(loop.source, CachedTrajectory)
+    place.calibrated, place.learned = LEARNED[what], loop.source.learned
+    return loop.source.cache
 
 
 def learnable(recipe: Recipe, what: str) -> tuple[str, ...]:

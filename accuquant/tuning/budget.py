@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accuquant.calibration.choice import search_cost
 from accuquant.calibration.plan import count_macs, plan_modules
-from accuquant.calibration.session import Session, block_costs, open_model, prepare, validation_error
+from accuquant.calibration.session import Session, job_of, open_model, prepare, validation_error
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.errors import RecipeError
 from accuquant.evaluation.costs import call_seconds, step_seconds
@@ -240,9 +241,7 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
     # forecasts learn from whole trajectories
     whole = 2 * nfc if {"forecast", "both"} & set(section.learning) else 2 * m
-    alone = objective.iterations * (2 * m - 1)
-    if objective.target == "blocks" and objective.iterations:
-        alone, _ = block_costs(rollout, planned, recipe)
+    alone = search_cost(job_of(recipe, rollout, planned)).evaluations
     updates = tried * (alone + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
     calls = rollouts * (nfc + (steps - nfc) / 4) + fits * steps + 3.5 * updates + sampling
