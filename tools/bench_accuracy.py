@@ -63,11 +63,11 @@ METHODS: dict[str, dict[str, Any] | None] = {
     },
     "M=5 exact dense": {"steps_per_group": 5, "gradient": "exact", "loss": "dense"},
     "M=5 identity dense": {"steps_per_group": 5, "loss": "dense"},
-    "M=1 on quantized inputs": {"inputs": "quantized"},  # what sampling these inputs costs comes on top
+    "M=1 on given quantized inputs": {"inputs": "quantized"},
     "M=1 then 5 exact": {"steps_per_group": 5, "gradient": "exact", "warmup_fraction": 0.8},
-    "M=1 AdaRound": {"learn": ["rounding", "activation_scale"]},
+    "M=1 AdaRound at its rate": {"learn": ["rounding", "activation_scale"]},
     "blocks": {"target": "blocks"},
-    "blocks AdaRound": {"target": "blocks", "learn": ["rounding", "activation_scale"]},
+    "blocks AdaRound at its rate": {"target": "blocks", "learn": ["rounding", "activation_scale"]},
 }
 # of AdaRound's logits: how far they have to go, and what they bear, differs with objective, bits and number of updates
 ROUNDING_RATES = (0.003, 0.01, 0.03, 0.1)

@@ -1,6 +1,6 @@
 """Trains a small U-Net denoiser of digits by prompt, and writes it as a diffusers StableDiffusionPipeline folder.
 
-What an objective does for a transformer at 50 steps says nothing of a U-Net with few steps (docs: METHODS). So this
+What an objective does for a transformer at 50 steps says nothing of a U-Net with few steps. So this
 trains one in about two minutes of one core: residual blocks, self- and cross-attention, up- and downsamplers, prompts,
 noise prediction, DDIM. Autoencoder and classifier are those of the bundled digits model; the text encoder is a CLIP of
 random weights, frozen: ten words need no more than ten different embeddings.

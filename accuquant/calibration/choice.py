@@ -26,6 +26,7 @@ import torch
 from accuquant.calibration.objectives import AUTO, OBJECTIVES
 from accuquant.calibration.objectives.base import Cost, Job
 from accuquant.calibration.session import Session, validation_errors
+from accuquant.errors import RecipeError
 from accuquant.progress import Reporter
 from accuquant.recipe import Objective
 
@@ -183,8 +184,10 @@ def choose_objective(session: Session, reporter: Reporter, folder: Path, resume:
     """
     wish, job, kept = session.recipe.objective, session.job(), folder / "auto.json"
     found, start = candidates(wish, job.num_steps), session.snapshot()
-    known = [Trial(**row) for row in json.loads(kept.read_text(encoding="utf-8"))] if resume and kept.is_file() else []
-    made: list[Trial] = []
+    rows = json.loads(kept.read_text(encoding="utf-8")) if resume and kept.is_file() else []
+    if not isinstance(rows, list):
+        raise RecipeError(f"{kept} was written by another version; start over with --overwrite")
+    known, made = [Trial(**row) for row in rows], list[Trial]()
 
     with reporter.bar("choosing the objective", len(trial_budgets(job))) as advance:
 
