@@ -150,7 +150,8 @@ class UpdateLoop:
     def _of_layers(self) -> Parameters:
         """What the layers learn; shared scales are one."""
         chosen: Parameters = {}
-        for kind in self.objective.learn:
+        kinds: tuple[str, ...] = self.objective.learn  # of updates with the cache on: with forecast
+        for kind in kinds:
             if kind == "forecast":  # the cache's
                 continue
             found = dict[str, nn.Parameter]()
