@@ -18,7 +18,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from accuquant.calibration.loop import Tuner
+from accuquant.calibration.loop import UpdateLoop
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
 
@@ -257,14 +257,14 @@ def images(pipeline: DiTPipeline, **changes: Any) -> Any:
 
 def interrupt_cached_update(patch: pytest.MonkeyPatch, iteration: int) -> None:
     """Ctrl-C at the start of this update with the cache on."""
-    update = Tuner._update
+    update = UpdateLoop.update
 
-    def interrupted(self: Tuner, number: int) -> dict[str, Any]:
+    def interrupted(self: UpdateLoop, number: int) -> dict[str, Any]:
         if self.cache is not None and number == iteration:
             raise KeyboardInterrupt
         return update(self, number)
 
-    patch.setattr(Tuner, "_update", interrupted)
+    patch.setattr(UpdateLoop, "update", interrupted)
 
 
 INT8 = {"weight": "int8", "activation": "int8"}

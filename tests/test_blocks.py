@@ -11,15 +11,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from accuquant.calibration.layers import quantize_model
-from accuquant.calibration.loop import Tuner
-from accuquant.calibration.objectives import blocks
+from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.objectives.base import Material
 from accuquant.calibration.objectives.blocks import (
+    INPUTS,
     LEAST_CALLS,
-    Reconstruction,
+    Blocks,
     block_of,
     evaluations_made,
     spread_calls,
 )
+from accuquant.calibration.objectives.cached import CachedTrajectory
+from accuquant.calibration.reference import Draws, Reference
 from accuquant.calibration.session import Session, open_session, validation_error
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
@@ -28,7 +31,7 @@ from accuquant.pipeline.data import Samples
 from accuquant.programs.calibrate import calibrate
 from accuquant.programs.describe import describe
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Recipe, Sampling
+from accuquant.recipe import Cache, Objective, Recipe, Sampling
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
@@ -81,10 +84,10 @@ def test_inputs_are_of_the_quantized_network_and_targets_of_the_original(model_f
     recipe = block_recipe(model_folder, tmp_path / "out")
     session = prepared(recipe)
     as_allocated(session.rollout.denoiser)  # as is the model that is made here to compare with
-    tuner = session.tuner(recipe.objective, 1)
-    assert tuner.blocks is not None
+    tuner = session.loop(recipe.objective, 1)
+    assert isinstance(tuner.source, Blocks)
     for update in range(11):  # all of the first block, and one of the second
-        tuner.history.append(tuner._update(update))
+        tuner.history.append(tuner.update(update))
     original, seen = make_pipeline(), dict[str, Any]()
     rollout = Rollout(original, session.rollout.sampling)
 
@@ -94,9 +97,9 @@ def test_inputs_are_of_the_quantized_network_and_targets_of_the_original(model_f
     rollout.denoiser.transformer_blocks[1].register_forward_hook(keep("original"), with_kwargs=True)  # type: ignore[index]
     second: nn.Module = session.rollout.denoiser.transformer_blocks[1]  # type: ignore[index, assignment]
     second.register_forward_hook(keep("quantized"), with_kwargs=True)
-    assert tuner.blocks.gathered == 1 and len(tuner.blocks.calls) == 12
-    for k, call in enumerate(tuner.blocks.calls):
-        samples = tuner._batch(12 + k, stream=3)
+    assert tuner.source.gathered == 1 and len(tuner.source.calls) == 12
+    for k, call in enumerate(tuner.source.calls):
+        samples = tuner.source.material.draws.batch(12 + k, stream=INPUTS)
         given = (call.step, session.reference.latents[call.step, samples], session.reference.conditions.take(samples))
         with torch.no_grad():
             rollout.predict(*given)
@@ -110,7 +113,7 @@ def test_inputs_are_of_the_quantized_network_and_targets_of_the_original(model_f
 def test_one_block_learns_at_a_time(model_folder: Path, tmp_path: Path) -> None:
     recipe = block_recipe(model_folder, tmp_path / "out")
     session = prepared(recipe)
-    tuner = session.tuner(recipe.objective, 1)
+    tuner = session.loop(recipe.objective, 1)
     assert tuner.updates == 20
 
     def changed(before: dict[str, Any]) -> set[str]:
@@ -120,7 +123,7 @@ def test_one_block_learns_at_a_time(model_folder: Path, tmp_path: Path) -> None:
     for first, block in ((0, "transformer_blocks.0"), (10, "transformer_blocks.1")):
         before = session.snapshot()
         for update in range(first, first + 10):
-            entry = tuner._update(update)
+            entry = tuner.update(update)
             assert entry["block"] == block
         assert changed(before) == {block}
 
@@ -128,7 +131,7 @@ def test_one_block_learns_at_a_time(model_folder: Path, tmp_path: Path) -> None:
 def test_network_evaluations_are_those_that_were_made(model_folder: Path, tmp_path: Path) -> None:
     recipe = block_recipe(model_folder, tmp_path / "out")
     session, calls = prepared(recipe), 0
-    tuner = session.tuner(recipe.objective, 1)
+    tuner = session.loop(recipe.objective, 1)
 
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal calls
@@ -140,7 +143,7 @@ def test_network_evaluations_are_those_that_were_made(model_folder: Path, tmp_pa
     tuner.run()
     assert tuner.network_evaluations == calls / 2 == evaluations_made(20, 10, 12, [(0.5, 0.5), (1.0, 0.5)])
     assert describe(recipe)[1]["network_evaluations"]["tuning"] == tuner.network_evaluations
-    assert tuner.blocks is not None and not tuner.blocks.calls  # gigabytes, of a large model
+    assert isinstance(tuner.source, Blocks) and not tuner.source.calls  # gigabytes, of a large model
 
 
 @pytest.mark.parametrize("adaround", [False, True])
@@ -155,7 +158,7 @@ def test_blocks_and_whole_trajectories_come_nearer(model_folder: Path, tmp_path:
     recipe = block_recipe(model_folder, tmp_path / "out", batch_size=4, **how)
     session = prepared(recipe)
     before, plain = validation_error(session), block_errors(session)
-    session.tuner(recipe.objective, 1).run()
+    session.loop(recipe.objective, 1).run()
     most = 1.0 if adaround else 0.97
     with session.hardened():
         assert sum(block_errors(session)) < most * sum(plain)
@@ -189,15 +192,15 @@ def assert_equal(one: Session, other: Session) -> None:
 def test_interrupted_reconstruction_goes_on_to_the_same_result(model_folder: Path, tmp_path: Path) -> None:
     recipe = block_recipe(model_folder, tmp_path / "out", learn=["rounding", "activation_scale"])
     whole = prepared(recipe)
-    whole_tuner = whole.tuner(recipe.objective, 1)
+    whole_tuner = whole.loop(recipe.objective, 1)
     whole_tuner.run()
     interrupted, state = prepared(recipe), tmp_path / "state.safetensors"
-    tuner = interrupted.tuner(recipe.objective, 1)
+    tuner = interrupted.loop(recipe.objective, 1)
     for update in range(13):  # three into the second block
-        tuner.history.append(tuner._update(update))
+        tuner.history.append(tuner.update(update))
     tuner.save(state)
     resumed = prepared(recipe)
-    again = resumed.tuner(recipe.objective, 1)
+    again = resumed.loop(recipe.objective, 1)
     again.load(state)
     again.run()
     assert len(again.history) == 20
@@ -215,18 +218,21 @@ def test_blocks_of_a_unet_come_as_they_run() -> None:
     for layer in layers.values():
         if layer.spec.static:
             layer.set_activation_scale([torch.randn(64) * 3 for _ in range(2)], search=False)
-    pipeline.unet.requires_grad_(False)  # as a Tuner does
+    pipeline.unet.requires_grad_(False)  # as an UpdateLoop does
     samples = Samples(["a cat", "a red dog"], [1, 2])
     conditions = rollout.conditions(samples.inputs, samples.seeds)
-    latents, weights = rollout.trajectory(conditions)[0], {name: [layer.weight] for name, layer in layers.items()}
-    found = Reconstruction(rollout, clock, weights, latents, conditions, 2, lambda n: torch.arange(2))
+    reference = Reference(*rollout.trajectory(conditions), conditions)
+    weights: dict[str, nn.Parameter] = {name: layer.weight.requires_grad_() for name, layer in layers.items()}
+    draws = Draws(0, 2, 2, torch.device("cpu"))
+    objective = Objective(target="blocks", iterations=2)
+    found = Blocks(Material(rollout, clock, reference, {"weight": weights}, objective, 1, draws))
     order = found.blocks
     assert len(order) == len(set(order)) == len({block_of(n) for n in layers})
     middle, up = order.index("mid_block.resnets.0"), order.index("up_blocks.0.resnets.0")
     assert order.index("conv_in") < order.index("down_blocks.0.resnets.0") < middle < up < order.index("conv_out")
     assert order.index("down_blocks.0.attentions.0.transformer_blocks.0") < middle
     for number, block in enumerate(order):
-        assert 0 < found.gradient(2 * number, lambda n, count: n % count) < 10
+        assert 0 < found.gradient(2 * number)[0] < 10
         learning = {name for name, layer in layers.items() if layer.weight.grad is not None}
         assert learning == {name for name in layers if block_of(name) == block}
         pipeline.unet.zero_grad(set_to_none=True)
@@ -235,7 +241,6 @@ def test_blocks_of_a_unet_come_as_they_run() -> None:
 @pytest.mark.parametrize(
     "objective, message",
     [
-        ({"target": "block"}, "did you mean 'blocks'"),
         ({"target": "blocks", "steps_per_group": 2}, "leave steps_per_group out"),
         ({"target": "blocks", "gradient": "exact", "loss": "dense"}, "leave gradient and loss out"),
         ({"target": "blocks", "inputs": "quantized", "steps_per_group": 1}, "leave inputs out"),
@@ -262,13 +267,12 @@ def test_updates_with_the_cache_on_follow_the_trajectory_from_what_blocks_have_l
     assert evaluations == sorted(evaluations) and evaluations[-1] > evaluations[7]
 
     session = prepared(recipe)
-    session.tuner(recipe.objective, 1).run()
+    session.loop(recipe.objective, 1).run()
     changes = {"target": "trajectory", "gradient": "exact", "iterations": 3, "learn": tuple(learn)}
     assert recipe.cache is not None
-    by_hand = session.tuner(
-        recipe.objective.model_copy(update=changes), session.rollout.num_steps, CachePlan.of(recipe.cache)
-    )
-    assert by_hand.blocks is None
+    plan = CachePlan.of(recipe.cache)
+    by_hand = session.loop(recipe.objective.model_copy(update=changes), session.rollout.num_steps, plan)
+    assert isinstance(by_hand.source, CachedTrajectory)
     by_hand.run()
     saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, layer in session.layers.items():
@@ -284,12 +288,12 @@ def test_export_and_report_say_how(model_folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_unlearned_objective_gathers_nothing(model_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(blocks.Reconstruction, "_gather", lambda *_: pytest.fail("gathered"))
+    monkeypatch.setattr(Blocks, "_gather", lambda *_: pytest.fail("gathered"))
     recipe = block_recipe(model_folder, tmp_path / "out", iterations=0, learn=["weight"])
     session = prepared(recipe)
-    tuner: Tuner = session.tuner(recipe.objective, 1)
+    tuner: UpdateLoop = session.loop(recipe.objective, 1)
     tuner.run()
-    assert tuner.blocks is None and tuner.history == []
+    assert tuner.updates == 0 and tuner.history == []
 
 
 def test_blocks_without_anything_to_learn_are_passed_over(model_folder: Path, tmp_path: Path) -> None:
@@ -302,9 +306,9 @@ def test_blocks_without_anything_to_learn_are_passed_over(model_folder: Path, tm
     tree["quantization"] = {"timestep_groups": 3, "rules": rules}
     recipe = parse_recipe(tree, "test")
     session = prepared(recipe)
-    tuner = session.tuner(recipe.objective, 1)
+    tuner = session.loop(recipe.objective, 1)
     tuner.run()
-    assert tuner.blocks is not None and tuner.blocks.blocks == ["transformer_blocks.1"]
+    assert isinstance(tuner.source, Blocks) and tuner.source.blocks == ["transformer_blocks.1"]
     assert [entry["block"] for entry in tuner.history] == ["transformer_blocks.1"] * 3
 
 
@@ -323,16 +327,16 @@ def test_a_scale_that_blocks_share_learns_with_the_first_and_resumes(tmp_path: P
     }
     recipe = parse_recipe(recipe_tree(tmp_path / "pixart", tmp_path / "out", **changes), "test")
     whole, resumed = prepared(recipe), prepared(recipe)
-    tuner = whole.tuner(recipe.objective, 1)
+    tuner = whole.loop(recipe.objective, 1)
     shared = whole.layers["transformer_blocks.1.attn2.to_k"].log_activation_scale
     assert shared is whole.layers["transformer_blocks.0.attn2.to_k"].log_activation_scale
     for update in range(tuner.updates):
         before = shared.detach().clone()
-        tuner.history.append(tuner._update(update))
+        tuner.history.append(tuner.update(update))
         assert torch.equal(shared, before) == (update >= 4)
         if update == 5:
             tuner.save(tmp_path / "state.safetensors")
-    again = resumed.tuner(recipe.objective, 1)
+    again = resumed.loop(recipe.objective, 1)
     again.load(tmp_path / "state.safetensors")
     again.run()
     assert_equal(whole, resumed)
@@ -344,15 +348,17 @@ def test_gradients_are_not_lost_in_float16(model_folder: Path, tmp_path: Path) -
     tree["model"]["dtype"], tree["data"]["num_samples"] = "float16", 64
     recipe = parse_recipe(tree, "test")
     session = prepared(recipe)
-    tuner, found = session.tuner(recipe.objective, 1), list[torch.Tensor]()
-    assert tuner.blocks is not None
-    tuner.blocks.gradient(0, lambda n, count: 0)  # gathers
+    tuner, found = session.loop(recipe.objective, 1), list[torch.Tensor]()
+    assert isinstance(tuner.source, Blocks)
+    tuner.source.gradient(0)  # gathers
+    draws, calls = tuner.source.material.draws, len(tuner.source.calls)
+    early = next(n for n in range(1, 2 * calls) if draws.one_of(n, calls) == 0)  # where no output is its target itself
     first: nn.Module = session.rollout.denoiser.transformer_blocks[0]  # type: ignore[index, assignment]
 
     def watch(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         output.register_hook(found.append)
 
     first.register_forward_hook(watch)
-    tuner.blocks.gradient(1, lambda n, count: 0)
+    tuner.source.gradient(early)
     assert found[0].dtype == torch.float16
     assert float((found[0].abs() < torch.finfo(torch.float16).tiny).float().mean()) < 0.1

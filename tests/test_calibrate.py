@@ -77,7 +77,7 @@ def test_loaded_model_equals_the_one_before_saving(model_folder: Path, tmp_path:
     session = open_session(recipe, QUIET)
     rollout = session.rollout
     as_allocated(rollout.denoiser)
-    session.tuner(recipe.objective, 2).run()
+    session.loop(recipe.objective, 2).run()
     conditions = session.validation.conditions
     calibrated, _ = rollout.trajectory(conditions)
     harden_model(rollout.denoiser, session.clock)
@@ -113,7 +113,7 @@ def test_tuning_lowers_the_group_loss(model_folder: Path, tmp_path: Path) -> Non
     )
     session = open_session(recipe, QUIET)
     before = validation_error(session)
-    session.tuner(recipe.objective, 1).run()
+    session.loop(recipe.objective, 1).run()
     assert validation_error(session) < 0.97 * before
 
 
@@ -132,7 +132,7 @@ def test_every_objective_runs(model_folder: Path, tmp_path: Path, objective: dic
     metrics = json.loads((calibrate(recipe, QUIET) / "metrics.json").read_text())
     assert metrics["final_relative_l2"]["mean"] < 1
     if objective.get("steps_per_group") == "auto":
-        assert set(metrics["calibration"]["auto"]) == {"1", "2", "5"}
+        assert metrics["calibration"]["auto"] is None, "eight evaluations pay for no trial"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -220,7 +220,7 @@ def test_full_precision_is_the_original_model_also_after_calibration(model_folde
         as_allocated(rollout.denoiser)
     expected, _ = original.trajectory(session.validation.conditions)
     before, _ = session.rollout.trajectory(session.validation.conditions)
-    session.tuner(recipe.objective, 1).run()
+    session.loop(recipe.objective, 1).run()
     after, _ = session.rollout.trajectory(session.validation.conditions)
     assert not torch.equal(before, after)
     with session.full_precision():

@@ -12,12 +12,14 @@ import pytest
 import torch
 from conftest import tune_recipe
 
-from accuquant.calibration.session import further_validation
+from accuquant.calibration.session import further_validation, open_session
 from accuquant.core.choice import cheapest_equal, difference, leaders, log_error
 from accuquant.errors import RecipeError
+from accuquant.files import KeptFiles
+from accuquant.pipeline.data import load_split
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache
-from accuquant.tuning.budget import LEADERS, open_session, type_combinations
+from accuquant.runtime.cache.plan import CachePlan
+from accuquant.tuning.budget import LEADERS, type_combinations
 from accuquant.tuning.candidates import Place
 from accuquant.tuning.choice import choose, leading, ratio, settle
 from accuquant.tuning.tried import ALONE, NAIVE, Candidate, Tried
@@ -39,7 +41,7 @@ def candidate(key: str, latents: Any, images: Any, **changes: Any) -> Candidate:
         "seconds": 1.0,
         "calibrated": ALONE,
         "elapsed": 0.1,
-        "config": Cache(interval=2),
+        "plan": CachePlan("taylor", 1, interval=2),
     }
     return Candidate(key, latent_errors=tuple(latents), image_errors=tuple(images), **(given | changes))
 
@@ -139,8 +141,9 @@ def place(model_folder: Path, tmp_path: Path) -> Place:
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"validation_samples": 4})})
     combination, section = type_combinations(recipe)[0], recipe.tune
     assert section is not None
-    session = open_session(combination, tmp_path, QUIET)
-    found = Place(combination, section, session, (1.0, 0.5), Tried(tmp_path / "tried.jsonl"), QUIET, tmp_path)
+    kept = KeptFiles(tmp_path, QUIET)
+    session = open_session(combination.recipe, QUIET, kept)
+    found = Place(combination, section, session, (1.0, 0.5), Tried(tmp_path / "tried.jsonl"), QUIET, kept)
     found.naive(4)
     found.cachequant(4)
     found.try_forecasts(4)
@@ -164,16 +167,18 @@ def test_only_leaders_get_more_samples_and_not_more_than_granted(place: Place) -
 
 
 def test_further_samples_go_on_from_those_there_are_and_are_kept(place: Place, tmp_path: Path) -> None:
-    recipe = place.session.recipe
+    recipe = place.combination.recipe
     whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"validation_samples": 8})})
-    (tmp_path / "eight").mkdir()
+    kept = KeptFiles(tmp_path, QUIET)
     combination = replace(place.combination, recipe=whole)
-    session = open_session(combination, tmp_path / "eight", QUIET)
-    conditions, final = further_validation(place.session, (4, 8), QUIET, tmp_path)
+    session = open_session(whole, QUIET, kept.inside("eight"))
+    split = load_split(recipe.data, "class_id")
+    given = (place.session, split, recipe.data, (4, 8), recipe.evaluation.batch_size, QUIET, kept)
+    conditions, final = further_validation(*given)
     assert torch.equal(conditions.noise, session.validation.conditions.noise[4:])
     torch.testing.assert_close(final, session.validation.latents[-1][4:], rtol=1e-3, atol=1e-3)  # of other batches
     written = (tmp_path / "validation-4-8.safetensors").stat().st_mtime_ns
-    assert torch.equal(further_validation(place.session, (4, 8), QUIET, tmp_path)[1], final)
+    assert torch.equal(further_validation(*given)[1], final)
     assert (tmp_path / "validation-4-8.safetensors").stat().st_mtime_ns == written
 
     eight = Place(combination, place.section, session, (1.0, 0.5), Tried(tmp_path / "eight" / "tried.jsonl"), QUIET)
@@ -212,8 +217,8 @@ def test_what_was_given_is_not_given_again_after_an_interruption(
 
 
 def test_a_candidate_survives_its_line() -> None:
-    config = Cache(estimation="taylor", order=1, full_timesteps=(999.0, 3.5), noise_aware=False)
-    one = candidate("k", [0.1, math.inf, 1 / 3], [1e-7, 0.2, 0.3], config=config, rival=NAIVE)
+    plan = CachePlan("taylor", 1, full_timesteps=(999.0, 3.5))
+    one = candidate("k", [0.1, math.inf, 1 / 3], [1e-7, 0.2, 0.3], plan=plan, noise={"attn": (0.1, 1 / 3)}, rival=NAIVE)
     assert Candidate.from_line(one.line()) == one
     assert "\n" not in one.line()
     assert math.isnan(Candidate.from_line(candidate("k", [math.nan], [0.1]).line()).latent_errors[0])

@@ -164,7 +164,7 @@ def test_no_pickles(path):
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("accuquant", ["torchao", "cuda"]), ("tools", ["train"]), ("tests", ["train", "dev", "cuda"])],
+    [("accuquant", ["torchao", "cuda"]), ("tools", ["train", "text"]), ("tests", ["train", "dev", "cuda"])],
 )
 def test_imports_are_declared(folder, extras):
     local = {"accuquant", "tools", "tests", "conftest"} | {path.stem for path in sources(folder)}

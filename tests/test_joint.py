@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import assert_same_weights, interrupt_cached_update, recipe_tree
 
+from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.calibration.session import Session, open_session
 from accuquant.cli.main import app
 from accuquant.core.metrics import relative_l2
@@ -134,17 +135,18 @@ def test_calibrating_with_the_cache_lowers_the_error_with_the_cache(
         return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
     before = error()
-    session.tuner(recipe.objective, 2, cache).run()
+    session.loop(recipe.objective, 2, cache).run()
     assert error() < 0.97 * before
 
 
 def test_rcs_is_calibrated_with_the_full_steps_it_takes(model_folder: Path, tmp_path: Path) -> None:
     recipe = make_recipe(model_folder, tmp_path / "out", objective={"iterations": 2, "batch_size": 2})
     session = open_session(recipe, QUIET)
-    tuner = session.tuner(recipe.objective, 1, CachePlan.of(Cache(tau=0.5, order=1)))
+    tuner = session.loop(recipe.objective, 1, CachePlan.of(Cache(tau=0.5, order=1)))
     tuner.run()
-    assert tuner.full_steps[:2] == (0, 1)
-    assert 2 < len(tuner.full_steps) < 6
+    assert isinstance(tuner.source, CachedTrajectory)
+    assert tuner.source.full_steps[:2] == (0, 1)
+    assert 2 < len(tuner.source.full_steps) < 6
     assert len(tuner.history) == 2
 
 
@@ -175,7 +177,7 @@ def test_the_session_is_left_without_a_cache(model_folder: Path, tmp_path: Path)
     session: Session = open_session(recipe, QUIET)
     before, _ = session.rollout.trajectory(session.validation.conditions)
     plan = CachePlan.of(Cache(**CACHE))  # type: ignore[arg-type]
-    tuner = session.tuner(recipe.objective.model_copy(update={"iterations": 0}), 1, plan)
+    tuner = session.loop(recipe.objective.model_copy(update={"iterations": 0}), 1, plan)
     tuner.run()
     after, _ = session.rollout.trajectory(session.validation.conditions)
     assert torch.equal(before, after)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_cached_objective import STEPS, setting, taken
 
 from accuquant.caching.correct import fit_correction
+from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.calibration.objectives.cached_steps import CachedSteps
 from accuquant.calibration.session import open_session, validation_error
 from accuquant.calibration.updates import calibrate_alone, calibrate_cached
@@ -138,13 +139,15 @@ def test_learning_lowers_the_error_on_noise_it_has_not_seen(
         return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
 
     before, weights, least = error(cache), session.snapshot(), validation_error(session)
-    tuner = calibrate_cached(session, recipe.objective, cache, Fitted(), alone, kept, QUIET)
-    assert tuner is not None and tuner.learned is not None and tuner.cache is not None
+    loop = calibrate_cached(session, recipe.objective, cache, Fitted(), alone, kept, QUIET)
+    assert loop is not None and isinstance(loop.source, CachedTrajectory)
+    tuner = loop.source
+    assert tuner.learned is not None
     assert error(tuner.cache, tuner.learned) - least < 0.6 * (before - least), "what the cache adds to quantization"
     after = session.snapshot()
     same = all(torch.equal(t, after[name][key]) for name, kept in weights.items() for key, t in kept.items())
     assert same == (learn == ["forecast"])
-    assert all(entry["steps_per_group"] == 6 for entry in tuner.history), "through the whole trajectory"
+    assert all(entry["steps_per_group"] == 6 for entry in loop.history), "through the whole trajectory"
     correction = fit_correction(session, replace(tuner.cache, corrected=True), QUIET, tuner.learned)
     assert correction.learned_timesteps == tuner.learned.learned_timesteps
     assert all(torch.equal(a, b) for a, b in zip(correction.learned, tuner.learned.learned, strict=True))

@@ -127,7 +127,7 @@ def test_whole_report_says_what_was_measured(whole: Path) -> None:
     assert "2 min 14 s" in page
     assert page.count("<li><span class=") == report.WORST
     assert page.count("<tr><td>transformer_blocks") + page.count("<tr><td>proj_out") == 43
-    assert '<tr class="chosen"><td>5</td>' in page
+    assert '<tr class="chosen"><td>M = 5</td>' in page
     assert "no-images" not in page and "no-calibration" not in page
 
 

@@ -144,7 +144,7 @@ def test_a_stranger_gets_calibrations_integers_and_our_arithmetic(
     """Integers and scales are equal, outputs but for rounding, of static, dynamic and weight-only modules."""
     recipe = make_recipe(model_folder, tmp_path / "out", rules)
     session = open_session(recipe, QUIET)
-    session.tuner(recipe.objective, 1).run()
+    session.loop(recipe.objective, 1).run()
     denoiser = session.rollout.denoiser
     twin = copy.deepcopy(denoiser)
     harden_model(twin, twin.step_clock)

@@ -12,7 +12,7 @@ from conftest import TYPES, assert_same_weights, tune_recipe
 from diffusers import DiTPipeline
 from typer.testing import CliRunner
 
-from accuquant.calibration.loop import Tuner
+from accuquant.calibration.loop import UpdateLoop
 from accuquant.calibration.session import open_session
 from accuquant.cli.main import app
 from accuquant.core.schedule import DIFFUSERS_OFFSET, filled_interval_steps
@@ -207,7 +207,7 @@ def test_what_the_search_has_calibrated_is_what_the_recipe_calibrates(
     hand_over(finals[1], best, kept, kept_in(kept, combination), RunFolder(tmp_path / "handed", QUIET))
     afresh = calibrate(finals[0], QUIET)
     with monkeypatch.context() as patch:
-        patch.setattr(Tuner, "_update", Mock(side_effect=AssertionError("an update was made again")))
+        patch.setattr(UpdateLoop, "update", Mock(side_effect=AssertionError("an update was made again")))
         handed = calibrate(finals[1], QUIET, resume=True)
     assert_same_weights(afresh, handed)
     counted = [json.loads((f / "calibration.json").read_text())["calibration"]["history"] for f in (afresh, handed)]

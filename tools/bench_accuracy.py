@@ -15,19 +15,19 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from accuquant.calibration.loop import REFRESHES
-from accuquant.calibration.objectives import blocks
-from accuquant.calibration.session import Session, open_model, open_session
+from accuquant.calibration.choice import Candidate
+from accuquant.calibration.session import Session, open_model, open_session, validation_error
 from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_metrics
 from accuquant.files import KeptFiles
 from accuquant.progress import Reporter
-from accuquant.recipe import Recipe
+from accuquant.recipe import Objective, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.runtime.arithmetic import set_arithmetic
 
@@ -64,16 +64,14 @@ METHODS: dict[str, dict[str, Any] | None] = {
     },
     "M=5 exact dense": {"steps_per_group": 5, "gradient": "exact", "loss": "dense"},
     "M=5 identity dense": {"steps_per_group": 5, "loss": "dense"},
-    "M=1 on quantized inputs": {"inputs": "quantized"},
+    "M=1 on given quantized inputs": {"inputs": "quantized"},
     "M=1 then 5 exact": {"steps_per_group": 5, "gradient": "exact", "warmup_fraction": 0.8},
-    "M=1 AdaRound": {"learn": ["rounding", "activation_scale"]},
+    "M=1 AdaRound at its rate": {"learn": ["rounding", "activation_scale"]},
     "blocks": {"target": "blocks"},
-    "blocks AdaRound": {  # at the usual 0.01 few roundings are decided in so many updates; M = 1 diverges at this rate
-        "target": "blocks",
-        "learn": ["rounding", "activation_scale"],
-        "learning_rates": {"rounding": 0.1},
-    },
+    "blocks AdaRound at its rate": {"target": "blocks", "learn": ["rounding", "activation_scale"]},
 }
+# of AdaRound's logits: how far they have to go, and what they bear, differs with objective, bits and number of updates
+ROUNDING_RATES = (0.003, 0.01, 0.03, 0.1)
 
 
 def bench_recipe(base: Recipe, config: str, seed: int, batch: int, samples: int, initialization: str) -> Recipe:
@@ -88,24 +86,19 @@ def bench_recipe(base: Recipe, config: str, seed: int, batch: int, samples: int,
     return parse_recipe(tree, "benchmark")
 
 
-def updates(method: dict[str, Any], evaluations: int, refresh_cost: int) -> int:
-    """Updates that ``evaluations`` pay for."""
-    m, warm = int(method.get("steps_per_group", 1)), float(method.get("warmup_fraction", 0.0))
-    if method.get("inputs") == "quantized":
-        return max(1, evaluations - REFRESHES * refresh_cost)
-    return max(1, round(evaluations / (warm + (1 - warm) * (2 * m - 1))))
+def updates(session: Session, objective: Objective, method: dict[str, Any], evaluations: int) -> int:
+    """Updates (of each block, where blocks are reconstructed) that ``evaluations`` pay for.
 
-
-def updates_of_each_block(session: Session, evaluations: int) -> int:
-    """Likewise, where blocks are reconstructed."""
-
-    def cost(count: int) -> int:
-        return blocks.cost(session.planned, session.rollout.timesteps, session.clock.num_groups, count, 1)[0]
-
-    found = [count for count in range(1, evaluations) if cost(count) <= evaluations]
+    The rival on quantized inputs has as many as M = 1 on full-precision ones: sampling its inputs is not charged to it.
+    """
+    m, target = int(method.get("steps_per_group", 1)), method.get("target", "trajectory")
+    job = session.job(objective)
+    changes = {"warmup_fraction": float(method.get("warmup_fraction", 0.0))}
+    job = replace(job, objective=job.objective.model_copy(update=changes))
+    found = Candidate(target, m, 1.0).updates(job, evaluations)
     if not found:
-        raise typer.BadParameter(f"--evaluations {evaluations}: inputs of all blocks and one update cost {cost(1)}")
-    return found[-1]
+        raise typer.BadParameter(f"--evaluations {evaluations}: too few for one update of {target}, M = {m}")
+    return found
 
 
 def pairs_of(configs: str, seeds: str, shard: str) -> list[tuple[str, int]]:
@@ -159,7 +152,6 @@ def _run_methods(
     held_out = held_out_reference(open_model(recipe)[0], recipe.data, recipe.evaluation, reporter)
     session = open_session(recipe, reporter, KeptFiles(out, reporter).inside(f"seed-{seed}"))
     start = session.snapshot()
-    refresh = session.rollout.num_steps * -(-recipe.data.num_samples // recipe.objective.batch_size)
     for name in methods:
         method = METHODS[name]
         session.restore(start)
@@ -173,16 +165,10 @@ def _run_methods(
             "seconds": 0.0,
         }
         if method is not None:
-            blocks = method.get("target") == "blocks"
-            count = updates_of_each_block(session, evaluations) if blocks else updates(method, evaluations, refresh)
+            count = updates(session, recipe.objective, method, evaluations)
             fields = recipe.objective.model_dump(mode="json") | method | {"iterations": count}
-            objective = type(recipe.objective).model_validate_json(json.dumps(fields))
-            m = objective.steps_per_group
-            assert m != "auto"
-            tuner = session.tuner(objective, m)
-            tuner.run()
-            row |= {"evaluations": evaluations, "updates": objective.iterations, "made": tuner.network_evaluations}
-            row["seconds"] = round(time.monotonic() - began, 1)
+            made = _calibrate(session, fields)
+            row |= {"evaluations": evaluations, "updates": count, "seconds": round(time.monotonic() - began, 1)} | made
         row |= hardened_error(session, held_out)
         with (out / f"results-{shard}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -190,6 +176,27 @@ def _run_methods(
             f"{config} seed {seed} {name:26} {row['relative_l2']:.4f} {row['psnr']:.2f} dB  {row['seconds']} s",
             flush=True,
         )
+
+
+def _calibrate(session: Session, fields: dict[str, Any]) -> dict[str, Any]:
+    """Make the updates; where roundings are learned, at the rate that is best on validation noise."""
+    start, tried = session.snapshot(), list[tuple[float, float, Any, int]]()
+    for rate in ROUNDING_RATES if "rounding" in fields["learn"] else (None,):
+        session.restore(start)
+        rates = fields["learning_rates"] | ({} if rate is None else {"rounding": rate})
+        objective = Objective.model_validate_json(json.dumps(fields | {"learning_rates": rates}))
+        assert objective.steps_per_group != "auto"
+        loop = session.loop(objective, objective.steps_per_group)
+        loop.run()
+        if rate is None:
+            return {"made": loop.network_evaluations}
+        with session.hardened():
+            set_arithmetic(session.rollout.denoiser, "reference")
+            error = validation_error(session)
+        tried.append((error, rate, session.snapshot(), loop.network_evaluations))
+    _, rate, snapshot, made = min(tried, key=lambda t: t[0])
+    session.restore(snapshot)
+    return {"made": made, "rounding_rate": rate, "tried": {t[1]: t[0] for t in tried}}
 
 
 def results(out: Path) -> list[dict[str, Any]]:

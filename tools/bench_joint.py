@@ -34,7 +34,8 @@ from joint_report import draw_runs, print_choice, print_latency, print_tables, r
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.noise import measure_noise
 from accuquant.caching.search import searched
-from accuquant.calibration.loop import Tuner
+from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.calibration.session import Session, open_model, open_session
 from accuquant.calibration.updates import calibrate_alone, calibrate_cached
 from accuquant.core.metrics import latent_psnr, relative_l2
@@ -100,7 +101,7 @@ class Bench:
         self.folder = work / f"{types}-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.kept = KeptFiles(self.folder, QUIET)
-        self.alone: Tuner = calibrate_alone(self.session, self.objective, self.kept, QUIET)[0]
+        self.alone: UpdateLoop = calibrate_alone(self.session, self.objective, self.kept, QUIET)[0]
         self.start = self.session.snapshot()
         self.classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
         with torch.no_grad():
@@ -132,13 +133,16 @@ class Bench:
             "frechet_distance": found["frechet_distance"],
         }
 
-    def learned_shares(self, plan: CachePlan, length: int, updates: int = 40, fitted: Fitted | None = None) -> Tuner:
+    def learned_shares(
+        self, plan: CachePlan, length: int, updates: int = 40, fitted: Fitted | None = None
+    ) -> CachedTrajectory:
         """Forecasts' shares alone, by groups of this length; the weights stay as they are."""
         how = {"iterations": updates, "learn": ("forecast",), "gradient": "exact"}
         objective = self.objective.model_copy(update=how)
-        tuner = self.session.tuner(objective, length, plan, fitted)
-        tuner.run()
-        return tuner
+        loop = self.session.loop(objective, length, plan, fitted)
+        loop.run()
+        assert isinstance(loop.source, CachedTrajectory)
+        return loop.source
 
     def full_precision(self, plan: CachePlan) -> dict[str, Any]:
         with self.session.full_precision():
@@ -270,8 +274,8 @@ def orders(
                 about = {"cache": f"{plan.estimation} {plan.order}{' aware' if plan.noise_aware else ''}"}
                 found = bench.judge(plan, known) | {"E_q": e_q} | about
                 write(out, shard, key_of("orders", name, seed, nfc, method), found)
-            tuner = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps, fitted=measured)
-            found = bench.judge(tuner.cache, tuner.learned) | {"E_q": e_q}
+            shared = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps, fitted=measured)
+            found = bench.judge(shared.cache, shared.learned) | {"E_q": e_q}
             write(out, shard, key_of("orders", name, seed, nfc, "auto, learned"), found)
 
 
@@ -290,8 +294,10 @@ def shares(
     cells = list(itertools.product((14, 7), lengths))
     for bench, key in _missing(out, "shares", pairs_of(types, seeds, shard), cells):
         config, m = Cache(estimation="taylor", order=2, schedule=filled_interval_steps(50, key[3], 2)), lengths[key[4]]
-        tuner = bench.learned_shares(CachePlan.of(config), max(1, m), updates if m else 0)
-        write(out, shard, key, bench.judge(tuner.cache, tuner.learned) | {"seconds": round(tuner.seconds, 1)})
+        started = time.monotonic()
+        shared = bench.learned_shares(CachePlan.of(config), max(1, m), updates if m else 0)
+        seconds = round(time.monotonic() - started, 1)
+        write(out, shard, key, bench.judge(shared.cache, shared.learned) | {"seconds": seconds})
 
 
 @app.command()

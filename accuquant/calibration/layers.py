@@ -50,9 +50,8 @@ class TrainableLayer(Layer):
         float_bias = None if module.bias is None else at_least_float32(module.bias.detach())
         self.register_buffer("float_bias", float_bias, persistent=False)
         self.bias = None if module.bias is None else nn.Parameter(at_least_float32(module.bias.detach()).clone())
-        scale, zero = search_scale(self._grouped(weight), spec.weight_type, spec.symmetric, search)
-        self.log_weight_scale = nn.Parameter(scale.view(-1, self.groups).log())
-        self.register_buffer("weight_zero_point", zero.view(-1, self.groups))
+        self.log_weight_scale = nn.Parameter(weight.new_empty(len(weight), self.groups))
+        self.register_buffer("weight_zero_point", weight.new_empty(len(weight), self.groups))
         num_scales = clock.num_groups if spec.static else 1
         self.log_activation_scale = nn.Parameter(weight.new_zeros(num_scales))
         self.register_buffer("activation_zero_point", weight.new_zeros(num_scales))
@@ -63,6 +62,7 @@ class TrainableLayer(Layer):
         self.activation_zero_point: Tensor
         self.observer: Any = None
         self.quantized = True  # False computes as the module did that this one replaces
+        self.set_weight_scale(search)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """(O, I) -> (O * G, group_size)."""
@@ -132,6 +132,14 @@ class TrainableLayer(Layer):
     def _weight_scale(self) -> Tensor:
         factor = lsq_gradient_scale(self.weight.numel() // self.log_weight_scale.numel(), self.spec.weight_type)
         return _scale_gradient(self.log_weight_scale, factor).exp().view(-1, 1)
+
+    @torch.no_grad()
+    def set_weight_scale(self, search: bool) -> None:
+        """Scales of the weights as they were in full precision, see `core.numerics.search_scale`."""
+        rows = self._grouped(self.float_weight)
+        scale, zero = search_scale(rows, self.spec.weight_type, self.spec.symmetric, search)
+        self.log_weight_scale.copy_(scale.view(-1, self.groups).log())
+        self.weight_zero_point.copy_(zero.view(-1, self.groups))
 
     @torch.no_grad()
     def set_activation_scale(self, samples: list[Tensor], search: bool) -> None:

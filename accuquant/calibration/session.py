@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -13,10 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accuquant.calibration.layers import TrainableLayer, adopt_dynamic_scales, full_precision, quantize_model
-from accuquant.calibration.loop import Reference, Tuner
-from accuquant.calibration.plan import PlannedModule, plan_modules
+from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.methods import METHODS
+from accuquant.calibration.methods.base import Method
+from accuquant.calibration.objectives import AUTO, OBJECTIVES
+from accuquant.calibration.objectives.base import Job
+from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
+from accuquant.calibration.reference import Reference
 from accuquant.core.metrics import relative_l2
-from accuquant.errors import RecipeError
+from accuquant.errors import RecipeError, nearest
 from accuquant.files import KeptFiles
 from accuquant.model.families import load_pipeline, set_scheduler
 from accuquant.model.rollout import Conditions, Rollout
@@ -49,11 +54,12 @@ class Session:
     validation: Reference
     seed: int
 
-    def tuner(
+    def loop(
         self, objective: Objective, steps_per_group: int, cache: CachePlan | None = None, fitted: Fitted | None = None
-    ) -> Tuner:
-        tuned, seed = {p.name: self.layers[p.name] for p in self.planned if p.tune}, self.seed
-        return Tuner(self.rollout, self.clock, tuned, self.reference, objective, seed, steps_per_group, cache, fitted)
+    ) -> UpdateLoop:
+        """Updates of the layers as they are now, none of them made yet."""
+        tuned, given = {p.name: self.layers[p.name] for p in self.planned if p.tune}, (steps_per_group, cache, fitted)
+        return UpdateLoop(self.rollout, self.clock, tuned, self.reference, objective, self.seed, *given)
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Everything calibration may change."""
@@ -64,6 +70,19 @@ class Session:
             if "rounding_logits" not in snapshot[name]:
                 layer.rounding_logits = None
             layer.load_state_dict(snapshot[name])
+
+    @cached_property
+    def counted(self) -> list[PlannedModule]:
+        """The planned modules with their multiply-adds."""
+        one = self.reference.first(1)
+        call = partial(self.rollout.predict, 0, one.latents[0], one.conditions)
+        return count_macs(self.rollout.denoiser, self.planned, call, 1)
+
+    def job(self, objective: Objective) -> Job:
+        """What the costs of updates depend on."""
+        return job_of(
+            objective, self.clock.groups(self.rollout.timesteps), self.counted, len(self.reference.conditions)
+        )
 
     @contextmanager
     def hardened(self) -> Iterator[None]:
@@ -81,10 +100,30 @@ class Session:
         return full_precision(self.layers.values())
 
 
-def validation_error(session: Session) -> float:
-    """Relative L2 of the final latent on the session's validation noise, as the model is now."""
+def validation_errors(session: Session) -> Tensor:
+    """(B,) relative L2 of the final latent of each validation sample, as the model is now."""
     latents, _ = session.rollout.trajectory(session.validation.conditions)
-    return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
+    return relative_l2(latents[-1], session.validation.latents[-1])
+
+
+def validation_error(session: Session) -> float:
+    """Their mean."""
+    return float(validation_errors(session).mean())
+
+
+def job_of(objective: Objective, timestep_groups: list[int], planned: list[PlannedModule], num_samples: int) -> Job:
+    """What the costs of updates without a cache depend on; M is 1 where it is to be found.
+
+    Args:
+        timestep_groups: of each denoising step.
+    """
+    steps = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
+    return Job(objective, steps, timestep_groups, planned, num_samples)
+
+
+def _check_name(key: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        raise RecipeError(f"{key}: must be {' or '.join(map(repr, known))} (found {name!r}){nearest(name, known)}")
 
 
 def open_rollout(model: Model, sampling: Sampling) -> Rollout:
@@ -116,8 +155,11 @@ def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
     """Load pipeline and data names and apply the rules; whatever is wrong with a recipe shows here.
 
     Raises:
-        RecipeError: see `open_rollout`, `plan_modules`, `cached_features` and `load_inputs`.
+        RecipeError: see `open_rollout`, `plan_modules`, `cached_features` and `load_inputs`; or nothing has the name of
+            `objective.target` or `quantization.initialization`.
     """
+    _check_name("objective.target", recipe.objective.target, [*OBJECTIVES, AUTO])
+    _check_name("quantization.initialization", recipe.quantization.initialization, list(METHODS))
     rollout = open_rollout(recipe.model, recipe.sampling)
     planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
     if recipe.cache is not None:
@@ -227,7 +269,12 @@ def quantize(
     specs = {p.name: p.spec for p in planned if p.spec is not None}
     clock = StepClock.from_timesteps(rollout.timesteps, quantization.timestep_groups)
     reporter.detail(f"initial weight scales of {len(specs)} modules ({quantization.initialization})")
-    layers = quantize_model(rollout.denoiser, specs, clock, quantization.initialization == "mse")
+    layers, method = (
+        quantize_model(rollout.denoiser, specs, clock, search=False),
+        METHODS[quantization.initialization](),
+    )
+    for layer in layers.values():
+        method.weights(layer)
     return Session(rollout, clock, planned, layers, *references, seed)
 
 
@@ -237,14 +284,14 @@ def find_activation_scales(session: Session, quantization: Quantization, batch_s
     Raises:
         RecipeError: they are to be shared, and no two modules read the same tensor.
     """
-    search = quantization.initialization == "mse"
-    _activation_scales(session, session.reference.first(batch_size), search, reporter)
+    method = METHODS[quantization.initialization]()
+    _activation_scales(session, session.reference.first(batch_size), method, reporter)
     if quantization.share_activation_scales:
         _share_activation_scales(session, reporter)
 
 
 @torch.no_grad()
-def _activation_scales(session: Session, reference: Reference, search: bool, reporter: Reporter) -> None:
+def _activation_scales(session: Session, reference: Reference, method: Method, reporter: Reporter) -> None:
     """Static scales per timestep group, from the inputs modules see along these full-precision trajectories."""
     observed = {n: layer for n, layer in session.layers.items() if layer.spec.static}
     if not observed:
@@ -268,7 +315,7 @@ def _activation_scales(session: Session, reference: Reference, search: bool, rep
             advance("")
     for name, layer in observed.items():
         layer.observer = None
-        layer.set_activation_scale([torch.cat(v) for v in values[name]], search)
+        method.activations(layer, [torch.cat(v) for v in values[name]])
 
 
 def _share_activation_scales(session: Session, reporter: Reporter) -> None:

@@ -273,9 +273,16 @@ def _picture(image: Tensor) -> str:
 
 
 def _auto(calibration: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the trial of several M, smallest M first."""
-    tried = sorted((int(m), error) for m, error in (calibration.get("auto") or {}).items())
-    return [{"m": m, "error": error, "chosen": m == calibration.get("steps_per_group")} for m, error in tried]
+    """Rows of the trials of several objectives, in their order; of an export of before, of several M and no more."""
+    tried, m = calibration.get("auto") or [], calibration.get("steps_per_group")
+    target = calibration.get("target", "trajectory")
+    if isinstance(tried, dict):
+        unknown = dict.fromkeys(("rate", "budget", "updates", "evaluations", "standard_error"))
+        errors = sorted((int(steps), error) for steps, error in tried.items())
+        tried = [unknown | {"target": target, "steps_per_group": steps, "error": error} for steps, error in errors]
+    same = [row for row in tried if row["target"] == target and (target != "trajectory" or row["steps_per_group"] == m)]
+    best = min(same, key=lambda row: (-(row["budget"] or 0), row["error"] or math.inf), default=None)
+    return [row | {"chosen": row is best} for row in tried]
 
 
 def _tuning(tuning: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,17 @@ from torch import Tensor
 
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.search import searched
+from accuquant.calibration.choice import Trial
 from accuquant.calibration.layers import adopt_dynamic_scales
-from accuquant.calibration.loop import Tuner
+from accuquant.calibration.loop import UpdateLoop
 from accuquant.calibration.session import Session, find_activation_scales, open_model, quantize, sample_references
-from accuquant.calibration.updates import CACHED_STATE, calibrate_alone, calibrate_cached, counted_on
+from accuquant.calibration.updates import (
+    CACHED_STATE,
+    calibrate_alone,
+    calibrate_cached,
+    counted_on,
+    learned_forecasts,
+)
 from accuquant.errors import RecipeError
 from accuquant.evaluation.card import model_card
 from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_metrics, sample
@@ -79,7 +86,7 @@ def calibrate(
             adopt_dynamic_scales(session.layers.values())
         find_activation_scales(session, recipe.quantization, batch_size, reporter)
         initial = run.kept.json(INITIAL, lambda: measure_initial(session, held_out, recipe.evaluation, reporter))
-        alone, tried = calibrate_alone(session, objective, run.kept, reporter)
+        alone, trials = calibrate_alone(session, objective, run.kept, reporter)
 
         # the cache: where to compute in full, updates with it on, and last a correction, to the weights as they end up
         history, plan, fitted, naive, latents = alone.history, None, Fitted(), None, None
@@ -92,8 +99,8 @@ def calibrate(
             further = calibrate_cached(session, objective, plan.uncorrected, fitted, alone, run.kept, reporter)
             if further is not None:
                 history = history + counted_on(further.history, alone)
-                if further.learned is not None:
-                    plan, fitted = replace(plan, learned=True), further.learned
+                if (learned := learned_forecasts(further)) is not None:
+                    plan, fitted = replace(plan, learned=True), learned
             if plan.fits:
                 fitted = fit_correction(session, plan, reporter, fitted)
 
@@ -103,7 +110,7 @@ def calibrate(
             store_cache(rollout.denoiser, plan, fitted)
         export = run.stage(rollout.pipeline, recipe.export.max_shard_size)
         export.write_text(RECIPE, dump_recipe(recipe))
-        made = calibration_record(history, objective, alone, tried)
+        made = calibration_record(history, objective, alone, trials)
         export.write_json("calibration.json", {"initial": initial, "naive": naive, "calibration": made}, indent=1)
         if latents is not None:
             export.write_tensors(NAIVE_LATENTS, {"latents": latents})
@@ -178,17 +185,18 @@ def stack_naively(
 
 
 def calibration_record(
-    history: list[dict[str, Any]], objective: Objective, alone: Tuner, tried: dict[str, float]
+    history: list[dict[str, Any]], objective: Objective, alone: UpdateLoop, trials: list[Trial]
 ) -> dict[str, Any]:
     """What metrics.json says of the updates."""
     return {
         "history": history,
         "network_evaluations": history[-1]["network_evaluations"] if history else 0,
         "seconds": round(history[-1]["seconds"], 1) if history else 0.0,
-        "target": "trajectory" if alone.blocks is None else "blocks",
+        "target": alone.objective.target,
         "steps_per_group": alone.steps_per_group,
         "gradient": objective.gradient,
         "loss": objective.loss,
         "cached_learn": objective.cached_learn,
-        "auto": tried,
+        "learning_rates": alone.objective.learning_rates.model_dump(),
+        "auto": [asdict(trial) for trial in trials] or None,
     }

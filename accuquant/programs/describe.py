@@ -6,16 +6,17 @@ from typing import Any
 
 from accuquant.caching.correct import fit_calls
 from accuquant.caching.search import search_calls
-from accuquant.calibration.objectives import blocks
+from accuquant.calibration.choice import search_cost, trial_budgets
 from accuquant.calibration.plan import PlannedModule, count_macs
-from accuquant.calibration.session import open_model
-from accuquant.calibration.updates import alone_calls, cached_calls
+from accuquant.calibration.session import job_of, open_model
+from accuquant.calibration.updates import cached_cost
 from accuquant.evaluation.costs import call_seconds
 from accuquant.evaluation.measure import evaluation_calls
 from accuquant.export.formats import check_format
 from accuquant.pipeline.data import calibration_samples
 from accuquant.programs.calibrate import check_sections
 from accuquant.recipe import Recipe
+from accuquant.runtime.clock import StepClock
 
 
 def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
@@ -33,14 +34,15 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, conditions.noise, conditions), batch)
     seconds = call_seconds(rollout, conditions)
 
-    tuning, kept = alone_calls(objective), 0
-    if objective.target == "blocks" and objective.iterations:
-        groups = recipe.quantization.timestep_groups
-        tuning, kept = blocks.cost(planned, rollout.timesteps, groups, objective.iterations, batch)
+    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
+    job = job_of(objective, clock.groups(rollout.timesteps), planned, data.num_samples)
+    alone = search_cost(job)
+    tuning, kept = alone.evaluations, alone.kept_bytes
     if cache is not None and objective.cached_iterations:
-        tuning += cached_calls(objective, cache, steps)
+        tuning += cached_cost(job, cache).evaluations
     referred = data.num_samples + data.validation_samples
     sampling = round((referred * steps + evaluation_calls(recipe.evaluation, cache is not None, steps)) / batch)
+    sampling += round(len(trial_budgets(job)) * data.validation_samples * steps / batch)
     sampling += search_calls(cache, steps, batch) if cache else 0
     sampling += fit_calls(cache, steps, batch) if cache else 0
 

@@ -24,9 +24,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from accuquant.calibration.loop import Tuner
+from accuquant.calibration.choice import TRIED
+from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.calibration.session import REFERENCE, open_session
-from accuquant.calibration.updates import CACHED_STATE, STATE, TRIED, calibrate_alone, calibrate_cached
+from accuquant.calibration.updates import CACHED_STATE, STATE, calibrate_alone, calibrate_cached
 from accuquant.errors import RecipeError
 from accuquant.export.run_folder import RunFolder
 from accuquant.files import KeptFiles
@@ -111,7 +113,7 @@ def search(
     """
     folder, settings = kept_in(kept, combination), base_settings(combination.recipe.cache)
     session = open_session(combination.recipe, reporter, kept)
-    tuner, _ = calibrate_alone(session, combination.recipe.objective, folder, reporter)
+    loop, _ = calibrate_alone(session, combination.recipe.objective, folder, reporter)
     full, skipped = folder.json("seconds.json", lambda: step_times(session, settings, section))
     seconds = (full, skipped)
     most = combination.full_steps(section, seconds)
@@ -131,12 +133,12 @@ def search(
     for forecast in place.best_forecasts(most, section.finalists):
         place.refine(forecast, most)
     place.correct(most)
-    learn(place, tuner, most, folder)
+    learn(place, loop, most, folder)
     candidates = [candidate for nfc in (*fewer, most) for candidate in place.own(nfc)]
-    return settle(place, candidates, not alone, partial(model_as, place, tuner, most, folder))
+    return settle(place, candidates, not alone, partial(model_as, place, loop, most, folder))
 
 
-def learn(place: Place, alone: Tuner, nfc: int, folder: KeptFiles) -> None:
+def learn(place: Place, alone: UpdateLoop, nfc: int, folder: KeptFiles) -> None:
     """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
     best = place.best_uncorrected(nfc)
     if not place.combination.recipe.objective.cached_iterations or best.nfc == place.session.rollout.num_steps:
@@ -148,7 +150,7 @@ def learn(place: Place, alone: Tuner, nfc: int, folder: KeptFiles) -> None:
         place.correct(nfc)
 
 
-def model_as(place: Place, alone: Tuner, nfc: int, folder: KeptFiles, calibrated: str) -> None:
+def model_as(place: Place, alone: UpdateLoop, nfc: int, folder: KeptFiles, calibrated: str) -> None:
     """Have the model as it was with this calibration, by what is kept of it."""
     place.restore()
     for what, words in LEARNED.items():
@@ -156,15 +158,15 @@ def model_as(place: Place, alone: Tuner, nfc: int, folder: KeptFiles, calibrated
             calibrate_with(place, what, alone, nfc, folder)
 
 
-def calibrate_with(place: Place, what: str, alone: Tuner, nfc: int, folder: KeptFiles) -> CachePlan:
+def calibrate_with(place: Place, what: str, alone: UpdateLoop, nfc: int, folder: KeptFiles) -> CachePlan:
     """Have the model, as calibrated alone, learn with the best cache on; updates that are kept are not made again."""
     recipe, state = place.combination.recipe, learned_in(folder, nfc, what)
     objective = recipe.objective.model_copy(update={"cached_learn": learnable(recipe, what)})
     best = place.best_uncorrected(nfc)
-    tuner = calibrate_cached(place.session, objective, best.plan, best.fitted, alone, state, place.reporter)
-    assert tuner is not None and tuner.cache is not None
-    place.calibrated, place.learned = LEARNED[what], tuner.learned
-    return tuner.cache
+    loop = calibrate_cached(place.session, objective, best.plan, best.fitted, alone, state, place.reporter)
+    assert loop is not None and isinstance(loop.source, CachedTrajectory)
+    place.calibrated, place.learned = LEARNED[what], loop.source.learned
+    return loop.source.cache
 
 
 def learnable(recipe: Recipe, what: str) -> tuple[str, ...]:

@@ -59,7 +59,9 @@ class Data(Section):
 class Quantization(Section):
     rules: tuple[Rule, ...] = Field(min_length=1)
     timestep_groups: int = Field(10, ge=1, description="static activation scales are kept per group of steps")
-    initialization: Literal["mse", "round_to_nearest"] = Field("mse", description="how the first scales are found")
+    initialization: str = Field(
+        "mse", min_length=1, description="how the first scales are found: `mse` or `round_to_nearest`"
+    )
     share_activation_scales: bool = Field(
         False,
         description="modules that read one tensor, as Q, K, V do, have one static scale: it is quantized once",
@@ -84,28 +86,34 @@ CachedLearned = Literal["weight", "weight_scale", "activation_scale", "bias", "r
 class Objective(Section):
     """AccuQuant calibration; `iterations: 0` leaves the initial scales as they are."""
 
-    target: Literal["trajectory", "blocks"] = Field(
+    target: str = Field(
         "trajectory",
-        description="what full precision is followed in: the latents M steps on (AccuQuant), or what each block gives "
-        "out, block after block, with `iterations` updates each (block reconstruction, the baseline); "
-        "`cached_iterations` follow the trajectory after either",
+        min_length=1,
+        description="what full precision is followed in: `trajectory`, the latents M steps on (AccuQuant); `blocks`, "
+        "what each block gives out, block after block, with `iterations` updates each (block reconstruction); `auto` "
+        "tries blocks and M = 1, 2, 5 and 10, each at its own rates and at the same cost, and keeps what is nearest on "
+        "validation noise, which differs from model to model; `cached_iterations` follow the trajectory after any",
     )
     steps_per_group: StepsOrAuto = Field(
-        1, description="M, the denoising steps simulated together; `auto` tries 1, 2, 5 and keeps the best"
+        1, description="M, the denoising steps simulated together; `auto` tries 1, 2, 5 and 10, as `target: auto` does"
     )
     gradient: Literal["identity", "variance", "exact"] = "identity"
     loss: Literal["terminal", "dense"] = Field("terminal", description="compare group ends, or every step in a group")
     inputs: Literal["full_precision", "quantized"] = Field(
         "full_precision", description="trajectory whose latents groups start from"
     )
-    iterations: int = Field(400, ge=0, description="updates of the parameters")
+    iterations: int = Field(
+        400,
+        ge=0,
+        description="updates of the parameters; with `auto` network evaluations, of which an update takes 2 M - 1; the "
+        "trials then take once or twice as many again",
+    )
     cached_iterations: int = Field(0, ge=0, description="further updates, made with the recipe's cache on")
     cached_learn: tuple[CachedLearned, ...] | None = Field(
         None,
         min_length=1,
         description="what these learn, if not what `learn` says; forecast: how much of the last output and of its "
-        "change a forecast takes, by module and gap; M is the whole trajectory then, and the gradient exact; after "
-        "`target: blocks` forecast alone is best",
+        "change a forecast takes, by module and gap; M is the whole trajectory then, and the gradient exact",
     )
     warmup_fraction: Number = Field(0.0, ge=0, le=1, description="first share of the updates, made with M = 1")
     batch_size: int = Field(8, ge=1)
@@ -126,6 +134,13 @@ class Objective(Section):
             if wrong:
                 needed = ", ".join(f"{k}: {defaults[k]}" for k in wrong)
                 raise ValueError(f"target: blocks knows no denoising steps; leave {' and '.join(wrong)} out ({needed})")
+        if self.target == "auto":
+            wrong = [k for k, v in (("steps_per_group", 1), ("inputs", "full_precision")) if getattr(self, k) != v]
+            if wrong and not (wrong == ["steps_per_group"] and self.steps_per_group == "auto"):
+                raise ValueError(
+                    f"target: auto finds M itself, from full-precision inputs; leave {' and '.join(wrong)} out, or "
+                    "write target: trajectory"
+                )
         if self.inputs == "quantized" and self.cached_iterations:
             raise ValueError("inputs: quantized is a rival that knows no cache; leave cached_iterations out")
         if self.inputs == "quantized" and self.steps_per_group != 1:

@@ -9,9 +9,9 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
-from accuquant.calibration.objectives import blocks
+from accuquant.calibration.choice import search_cost
 from accuquant.calibration.plan import count_macs, plan_modules
-from accuquant.calibration.session import Session, open_model, open_session, validation_error
+from accuquant.calibration.session import Session, job_of, open_model, open_session, validation_error
 from accuquant.core.forecasts import FORECASTS
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.errors import RecipeError
@@ -22,6 +22,7 @@ from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache, Recipe, Rule, Tune
 from accuquant.runtime.cache.features import in_cache
 from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.clock import StepClock
 
 LEAST_NFC = 3
 TIMED_SAMPLES = 8
@@ -235,10 +236,9 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
     # forecasts learn from whole trajectories
     whole = 2 * nfc if {"forecast", "both"} & set(section.learning) else 2 * m
-    alone = objective.iterations * (2 * m - 1)
-    if objective.target == "blocks" and objective.iterations:
-        groups = recipe.quantization.timestep_groups
-        alone, _ = blocks.cost(planned, rollout.timesteps, groups, objective.iterations, objective.batch_size)
+    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
+    job = job_of(objective, clock.groups(rollout.timesteps), planned, recipe.data.num_samples)
+    alone = search_cost(job).evaluations
     updates = tried * (alone + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
     sampling += further * steps

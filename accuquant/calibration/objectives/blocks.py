@@ -11,24 +11,24 @@ that follow: that is what `accuquant.core.objective` is compared with.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer, full_precision, trainable_layers
-from accuquant.calibration.plan import PlannedModule
+from accuquant.calibration.objectives.base import Cost, GradientSource, Job, Material
 from accuquant.core.rounding import decided
-from accuquant.model.rollout import Conditions, Rollout
-from accuquant.runtime.clock import StepClock
+from accuquant.model.rollout import Conditions
 from accuquant.runtime.observe import run_until
 
 # of a transformer, or of one inside a U-Net, and a U-Net's residual blocks
 BLOCK = re.compile(r"(?:.*?\.)?(?:transformer_blocks|single_transformer_blocks|blocks|resnets)\.\d+(?=\.)")
 LEAST_CALLS = 10  # of a block, whose inputs and outputs are kept
 UPDATES_PER_CALL = 10
+INPUTS = 3  # stream of the draws
 
 
 def block_of(layer: str) -> str:
@@ -76,21 +76,6 @@ def parts_of(macs: dict[str, int], learning: Collection[str]) -> dict[str, tuple
     return parts
 
 
-def cost(
-    planned: list[PlannedModule], timesteps: Tensor, timestep_groups: int, iterations: int, batch_size: int
-) -> tuple[int, int]:
-    """About how many calls of the denoiser block reconstruction makes, and how many bytes it keeps meanwhile.
-
-    Args:
-        planned: with multiply-accumulates counted, where they are known; else by the size of weights.
-    """
-    sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in planned if p.spec}
-    parts = parts_of(sizes, {p.name for p in planned if p.tune}).values()
-    calls = len(spread_calls(StepClock.from_timesteps(timesteps, timestep_groups).groups(timesteps), iterations))
-    widest = max(p.macs // max(p.shape) for p in planned)  # tokens and channels of a block's input
-    return evaluations_made(iterations * len(parts), iterations, calls, parts), 4 * 2 * 2 * batch_size * widest * calls
-
-
 @dataclass
 class BlockCall:
     """One call of a block: the step it was made at, what it was given, what it has to give, and how far that is."""
@@ -102,37 +87,49 @@ class BlockCall:
     scales: list[Tensor]
 
 
-class Reconstruction:
-    """The blocks of a network in the order in which they run, each with ``iterations`` updates.
+@final
+class Blocks(GradientSource):
+    """The blocks of a network in the order in which they run, each with ``objective.iterations`` updates.
 
-    Args:
-        learning: layer -> its parameters that are tuned; what else is quantized is part of the blocks as it is. One
-            that layers of several blocks share learns with the block it is listed under.
-        latents: (T + 1, B, C, H, W) of full-precision trajectories, whose blocks' outputs are the targets.
-        batch: samples of the n-th batch, as an index into ``conditions``.
+    What else is quantized is part of the blocks as it is. A parameter that layers of several blocks share learns with
+    the block it is listed under. Targets are what blocks give along full-precision trajectories.
+
+    Attributes:
+        blocks: their names, in order.
+        steps: at which a block's inputs are taken.
+        gathered: number of the block whose ``calls`` are kept.
     """
 
-    def __init__(
-        self,
-        rollout: Rollout,
-        clock: StepClock,
-        learning: dict[str, list[nn.Parameter]],
-        latents: Tensor,
-        conditions: Conditions,
-        iterations: int,
-        batch: Callable[[int], Tensor],
-    ) -> None:
-        self.rollout, self.clock, self.latents, self.conditions = rollout, clock, latents, conditions
-        self.iterations, self.batch = iterations, batch
+    trials: ClassVar = ((1, 1.0), (1, 2.0))
+
+    def __init__(self, material: Material) -> None:
+        super().__init__(material)
+        rollout, self.iterations = material.rollout, material.objective.iterations
         self.layers = trainable_layers(rollout.denoiser)
+        learning: dict[str, list[nn.Parameter]] = {}
+        for parameters in self.parameters.values():
+            for name, parameter in parameters.items():
+                learning.setdefault(name, []).append(parameter)
         self.parts = parts_of(self._macs(), learning)
         self.blocks = list(self.parts)
         self.learning = {
             b: [p for name in learning if block_of(name) == b for p in learning[name]] for b in self.blocks
         }
-        self.steps = spread_calls(clock.groups(rollout.timesteps), iterations)
+        self.steps = spread_calls(material.clock.groups(rollout.timesteps), self.iterations)
         self.gathered: int | None = None
         self.calls: list[BlockCall] = []
+
+    @classmethod
+    def cost(cls, job: Job) -> Cost:
+        iterations = job.objective.iterations
+        if not iterations:
+            return Cost(0)
+        sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in job.planned if p.spec}
+        parts = parts_of(sizes, {p.name for p in job.planned if p.tune}).values()
+        calls = len(spread_calls(job.timestep_groups, iterations))
+        widest = max(p.macs // max(p.shape) for p in job.planned)  # tokens and channels of a block's input
+        kept = 4 * 2 * 2 * job.batch * widest * calls  # float32; with guidance; inputs and targets
+        return Cost(evaluations_made(iterations * len(parts), iterations, calls, parts), kept)
 
     @property
     def updates(self) -> int:
@@ -142,36 +139,37 @@ class Reconstruction:
         """Number of the block that is learning, and how many updates it has had."""
         return divmod(update, self.iterations)
 
-    def evaluations(self, updates: int) -> int:
-        return evaluations_made(updates, self.iterations, len(self.steps), self.parts.values())
+    def where(self, update: int) -> str:
+        return self.blocks[self.place(update)[0]]
 
-    def gradient(self, update: int, pick: Callable[[int, int], int]) -> float:
-        """Add the gradient of one call's squared error to the block's parameters; returns the error.
+    def done(self, update: int) -> float:
+        return self.place(update)[1] / self.iterations
+
+    def gradient(self, update: int) -> tuple[float, dict[str, Any]]:
+        """Add the gradient of one call's squared error to the block's parameters.
 
         The error is relative to the squared change that the block makes to its input.
-
-        Args:
-            pick: of the n-th update of a block, which of so many calls.
         """
         index, position = self.place(update)
         if index != self.gathered:
             self._gather(index)
-        call, parameters = self.calls[pick(position, len(self.calls))], self.learning[self.blocks[index]]
-        self.clock.set(self.rollout.timesteps[call.step])
+        call = self.calls[self.material.draws.one_of(position, len(self.calls))]
+        self.material.clock.set(self.material.rollout.timesteps[call.step])
         outputs = _tensors(self._module(index)(*call.args, **call.kwargs))
         known = zip(outputs, call.targets, call.scales, strict=True)
         loss = torch.stack([(o - t).float().square().mean() / scale for o, t, scale in known]).mean()
         count = sum(target.numel() for target in call.targets)  # float16 has no room for the gradients of a mean
         (loss * count).backward()
-        for parameter in parameters:
+        for parameter in self.learning[self.blocks[index]]:
             if parameter.grad is not None:
                 parameter.grad /= count
         if update == self.updates - 1:
             self.calls, self.gathered = [], None
-        return float(loss.detach())
+        self.network_evaluations = evaluations_made(update + 1, self.iterations, len(self.steps), self.parts.values())
+        return float(loss.detach()), {"block": self.blocks[index]}
 
     def _module(self, index: int) -> nn.Module:
-        return self.rollout.denoiser.get_submodule(self.blocks[index])
+        return self.material.rollout.denoiser.get_submodule(self.blocks[index])
 
     @torch.no_grad()
     def _gather(self, index: int) -> None:
@@ -183,14 +181,14 @@ class Reconstruction:
         for block, parameters in self.learning.items():
             for parameter in parameters:
                 parameter.requires_grad_(block == self.blocks[index])
-        module, calls = self._module(index), []
+        module, calls, reference = self._module(index), [], self.material.reference
         self.calls = []
         for k, step in enumerate(self.steps):
-            samples = self.batch(index * len(self.steps) + k)
-            given = (step, self.latents[step, samples], self.conditions.take(samples))
+            samples = self.material.draws.batch(index * len(self.steps) + k, stream=INPUTS)
+            given = (step, reference.latents[step, samples], reference.conditions.take(samples))
 
             def run(given: tuple[int, Tensor, Conditions] = given) -> None:
-                self.rollout.predict(*given)
+                self.material.rollout.predict(*given)
 
             with full_precision(self.layers.values()):
                 targets = _tensors(run_until(module, run).returned)
@@ -211,8 +209,8 @@ class Reconstruction:
         for layer in self.layers.values():
             layer.observer = count
         try:
-            first = self.batch(0)[:1]
-            self.rollout.predict(0, self.latents[0, first], self.conditions.take(first))
+            reference = self.material.reference.first(1)
+            self.material.rollout.predict(0, reference.latents[0], reference.conditions)
         finally:
             for layer in self.layers.values():
                 layer.observer = None
