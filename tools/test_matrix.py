@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from across_settings import BOUNDS, ROOT, apart, environment, run
+from tools.across_settings import BOUNDS, ROOT, apart, environment, run
 
 QUICK = ["numerics", "layers", "paths", "checkpoint"]
 FILES = [*QUICK, "packing", "fp8", "shared_input", "calibrate", "blocks", "objective", "rollout"]

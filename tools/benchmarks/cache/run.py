@@ -3,10 +3,10 @@
 Every figure is against full compute on the same held-out classes and noise. RCS decides for each sample alone, as its
 tau was searched; the other schedules are the same for all. Each run is one line of results.jsonl and is not repeated:
 
-    python tools/bench_cache.py run              # the table's runs
-    python tools/bench_cache.py details          # norms, differences, warm-up, and what RCS watches
-    python tools/bench_cache.py latency          # on a machine that does nothing else
-    python tools/bench_cache.py table            # Markdown
+    python -m tools.benchmarks.cache.run run              # the table's runs
+    python -m tools.benchmarks.cache.run details          # norms, differences, warm-up, and what RCS watches
+    python -m tools.benchmarks.cache.run latency          # on a machine that does nothing else
+    python -m tools.benchmarks.cache.run table            # Markdown
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SEEDS = (0, 1, 2)
 HELD_OUT = 30
 TRIALS = 24  # that refine a searched schedule; the default of 60 gains a little more
 Out = Annotated[Path, typer.Option(help="Folder of results and plots.")]
-DEFAULT_OUT = Path("tools/results/cache")
+DEFAULT_OUT = Path("tools/benchmarks/cache/results")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How each model of tools/bench_inference.py is made: ours from a saved export, other packages' by their documentation.
+"""How each model of run.py is made: ours from a saved export, other packages' by their documentation.
 
 All int8 models start from the same weights in bfloat16, and have int8 weights and activations in the same modules. Ours
 also has int8 weights elsewhere, where its recipe says so. Nothing is calibrated beyond ranges.
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from inference_models import Subject
 from safetensors.torch import save_file
 from torch import Tensor
 
 from accuquant.calibration.layers import quantize_model
 from accuquant.export.native import harden_model
 from accuquant.runtime.clock import StepClock
+from tools.benchmarks.inference.models import Subject
 
 GROUPS = 10  # of timesteps, as the recipes have
 SAMPLE = 4096  # values kept of an activation; its extremes are among them

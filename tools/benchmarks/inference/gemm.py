@@ -1,4 +1,4 @@
-"""The physical limit of tools/bench_inference.py: bare products of the shapes a model has, beside our layers on them.
+"""The physical limit of run.py: bare products of the shapes a model has, beside our layers on them.
 
 A bare product has its operands ready: integers and laid-out weights. What our layer takes longer is what it costs to
 make integers of its input and floats of the result. Weights stay in the cache here; in a model they come from memory.

@@ -1,4 +1,4 @@
-"""One process of tools/bench_inference.py: holds one model, and times what it is told to.
+"""One process of run.py: holds one model, and times what it is told to.
 
 Models live in processes of their own, so that compiler settings, packages and memory of one cannot touch another. Asked
 by JSON lines on standard input, it answers by JSON lines on standard output; whatever packages print goes to its log.
@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
-from inference_gemm import Gemms
-from inference_hosts import RIVALS, Missing, load_base, nbytes, ours, prepare, rival
-from inference_memory import Memory
-from inference_models import Subject
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import accuquant
 from accuquant.runtime.layer import quantized_layers
+from tools.benchmarks.inference.gemm import Gemms
+from tools.benchmarks.inference.hosts import RIVALS, Missing, load_base, nbytes, ours, prepare, rival
+from tools.benchmarks.inference.memory import Memory
+from tools.benchmarks.inference.models import Subject
 
 LEAST_SECONDS = 0.2  # shorter steps are timed several at a time
 LIMIT = 4096  # graphs of one function: every block of a model with hooks has its own

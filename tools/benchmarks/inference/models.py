@@ -1,4 +1,4 @@
-"""What tools/bench_inference.py runs: denoisers, their inputs, which modules become int8, a trajectory."""
+"""What run.py runs: denoisers, their inputs, which modules become int8, a trajectory."""
 
 from __future__ import annotations
 

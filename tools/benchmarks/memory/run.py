@@ -3,7 +3,7 @@
 Counts the bytes that autograd keeps for the backward pass, at their peak; on CUDA also what the allocator had to
 reserve beyond the model. Writes memory.json, memory.md and memory.png.
 
-    python tools/measure_memory.py --out build/memory
+    python -m tools.benchmarks.memory.run --out build/memory
 """
 
 from __future__ import annotations

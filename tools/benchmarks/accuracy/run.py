@@ -6,8 +6,8 @@ Block reconstruction makes as many updates of each block as are left when its in
 Figures are of the hardened model on held-out classes and noise. Every run is one line of results.jsonl; a run that is
 there is not repeated, so the tool can be stopped and started at will, and several shards can work at once:
 
-    python tools/bench_accuracy.py run --shard 0/2 & python tools/bench_accuracy.py run --shard 1/2
-    python tools/bench_accuracy.py table
+    python -m tools.benchmarks.accuracy.run run --shard 0/2 & python -m tools.benchmarks.accuracy.run run --shard 1/2
+    python -m tools.benchmarks.accuracy.run table
 """
 
 from __future__ import annotations

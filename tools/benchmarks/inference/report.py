@@ -1,4 +1,4 @@
-"""Tables, plot and summary of tools/bench_inference.py."""
+"""Tables, plot and summary of run.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import diffusers
 import torch
-from inference_gemm import BARE, BFLOAT16, INT_MM, ONEDNN, OURS, SCALED_MM
 from matplotlib.figure import Figure
 
 import accuquant
+from tools.benchmarks.inference.gemm import BARE, BFLOAT16, INT_MM, ONEDNN, OURS, SCALED_MM
 
 BASE = "bfloat16 compiled"
 BARE_OF_PATH = {"onednn": ONEDNN, "int_mm": INT_MM, "cublas": INT_MM, "triton": INT_MM, "scaled_mm": SCALED_MM}

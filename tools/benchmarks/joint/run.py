@@ -5,12 +5,12 @@ Every figure is on held-out classes and noise. All methods of one (types, seed) 
 that only what the cache adds differs; the tuner may also calibrate with the cache on, with as many updates as (c) has.
 Each run is one line of results.jsonl and is not repeated; several shards can work at once:
 
-    python tools/bench_joint.py run --shard 0/2 & python tools/bench_joint.py run --shard 1/2
-    python tools/bench_joint.py stacking         # quantization and cache each at its best alone
-    python tools/bench_joint.py orders           # forecast order against bit width
-    python tools/bench_joint.py shares           # how far forecasts have to look to learn
-    python tools/bench_joint.py latency          # on a machine that does nothing else
-    python tools/bench_joint.py table            # Markdown; and plot
+    python -m tools.benchmarks.joint.run run --shard 0/2 & python -m tools.benchmarks.joint.run run --shard 1/2
+    python -m tools.benchmarks.joint.run stacking         # quantization and cache each at its best alone
+    python -m tools.benchmarks.joint.run orders           # forecast order against bit width
+    python -m tools.benchmarks.joint.run shares           # how far forecasts have to look to learn
+    python -m tools.benchmarks.joint.run latency          # on a machine that does nothing else
+    python -m tools.benchmarks.joint.run table            # Markdown; and plot
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_accuracy import ADALN, ATTENTION_AND_MLP, CONFIGS, pairs_of
-from joint_report import draw_runs, print_choice, print_latency, print_tables, rows_of
 
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.noise import measure_noise
@@ -53,6 +51,8 @@ from accuquant.tuning.budget import Combination, step_times, type_combinations
 from accuquant.tuning.candidates import TUNING_SAMPLES, Place
 from accuquant.tuning.choice import choose, settle
 from accuquant.tuning.tried import NAIVE, Tried
+from tools.benchmarks.accuracy.run import ADALN, ATTENTION_AND_MLP, CONFIGS, pairs_of
+from tools.benchmarks.joint.report import draw_runs, print_choice, print_latency, print_tables, rows_of
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
@@ -66,7 +66,7 @@ Types = Annotated[str, typer.Option(help="Comma-separated.")]
 Seeds = Annotated[str, typer.Option(help="Comma-separated.")]
 Threads = Annotated[int, typer.Option(help="Torch threads.")]
 Shard = Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")]
-DEFAULT_OUT = Path("tools/results/joint")
+DEFAULT_OUT = Path("tools/benchmarks/joint/results")
 MORE_TYPES: dict[str, dict[str, Any]] = {
     "W8A6": {"weight": "int8", "activation": "int6"},
     "W4A16": CONFIGS["W4A8"] | {"activation": "float"},

@@ -1,8 +1,8 @@
 """Real speed: one denoiser step and a sampled trajectory, ours beside floats and other packages' int8, in one run.
 
-    python tools/bench_inference.py --model dit-xl --out tools/results/inference/dit-xl
+    python -m tools.benchmarks.inference.run --model dit-xl --out tools/benchmarks/inference/results/dit-xl
 
-Each model lives in a process of its own (tools/inference_worker.py). They take turns: in every round each variant is
+Each model lives in a process of its own (worker.py). They take turns: in every round each variant is
 timed once, after one call that is not timed, so that what disturbs the machine disturbs all alike. Where not all models
 fit in memory together there are several waves, and bfloat16 takes part in each: speed is relative to it in the same
 wave. Other packages (torchao, optimum-quanto, sdnq with OpenVINO on CPUs) are found on PYTHONPATH, or listed as not
@@ -25,15 +25,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from inference_gemm import INT_MM, OURS
-from inference_hosts import HOSTS
-from inference_models import BUNDLED, FLUX, MODELS
-from inference_report import machine, summary, write_report
 
 from accuquant.model.families import pick_device
 from accuquant.progress import Reporter
+from tools.benchmarks.inference.gemm import INT_MM, OURS
+from tools.benchmarks.inference.hosts import HOSTS
+from tools.benchmarks.inference.models import BUNDLED, FLUX, MODELS
+from tools.benchmarks.inference.report import machine, summary, write_report
 
-WORKER = Path(__file__).parent / "inference_worker.py"
+ROOT = Path(__file__).parents[3]  # of the clone, from where modules of tools/ are started
 INTERVALS = {14: 4, 8: 7}  # NFC of 50 steps -> interval, with two leading full steps
 CACHED = ("bfloat16", "ours static", "ours dynamic")  # hosts whose trajectories are measured
 OVERHEAD = 1.2e9  # bytes of a process, with what a step needs and a compiler leaves behind
@@ -49,11 +49,11 @@ class Process:
             "OMP_NUM_THREADS": str(setup["threads"]),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
-        command = [sys.executable, str(WORKER), json.dumps(setup | {"host": host})]
+        command = [sys.executable, "-m", "tools.benchmarks.inference.worker", json.dumps(setup | {"host": host})]
         self.log = (out / "logs" / f"{host.replace(' ', '-')}.log").open("w", encoding="utf-8")
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment, bufsize=1
+            command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment, bufsize=1
         )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What bench_joint has measured, as a plot and as Markdown tables."""
+"""What run.py has measured, as a plot and as Markdown tables."""
 
 from __future__ import annotations
 

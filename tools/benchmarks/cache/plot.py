@@ -1,6 +1,6 @@
-"""Draws what tools/bench_cache.py measured, and why: errors over NFC, changes over time, the ratio s, modules.
+"""Draws what run.py measured, and why: errors over NFC, changes over time, the ratio s, modules.
 
-python tools/plot_cache.py    # writes cache.png beside the results
+python -m tools.benchmarks.cache.plot    # writes cache.png beside the results
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import statistics
 import matplotlib.pyplot as plt
 import torch
 import typer
-from bench_cache import DEFAULT_OUT, INTERVALS, Bench, Out, rows_of
 
 from accuquant.caching.search import record_grams
 from accuquant.core.schedule import ForecastErrors, interval_steps
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.features import cached_modules
+from tools.benchmarks.cache.run import DEFAULT_OUT, INTERVALS, Bench, Out, rows_of
 
 
 def main(out: Out = DEFAULT_OUT) -> None:
