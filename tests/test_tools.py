@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import recipe_tree
+from helpers import recipe_tree
 
 from accuquant.export.torchao import torchao_installed
 from accuquant.kernels.scaled_mm import scaled_works
