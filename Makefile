@@ -12,7 +12,7 @@ test: lint  ## everything that has to hold
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-matrix: $(DEV)  ## the numerics as other CPUs compute them, half an hour at most; MATRIX=--quick for a part of it
-	$(BIN)/python tools/test_matrix.py $(MATRIX)
+	$(BIN)/python -m tools.test_matrix $(MATRIX)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers import DiTPipeline
-from test_rollout import decoder_input
+from helpers import decoder_input
+from pipelines import make_pipeline
 
 from accuquant.calibration.session import open_model
 from accuquant.evaluation.costs import cost_metrics

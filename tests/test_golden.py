@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import sampled
 from diffusers import DiTPipeline
+from helpers import sampled
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 

@@ -167,7 +167,7 @@ def test_no_pickles(path):
     [("accuquant", ["torchao", "cuda"]), ("tools", ["train", "text"]), ("tests", ["train", "dev", "cuda"])],
 )
 def test_imports_are_declared(folder, extras):
-    local = {"accuquant", "tools", "tests", "conftest"} | {path.stem for path in sources(folder)}
+    local = {"accuquant", "tools", "tests"} | {path.stem for path in sources(folder, "tests")}
     names = {name.split(".")[0] for path in sources(folder) for name in imports(parse(path))} - {""}
     distributions = packages_distributions()
     missing = {

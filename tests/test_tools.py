@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import recipe_tree
+from helpers import recipe_tree
 
 from accuquant.export.torchao import torchao_installed
 from accuquant.kernels.scaled_mm import scaled_works
@@ -30,15 +29,14 @@ def recipe(model_folder: Path, tmp_path: Path) -> Path:
 
 
 def run(tool: str, *arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tools" / tool), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    command = [sys.executable, "-m", f"tools.benchmarks.{tool}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_memory_is_flat_for_us_and_grows_for_plain_backpropagation(recipe: Path, tmp_path: Path) -> None:
-    run("measure_memory.py", "--recipe", str(recipe), "--out", str(tmp_path / "memory"))
+    run("memory.run", "--recipe", str(recipe), "--out", str(tmp_path / "memory"))
     rows = json.loads((tmp_path / "memory" / "memory.json").read_text())
     saved = {(r["mode"], r["steps_per_group"]): r["saved_bytes"] for r in rows}
     assert (tmp_path / "memory" / "memory.png").stat().st_size > 1000
@@ -51,11 +49,11 @@ def test_accuracy_benchmark_resumes_and_tabulates(recipe: Path, tmp_path: Path) 
     out = str(tmp_path / "bench")
     small = ["--configs", "W8A8", "--seeds", "0", "--evaluations", "40", "--samples", "4", "--batch", "2"]
     arguments = ["run", "--recipe", str(recipe), "--out", out, *small]
-    first = run("bench_accuracy.py", *arguments, "--methods", "MSE search,M=1")
+    first = run("accuracy.run", *arguments, "--methods", "MSE search,M=1")
     methods = "MSE search,M=1,M=2 exact,M=1 AdaRound at its rate,blocks"
-    second = run("bench_accuracy.py", *arguments, "--methods", methods)
+    second = run("accuracy.run", *arguments, "--methods", methods)
     assert first.count("W8A8 seed 0") == 2 and second.count("W8A8 seed 0") == 3
-    table = run("bench_accuracy.py", "table", "--out", out)
+    table = run("accuracy.run", "table", "--out", out)
     assert "| M=2 exact |" in table and "| 13 |" in table  # evaluations for 40 updates pay for 13 of M = 2
     row = json.loads((tmp_path / "bench" / "results-0-1.jsonl").read_text().splitlines()[-1])
     assert (row["method"], row["made"], row["updates"]) == ("blocks", 40, 4)  # the others pay for inputs and outputs
@@ -85,13 +83,13 @@ def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) ->
     (tmp_path / "results-0-1.jsonl").write_text("".join(json.dumps(row | figures) + "\n" for row in rows))
     times = {"float32": [2.0, 2.2, 1.9], "quantized": [1.0, 1.0, 3.0]}
     (tmp_path / "latency.json").write_text(json.dumps({"threads": 2, "seconds": {"W4A4": times}}))
-    table = run("bench_joint.py", "table", "--out", tmp_path)
+    table = run("joint.run", "table", "--out", tmp_path)
     assert "| quantized | 1.00 (2.00x) |" in table
     assert "### W4A4: E_qc in %" in table
     assert "E_q 10.00 ± 0.00 %" in table
     assert "| (d) tuner | 25.00 ± 7.07 / 40.0 ± 0.0 / 1.0 ± 0.0 |" in table
     assert "| W8A8 | 7 | taylor 1 | 11.00 ± 1.00 | -5.00 ± 0.00 |" in table  # behind the best, with its standard error
-    run("bench_joint.py", "plot", "--out", tmp_path)
+    run("joint.run", "plot", "--out", tmp_path)
     assert (tmp_path / "joint.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -105,7 +103,7 @@ def test_regret_of_a_choice_is_looked_up_on_held_out_samples(tmp_path: Path) -> 
         row["rival"] = "naive stacking" if name == "naive" else None
         rows.append(row | {"validation": each, "held_out": each})
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = run("benchmarks/joint/choice_regret.py", "table", "--out", str(tmp_path), "--draws", "4", "--counts", "2")
+    table = run("joint.choice_regret", "table", "--out", str(tmp_path), "--draws", "4", "--counts", "2")
     lines = [line.split(" | ") for line in table.splitlines() if " | 2 | " in line]
     found = {cells[0].strip("| "): cells for cells in lines}
     regret = 100 * ((0.0275 * 0.0145 / (0.0216 * 0.0162)) ** 0.5 - 1)
@@ -117,17 +115,16 @@ def test_regret_of_a_choice_is_looked_up_on_held_out_samples(tmp_path: Path) -> 
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Imports a tool; what it starts finds this package."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    return importlib.import_module
+    """Imports a module of the inference benchmark."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"tools.benchmarks.inference.{name}")
 
 
 def test_inference_benchmark_measures_and_tabulates(
     tools: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only, out = "ours static eager,quanto compiled", tmp_path / "inference"
-    main = tools("bench_inference").main
+    main = tools("run").main
     main("bundled", out, repeats=2, threads=1, steps=4, only=only, device="cpu", compiles=False)
     printed = capsys.readouterr().out
     found = json.loads((out / "results.json").read_text())
@@ -148,7 +145,7 @@ def test_inference_benchmark_measures_and_tabulates(
 
 def test_inference_benchmark_splits_what_does_not_fit(tools: Callable[[str], Any]) -> None:
     """Every wave has bfloat16 in it, nothing is left out, and what fits runs together."""
-    tool = tools("bench_inference")
+    tool = tools("run")
     bench = object.__new__(tool.Bench)
     bench.variants, bench.results = tool.chosen("", True), {"parameters": 750_000_000, "integers": 450_000_000}
     first, *others = bench.waves(22e9)
@@ -163,7 +160,7 @@ def test_inference_benchmark_splits_what_does_not_fit(tools: Callable[[str], Any
 
 def test_inference_summary_compares_within_a_wave(tools: Callable[[str], Any]) -> None:
     """The second wave ran while the machine was half as fast."""
-    report = tools("inference_report")
+    report = tools("report")
     times = [
         ("bfloat16 compiled", 0, 2.0), ("ours static compiled", 0, 1.0), ("ours dynamic compiled", 0, 1.25),
         ("ours static eager", 0, 0.5),
@@ -181,7 +178,7 @@ def test_inference_summary_compares_within_a_wave(tools: Callable[[str], Any]) -
 
 @pytest.mark.parametrize("path", ["onednn", "int_mm", "triton", "cublas", "scaled_mm"])
 def test_inference_overhead_is_beyond_the_bare_product_of_the_path(tools: Callable[[str], Any], path: str) -> None:
-    report = tools("inference_report")
+    report = tools("report")
     bare = {"triton": "int_mm", "cublas": "int_mm"}.get(path, path)
     rows = [{"name": bare, "seconds": [2.0]}, {"name": "ours static eager", "seconds": [3.0], "path": path}]
     results: dict[str, Any] = {"steps": [], "gemm": [row | {"shape": [8, 8, 8], "count": 1} for row in rows]}
@@ -191,7 +188,7 @@ def test_inference_overhead_is_beyond_the_bare_product_of_the_path(tools: Callab
 
 def test_inference_products_of_a_gpu(tools: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """That they can be made; here on a CPU, uncompiled."""
-    tool = tools("inference_gemm")
+    tool = tools("gemm")
     monkeypatch.setattr(torch, "compile", lambda module: module)
     products = tool.Gemms(torch.device("cpu"))
     assert not {tool.SCALED_MM, tool.TORCHAO} & set(products.names)

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from across_settings import BOUNDS, ROOT, apart, environment, run
+from tools.across_settings import BOUNDS, ROOT, apart, environment, run
 
 QUICK = ["numerics", "layers", "paths", "checkpoint"]
 FILES = [*QUICK, "packing", "fp8", "shared_input", "calibrate", "blocks", "objective", "rollout"]
@@ -75,7 +75,8 @@ def missing(setting: Setting) -> set[str]:
 
 def tests(setting: Setting, files: list[str]) -> tuple[str, bool]:
     """A cell of the table, and whether all passed; failures are printed."""
-    paths = [f"tests/test_{name}.py" for name in files]
+    found = {path.stem.removeprefix("test_"): str(path) for path in ROOT.glob("tests/*/test_*.py")}
+    paths = [found[name] for name in files]
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(2 // setting.threads), "--dist", "loadfile"]
     start = time.monotonic()
     done = subprocess.run(

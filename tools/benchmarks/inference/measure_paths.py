@@ -1,7 +1,7 @@
 """Times every path of a quantized layer, over types and shapes, beside the rule's choice: for `kernels.thresholds`.
 
-    python tools/benchmarks/inference/measure_paths.py --threads 2
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python tools/benchmarks/inference/measure_paths.py     # as a CPU without AMX
+    python -m tools.benchmarks.inference.measure_paths --threads 2
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python -m tools.benchmarks.inference.measure_paths     # as a CPU without AMX
 
 One product with the quantization of its input, in milliseconds; weights stay in the cache as far as they fit. The last
 lines say where the rule is slower than the fastest path, and by how much at most.

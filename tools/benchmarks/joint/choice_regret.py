@@ -6,8 +6,8 @@ validation samples, with replacement, has each rule choose by what is drawn, and
 on the held-out samples than the best candidate there: its regret. Every candidate is one line of results.jsonl and is
 not repeated:
 
-    python tools/benchmarks/joint/choice_regret.py roll --types int8,int4 --nfc 7,5
-    python tools/benchmarks/joint/choice_regret.py table
+    python -m tools.benchmarks.joint.choice_regret roll --types int8,int4 --nfc 7,5
+    python -m tools.benchmarks.joint.choice_regret table
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from accuquant.tuning.tried import NAIVE, Candidate, Tried
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
-DEFAULT_OUT = Path("tools/results/joint/choice")
+DEFAULT_OUT = Path("tools/benchmarks/joint/results/choice")
 PICKS = {"int8": (0, 0), "int4": (1, 0)}  # of attention and of the MLP, in dit_tune
 MOST = 4  # times the samples, for leaders
 

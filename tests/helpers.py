@@ -1,0 +1,134 @@
+"""Recipes for small random pipelines, what is sampled from them, and what tests compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from accuquant.calibration.loop import UpdateLoop
+from accuquant.recipe import Recipe, Sampling
+from accuquant.recipe.file import parse_recipe
+
+
+def recipe_tree(model: Path | str, output: Path | str, **changes: Any) -> dict[str, Any]:
+    """A recipe for a small random model; keyword arguments replace sections."""
+    tree: dict[str, Any] = {
+        "model": {"id": str(model), "device": "cpu"},
+        "sampling": {"num_inference_steps": 6, "guidance_scale": 1.5},
+        "data": {"path": "digits.jsonl", "num_samples": 4},
+        "quantization": {
+            "timestep_groups": 3,
+            "rules": [
+                {
+                    "modules": r"transformer_blocks\.\d+\.(attn1|ff)\..*",
+                    "weight": "int4",
+                    "activation": "int8",
+                    "granularity": "group",
+                    "group_size": 16,
+                },
+                {"modules": r"transformer_blocks\.\d+\.norm1\.linear", "weight": "int8", "tune": False},
+            ],
+        },
+        "objective": {"iterations": 4, "batch_size": 2, "steps_per_group": 2},
+        "evaluation": {"num_samples": 3, "batch_size": 3, "num_images": 2},
+        "export": {"output": str(output)},
+    }
+    return tree | changes
+
+
+INT8 = {"weight": "int8", "activation": "int8"}
+INT4 = {"weight": "int4", "activation": "int8", "granularity": "group", "group_size": 16}
+TYPES = [
+    {"modules": r"transformer_blocks\.\d+\.attn1\..*", "choose": [INT8, INT4]},
+    {"modules": r"transformer_blocks\.\d+\.ff\..*", "choose": [INT8, INT4]},
+]
+SMALL = {"orders": [1], "trials": 2, "finalists": 1, "levels": [1.0], "schedules": ["interval", "best"]}
+
+
+def tune_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
+    """A search of seconds, over the types of attention and MLP."""
+    given = {"bit_operations": 0.13, "types": TYPES, "combinations": 2} | SMALL | section
+    objective = {"iterations": 4, "cached_iterations": 2, "batch_size": 2}
+    sampling = {"num_inference_steps": 8, "guidance_scale": 1.5}
+    return parse_recipe(recipe_tree(model, output, tune=given, objective=objective, sampling=sampling), "test")
+
+
+def sampled(
+    pipeline: Any, labels: tuple[int, ...] = (1, 2), seed: int = 5, steps: int = 10, guidance: float = 1.5
+) -> torch.Tensor:
+    """Final latents of a class-conditional pipeline, over a `Rollout`."""
+    from accuquant.model.rollout import Rollout
+    from accuquant.recipe import Sampling
+
+    rollout = Rollout(pipeline, Sampling(num_inference_steps=steps, guidance_scale=guidance))
+    conditions = rollout.conditions(list(labels), [seed + i for i in range(len(labels))])
+    return rollout.trajectory(conditions)[0][-1]
+
+
+def images(pipeline: DiTPipeline, **changes: Any) -> Any:
+    """Of ten steps of a class-conditional pipeline's own; keyword arguments change the call."""
+    arguments = dict(class_labels=[1, 2], num_inference_steps=10, guidance_scale=1.5, output_type="np") | changes
+    return pipeline(generator=[torch.Generator().manual_seed(s) for s in (5, 6)], **arguments).images
+
+
+def decoder_input(pipeline: Any, labels: list[int], seeds: list[int], sampling: Sampling) -> Tensor:
+    """What the pipeline hands to its decoder: final latents over the scaling factor."""
+    kept: list[Tensor] = []
+    decode = pipeline.vae.decode
+    pipeline.vae.decode = lambda z, *a, **k: (kept.append(z), decode(z, *a, **k))[1]
+    try:
+        pipeline(
+            labels,
+            guidance_scale=sampling.guidance_scale,
+            num_inference_steps=sampling.num_inference_steps,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            output_type="pt",
+        )
+    finally:
+        pipeline.vae.decode = decode
+    return kept[0]
+
+
+def finite_differences(steps: list[int], values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """D_0, D_1, ... at the last full step. TaylorSeer: D_{j+1} = (D_j - D_j at the one before) / the last gap."""
+    last = len(steps) - 1
+    if last == 0:
+        return [values[0]]
+    before = finite_differences(steps[:-1], values[:-1])
+    found = [values[-1]]
+    for old in before:
+        found.append((found[-1] - old) / (steps[last] - steps[last - 1]))
+    return found
+
+
+def interrupt_cached_update(patch: pytest.MonkeyPatch, iteration: int) -> None:
+    """Ctrl-C at the start of this update with the cache on."""
+    update = UpdateLoop.update
+
+    def interrupted(self: UpdateLoop, number: int) -> dict[str, Any]:
+        if self.cache is not None and number == iteration:
+            raise KeyboardInterrupt
+        return update(self, number)
+
+    patch.setattr(UpdateLoop, "update", interrupted)
+
+
+def as_allocated(model: torch.nn.Module) -> Any:
+    """The model with its values where torch puts tensors: files are mapped at any address, where sums may differ."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) is torch.Tensor and not tensor.is_mkldnn:
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Two exports' denoisers, to the last bit."""
+    expected, found = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (one, other))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
