@@ -102,7 +102,7 @@ def test_of_what_is_asked_only_what_decides_stays() -> None:
         CachePlan.of(wish)
     found = CachePlan.of(wish, full_timesteps=(900.0, 500.0, 20.0), measured_nfc=(3.0, 0.0))
     assert (found.full_timesteps, found.order, found.corrected) == ((900.0, 500.0, 20.0), 2, True)
-    assert (found.interval, found.tau, found.max_gap, found.warmup) == (None, None, None, 2)
+    assert (found.interval, found.tau, found.max_gap, found.warmup) == (None, None, None, 3)
     assert CachePlan.of(Cache(interval=2), full_steps=(0, 1)).interval is None
     rcs = CachePlan.of(Cache(schedule="rcs", target_nfc=3.5, max_gap=5), tau=0.5)
     assert (rcs.tau, rcs.max_gap) == (0.5, 5)
@@ -116,7 +116,7 @@ def test_what_older_versions_stored_is_read_and_says_the_same_again() -> None:
     assert [tuple(fitted(name).shape) for name in "ab"] == [(2, 2, 4), (2, 2, 8)]
     assert [tuple(share.shape) for share in fitted.learned] == [(1, 2)] * 2
     again = plan.to_dict() | fitted.to_dict(plan)
-    gone = {"trials", "target_nfc", "schedule", "max_gap", "warmup"}  # of the search
+    gone = {"trials", "target_nfc", "schedule", "max_gap"}  # of the search
     assert again == {key: value for key, value in SEARCHED.items() if key not in gone}
     config = AccuQuantConfig({}, [], cache=SEARCHED)
     assert config.to_dict()["cache"] == again

@@ -103,7 +103,8 @@ class CachePlan:
             found = {name: getattr(wish, name)}
         found |= {"order": wish.forecast_order, "measured_nfc": measured_nfc}
         other = {"interval", "full_timesteps", "tau"} | (set() if found.get("tau") else {"max_gap"})
-        other |= {"warmup", "offset"} if found.get("full_steps") or found.get("full_timesteps") else set()
+        other |= {"warmup"} if found.get("full_steps") else set()
+        other |= {"offset"} if found.get("full_steps") or found.get("full_timesteps") else set()
         taken = {f.name for f in fields(cls)} & {*Cache.model_fields} - {*found} - other
         return cls(**{name: getattr(wish, name) for name in taken}, **found)
 
@@ -135,7 +136,7 @@ class CachePlan:
     def to_dict(self) -> dict[str, Any]:
         """Its part of that section: settings that say something, in types that JSON has."""
         silent = {"learned", "full_steps", "forecasts"}  # told by `Fitted`, by another name, and where there are any
-        silent |= {"warmup", "offset"} if self.full_steps or self.full_timesteps else set()
+        silent |= {"warmup"} if self.full_steps else set()
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in silent}
         named["schedule"] = self.full_steps
         named["forecasts"] = {module: asdict(one) for module, one in self.forecasts.items()} or None
