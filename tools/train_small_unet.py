@@ -1,7 +1,7 @@
 """Trains a small U-Net denoiser of digits by prompt, and writes it as a diffusers StableDiffusionPipeline folder.
 
-What an objective does for a transformer at 50 steps says nothing of a U-Net with few steps. So this
-trains one in about two minutes of one core: residual blocks, self- and cross-attention, up- and downsamplers, prompts,
+What an objective does for a transformer at 50 steps says nothing of a U-Net with few steps, so this
+trains one in about four minutes of one core: residual blocks, self- and cross-attention, samplers, prompts,
 noise prediction, DDIM. Autoencoder and classifier are those of the bundled digits model; the text encoder is a CLIP of
 random weights, frozen: ten words need no more than ten different embeddings.
 

@@ -109,7 +109,7 @@ def run(
                     each = candidate.updates(session.job(recipe.objective), budget)
                     about_it = {"updates_of_each": each, "seconds": round(time.monotonic() - began, 1)}
                     row = key | asdict(trial) | about_it
-                    write(out, row | held_out_error(session, held_out))
+                    write(out, row | (held_out_error(session, held_out) if share == 1.0 else {}))
                     session.restore(start)
 
 
