@@ -66,7 +66,7 @@ def test_wheel_holds_what_the_package_needs(wheel):
     for folder, ending in [
         ("accuquant/bundled/", "/model_index.json"),
         ("accuquant/bundled/", ".safetensors"),
-        ("accuquant/templates/", ""),
+        ("accuquant/evaluation/templates/", ".html.j2"),
         ("accuquant/shipped/recipes/", "dit_w8a8.yaml"),
         ("accuquant/shipped/calib_data/", ".jsonl"),
     ]:
