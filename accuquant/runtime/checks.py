@@ -133,7 +133,7 @@ def checked_cache(fields: Any, key: str = "quantization_config.cache") -> tuple[
         with torch.device("meta"):
             plan, fitted = CachePlan.from_dict(fields), Fitted.from_dict(fields)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json: {key}.{error}") from error
+        raise CheckpointError(f"config.json: {key}: {error}") from error
     if plan.fits and not fitted.channels:
         raise refuse(f"{key}.correction_channels", "is missing or empty, and the cache is corrected")
     for one, other in (("learned_timesteps", "learned_modules"), ("learned_modules", "learned_timesteps")):

@@ -330,9 +330,11 @@ def test_the_ridge_is_the_configs(session: Session, measured_on: Any) -> None:
             measured_on=measured_on,
             correction_ridge=ridge,
         )
-        written, correction = fit_correction(session, config, QUIET)
-        assert written.correction_ridge == ridge and written.uncorrected.correction_ridge is None
-        fits[ridge] = correction("transformer_blocks.0.attn1")[3, 0]  # the first full step's slopes
+        plan = CachePlan.of(config)
+        assert plan.correction_ridge == ridge and plan.uncorrected.correction_ridge is None
+        fits[ridge] = fit_correction(session, plan, QUIET)("transformer_blocks.0.attn1")[
+            3, 0
+        ]  # the first full step's slopes
     assert torch.equal(fits[1.0], fits[None])
     torch.testing.assert_close(fits[1.0], (1 + fits[0.0]) / 2, rtol=1e-5, atol=1e-6)
     assert not torch.equal(fits[0.0], fits[1.0])

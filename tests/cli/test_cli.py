@@ -192,6 +192,8 @@ def test_mistake_with_overwrite_keeps_the_interrupted_run(workplace: Path) -> No
     partial = workplace / "out" / "w4a8.partial"
     partial.mkdir(parents=True)
     (partial / "state.safetensors").write_text("hours of work")
+    assert "in the way" in refused("calibrate", "recipe.yaml", "--overwrite")  # without our recipe it may be anybody's
+    shutil.copyfile("recipe.yaml", partial / "recipe.yaml")
     assert "no regular" in refused("calibrate", "recipe.yaml", "--overwrite", "--set", "quantization.rules.0.modules=(")
     assert (partial / "state.safetensors").read_text() == "hours of work"
 

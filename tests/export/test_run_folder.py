@@ -31,7 +31,7 @@ from accuquant.recipe.file import parse_recipe
 
 QUIET = Reporter(quiet=True)
 CACHE = {"target_nfc": 3, "order": 1, "trials": 1, "corrected": True}
-OBJECTIVE = {"iterations": 2, "cached_iterations": 1, "batch_size": 2, "steps_per_group": "auto"}
+OBJECTIVE = {"iterations": 24, "cached_iterations": 1, "batch_size": 2, "steps_per_group": "auto"}
 KEPT = ("reference.safetensors", "initial.json", "auto.json", "state.safetensors")
 KEPT_OF_CACHE = ("cache.json", "naive.safetensors", "naive.json", "state-cached.safetensors")
 

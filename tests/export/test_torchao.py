@@ -371,7 +371,7 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch, model_folder: Path, tm
     with pytest.raises(RecipeError, match=r"pip install 'accuquant\[torchao\]'"):
         calibrate(make_recipe(model_folder, tmp_path / "out", RULES), QUIET)
     (tmp_path / "model_index.json").write_text("{}")
-    monkeypatch.setattr("accuquant.programs.evaluate.torchao_installed", lambda: False)
+    monkeypatch.setattr("accuquant.export.load.torchao_installed", lambda: False)
     with pytest.raises(RecipeError, match=r"is in torchao's format, .*: pip install 'accuquant\[torchao\]'"):
         load_export(tmp_path, make_recipe(model_folder, tmp_path / "out", RULES))
 

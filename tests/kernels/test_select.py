@@ -43,6 +43,7 @@ def make_model() -> Any:
     """Layers of each kind; the same whenever it is called."""
     model, clock = make_pipeline().transformer, StepClock([500.0])
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("transformer_blocks")]
+    names = [n for n in names if ".emb." not in n]
     specs = {name: SPECS[3 if "norm" in name else k % 3] for k, name in enumerate(names)}
     samples = torch.randn(100, generator=torch.Generator().manual_seed(0))
     for layer in quantize_model(model, specs, clock, search=False).values():
@@ -96,7 +97,7 @@ def test_two_loads_on_a_busy_machine_compute_the_same(folder: Path, tmp_path: Pa
         file = tmp_path / name
         command = [sys.executable, "-c", LOAD, str(folder), str(file), str(threads)]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return json.loads(out), load_file(file)["y"]
+        return json.loads(out.splitlines()[-1]), load_file(file)["y"]
 
     first = run("alone")
     burners = [subprocess.Popen([sys.executable, "-c", BURN], stdout=subprocess.PIPE) for _ in range(2)]

@@ -316,7 +316,7 @@ def test_one_list_serves_all_orders_of_an_estimation_after_an_interruption_too(
     searched.clear()
     place().try_forecasts(4)
     again = (tmp_path / "tried.jsonl").read_text().splitlines()
-    assert [json.loads(line)["config"] for line in again] == [json.loads(line)["config"] for line in lines]
+    assert [json.loads(line)["plan"] for line in again] == [json.loads(line)["plan"] for line in lines]
     assert searched == [2]  # the list is known
 
 

@@ -24,6 +24,7 @@ from accuquant.runtime.checkpoint import AccuQuantConfig
 # what exports held before plans had a type of their own
 USUAL: dict[str, Any] = {"trials": 60, "warmup": 2, "norm": "sample", "differences": "taylor", "noise_aware": False}
 USUAL |= {"corrected": False, "corrected_quantization": False, "measured_on": "quantized", "feature": "modules"}
+LAYERS = {"a": {"weight": "int8"}}
 SEARCHED: dict[str, Any] = USUAL | {
     "estimation": "rfe",
     "order": 1,
@@ -118,9 +119,9 @@ def test_what_older_versions_stored_is_read_and_says_the_same_again() -> None:
     again = plan.to_dict() | fitted.to_dict(plan)
     gone = {"trials", "target_nfc", "schedule", "max_gap"}  # of the search
     assert again == {key: value for key, value in SEARCHED.items() if key not in gone}
-    config = AccuQuantConfig({}, [], cache=SEARCHED)
+    config = AccuQuantConfig(LAYERS, [], cache=SEARCHED)
     assert config.to_dict()["cache"] == again
-    assert AccuQuantConfig({}, [], cache=again).to_dict()["cache"] == again
+    assert AccuQuantConfig(LAYERS, [], cache=again).to_dict()["cache"] == again
     assert config.fitted("a").device == torch.device("meta")
 
 
@@ -146,17 +147,17 @@ def test_recipes_of_older_versions_are_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"full_timesteps": None}, "target_nfc, target_seconds, dps and auto need a search"),
-        ({"interval": "often"}, "interval Input should be a valid integer"),
-        ({"colour": 1}, "colour Extra inputs are not permitted"),
-        ({"estimation": "tailor"}, r"estimation must be .* \(did you mean 'taylor'\?\)"),
-        ({"correction_timesteps": 3}, r"correction_timesteps must be a list of numbers \(found 3\)"),
-        ({"learned_modules": [1]}, r"learned_modules must be a list of names \(found \[1\]\)"),
-        ({"correction_channels": {"a": "x"}}, "correction_channels must be a whole number for each module"),
-        ({"noise": {"a": [1.0]}}, "noise of a must be two numbers"),
+        ({"full_timesteps": None}, ": target_nfc, target_seconds, dps and auto need a search"),
+        ({"interval": "often"}, ".interval: Input should be a valid integer"),
+        ({"colour": 1}, ".colour: no such setting"),
+        ({"estimation": "tailor"}, r".estimation: must be .* \(did you mean 'taylor'\?\)"),
+        ({"correction_timesteps": 3}, r".correction_timesteps must be a list of numbers \(found 3\)"),
+        ({"learned_modules": [1]}, r".learned_modules must be a list of names \(found a list of 1\)"),
+        ({"correction_channels": {"a": "x"}}, ".correction_channels.a must be a count"),
+        ({"noise": {"a": [1.0]}}, ".noise.a must be two energies"),
     ],
 )
 def test_what_cannot_have_been_stored_is_one_readable_error(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=f"^quantization_config.cache: {message}") as caught:
-        AccuQuantConfig({}, [], cache=SEARCHED | change)
+    with pytest.raises(CheckpointError, match=f"^config.json: quantization_config.cache{message}") as caught:
+        AccuQuantConfig(LAYERS, [], cache=SEARCHED | change)
     assert "\n" not in str(caught.value)

@@ -32,20 +32,8 @@ from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.candidates import TUNING_SAMPLES
 from tools.benchmarks.accuracy.run import pairs_of
-from tools.benchmarks.joint.run import (
-    DEFAULT_OUT,
-    QUIET,
-    TUNED,
-    Bench,
-    Out,
-    Seeds,
-    Shard,
-    Threads,
-    Types,
-    done_in,
-    key_of,
-    write,
-)
+from tools.benchmarks.joint.bench import QUIET, TUNED, Bench
+from tools.benchmarks.joint.run import DEFAULT_OUT, Out, Seeds, Shard, Threads, Types, done_in, key_of, write
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Rung = tuple[Callable[[int], dict[str, Any]], bool]  # NFC -> settings of the cache; whether weights learn with it on

@@ -20,7 +20,6 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,22 +31,11 @@ import typer
 from accuquant.caching.correct import fit_correction
 from accuquant.caching.noise import measure_noise
 from accuquant.caching.search import searched
-from accuquant.calibration.loop import UpdateLoop
-from accuquant.calibration.objectives.cached import CachedTrajectory
-from accuquant.calibration.session import Session, open_model, open_session
-from accuquant.calibration.updates import calibrate_alone, calibrate_cached
-from accuquant.core.metrics import latent_psnr, relative_l2
+from accuquant.calibration.updates import calibrate_cached
 from accuquant.core.schedule import filled_interval_steps
-from accuquant.evaluation.digit_classifier import DigitClassifier
-from accuquant.evaluation.images import image_metrics
-from accuquant.evaluation.measure import HeldOut, held_out_reference
-from accuquant.files import KeptFiles
-from accuquant.model.families import resolve
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.programs.tune import learn, model_as
-from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Recipe
-from accuquant.recipe.file import load_recipe, parse_recipe
+from accuquant.recipe import Cache
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
@@ -55,98 +43,20 @@ from accuquant.tuning.budget import Combination, base_settings, step_times, type
 from accuquant.tuning.candidates import TUNING_SAMPLES, Place
 from accuquant.tuning.choice import choose, settle
 from accuquant.tuning.tried import NAIVE, Candidate, Tried
-from tools.benchmarks.accuracy.run import ADALN, ATTENTION_AND_MLP, CONFIGS, pairs_of
+from tools.benchmarks.accuracy.run import pairs_of
+from tools.benchmarks.joint.bench import QUIET, TUNED, Bench, bench_recipe
 from tools.benchmarks.joint.report import draw_runs, print_choice, print_latency, print_tables, rows_of
 
 app = typer.Typer(add_completion=False, help=__doc__)
-QUIET = Reporter(quiet=True)
 TYPES = "W8A8,W4A8,W4A4"
 NFC = (25, 14, 10, 7)
 SEEDS = (0, 1, 2)
-HELD_OUT = 30
-TUNED: dict[str, Any] = {"finalists": 1, "trials": 8, "noise_aware": [False], "levels": [1.0]}
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 Types = Annotated[str, typer.Option(help="Comma-separated.")]
 Seeds = Annotated[str, typer.Option(help="Comma-separated.")]
 Threads = Annotated[int, typer.Option(help="Torch threads.")]
 Shard = Annotated[str, typer.Option(help="i/n: every n-th (types, seed) pair from the i-th.")]
 DEFAULT_OUT = Path("tools/benchmarks/joint/results")
-MORE_TYPES: dict[str, dict[str, Any]] = {
-    "W8A6": {"weight": "int8", "activation": "int6"},
-    "W4A16": CONFIGS["W4A8"] | {"activation": "float"},
-}
-
-
-def bench_recipe(types: str, seed: int, nfc: int = 14, iterations: int = 150) -> Recipe:
-    """M = 1, batches of 4 of 32 samples: what the accuracy log found to be best for its cost."""
-    tree = load_recipe("dit_w8a8").model_dump(mode="json")
-    tree["data"] |= {"num_samples": 32, "validation_samples": 24, "seed": seed}
-    rule = (CONFIGS | MORE_TYPES)[types] | {"modules": ATTENTION_AND_MLP}
-    tree["quantization"]["rules"] = [rule, ADALN]
-    learn = ["weight", "weight_scale"] + ["activation_scale"] * (rule["activation"] != "float")
-    tree["objective"] = {"iterations": iterations, "cached_iterations": 40, "batch_size": 4, "learn": learn}
-    tree["evaluation"] |= {"num_samples": HELD_OUT, "batch_size": HELD_OUT}
-    tree["tune"] = {"nfc": nfc, **TUNED}
-    return parse_recipe(tree, "benchmark")
-
-
-class Bench:
-    """One (types, seed): the calibrated model, and a held-out set to judge by."""
-
-    def __init__(self, types: str, seed: int, work: Path, iterations: int = 150) -> None:
-        recipe = bench_recipe(types, seed, iterations=iterations).model_copy(update={"tune": None})
-        self.objective = recipe.objective
-        self.held_out: HeldOut = held_out_reference(open_model(recipe)[0], recipe.data, recipe.evaluation, QUIET)
-        self.session: Session = open_session(recipe, QUIET)
-        self.folder = work / f"{types}-{seed}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.kept = KeptFiles(self.folder, QUIET)
-        self.alone: UpdateLoop = calibrate_alone(self.session, self.objective, self.kept, QUIET)[0]
-        self.start = self.session.snapshot()
-        self.classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
-        with torch.no_grad():
-            self.images = self.session.rollout.decode(self.held_out.latents[-1])
-
-    def judge(self, plan: CachePlan | None, fitted: Fitted | None = None) -> dict[str, Any]:
-        """Held-out figures of the model as it is under this cache; corrections are fitted first."""
-        return self.figures(*self.fitted(plan, fitted))
-
-    def fitted(self, plan: CachePlan | None, fitted: Fitted | None = None) -> tuple[CachePlan | None, Fitted | None]:
-        if plan is not None and plan.fits:
-            fitted = fit_correction(self.session, plan, QUIET, fitted)
-        return plan, fitted
-
-    def figures(self, plan: CachePlan | None, fitted: Fitted | None) -> dict[str, Any]:
-        rollout, reference = self.session.rollout, self.held_out.latents[-1]
-        with nullcontext() if plan is None else cached(rollout.denoiser, plan, fitted) as controller:
-            final = rollout.trajectory(self.held_out.conditions)[0][-1]
-            nfc = rollout.num_steps if controller is None else controller.stats().nfc
-        with torch.no_grad():
-            found = image_metrics(rollout.decode(final), self.images, self.held_out.inputs, self.classifier)
-        errors = relative_l2(final, reference)
-        return {
-            "full_steps": nfc,
-            "relative_l2": float(errors.mean()),
-            "each": [round(e, 6) for e in errors.tolist()],
-            "latent_psnr": latent_psnr(final, reference),
-            "psnr": found["psnr"],
-            "frechet_distance": found["frechet_distance"],
-        }
-
-    def learned_shares(
-        self, plan: CachePlan, length: int, updates: int = 40, fitted: Fitted | None = None
-    ) -> CachedTrajectory:
-        """Forecasts' shares alone, by groups of this length; the weights stay as they are."""
-        how = {"iterations": updates, "learn": ("forecast",), "gradient": "exact"}
-        objective = self.objective.model_copy(update=how)
-        loop = self.session.loop(objective, length, plan, fitted)
-        loop.run()
-        assert isinstance(loop.source, CachedTrajectory)
-        return loop.source
-
-    def full_precision(self, plan: CachePlan) -> dict[str, Any]:
-        with self.session.full_precision():
-            return self.judge(plan)
 
 
 @app.command()
