@@ -39,8 +39,13 @@ def make_pipeline(seed: int) -> StableDiffusionPipeline:
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(vocabulary)}, merges=[], model_max_length=8)
-    ends = {"bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1}
-    size = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends: dict[str, Any] = {"bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1}
+    size: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(vocabulary), max_position_embeddings=8, **size, **ends))
     unet = UNet2DConditionModel(
         sample_size=16,

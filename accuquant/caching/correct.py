@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from accuquant.calibration.loop import Reference
+from accuquant.calibration.reference import Reference
 from accuquant.calibration.session import Session, watched
 from accuquant.core.correction import apply_affine, fit_affine
 from accuquant.core.forecasts import Memory

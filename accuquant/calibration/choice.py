@@ -230,8 +230,10 @@ def try_candidate(session: Session, candidate: Candidate, budget: int, state: Pa
     if errors.isfinite().all():
         error = float(errors.mean())
         spread = float(errors.std() / math.sqrt(len(errors))) if len(errors) > 1 else None
-    made = {"updates": loop.updates, "evaluations": loop.network_evaluations}
-    return Trial(**asdict(candidate), budget=budget, **made, error=error, standard_error=spread)
+    updates, evaluations = loop.updates, loop.network_evaluations
+    return Trial(
+        **asdict(candidate), budget=budget, updates=updates, evaluations=evaluations, error=error, standard_error=spread
+    )
 
 
 def told(choice: Candidate, updates: int, trials: list[Trial], found: list[Candidate]) -> list[str]:

@@ -136,7 +136,7 @@ def calibrate_alone(
     objective, trials = session.recipe.objective, list[Trial]()
     if is_searched(objective):
         objective, trials = choose_objective(session, reporter, partial, resume)
-    steps = 1 if objective.steps_per_group == AUTO else objective.steps_per_group
+    steps = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
     if objective.target == AUTO:  # no updates are asked for
         objective = objective.model_copy(update={"target": "trajectory"})
     loop = session.loop(objective, steps)
