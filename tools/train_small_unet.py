@@ -3,7 +3,8 @@
 What an objective does for a transformer at 50 steps says nothing of a U-Net with few steps, so this
 trains one in about four minutes of one core: residual blocks, self- and cross-attention, samplers, prompts,
 noise prediction, DDIM. Autoencoder and classifier are those of the bundled digits model; the text encoder is a CLIP of
-random weights, frozen: ten words need no more than ten different embeddings.
+random weights, frozen: ten words need no more than ten different embeddings. After so few updates it denoises well
+and hardly follows its prompt; `--steps` buys more.
 
     python tools/train_small_unet.py --out build/small-unet
 """

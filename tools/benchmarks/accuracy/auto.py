@@ -7,8 +7,8 @@ own, made of the trials' validation errors, and is judged by held-out error. A l
 is there is not repeated, so the tool can be stopped and started at will, and several shards can work at once:
 
     python tools/train_small_unet.py --out build/small-unet
-    python tools/benchmarks/accuracy/auto.py run --unet build/small-unet
-    python tools/benchmarks/accuracy/auto.py table
+    python -m tools.benchmarks.accuracy.auto run --unet build/small-unet
+    python -m tools.benchmarks.accuracy.auto table
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
 HELD_OUT, BATCH = 24, 12
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
-DEFAULT_OUT = Path("build/bench_auto")
+DEFAULT_OUT = Path("tools/benchmarks/accuracy/results/auto")
 
 DIT_RULES = [
     {
