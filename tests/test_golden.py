@@ -19,6 +19,7 @@ from accuquant import cache_stats, set_arithmetic
 from accuquant.cli.main import app
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
+from accuquant.recipe.cache import WRITTEN
 from accuquant.recipe.file import dump_recipe, load_recipe, parse_recipe
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -77,7 +78,7 @@ def test_recipe_of_then_is_a_recipe(name: str) -> None:
         kept = recipe.model_dump(mode="json")
         for section, fields in written.items():
             for key, value in (fields or {}).items():
-                if key not in ("rules", "path", "learning_rates"):
+                if key not in ("rules", "path", "learning_rates", *WRITTEN):
                     assert kept[section][key] == value, f"{path.name}: {section}.{key} is not what was written"
 
 
@@ -101,6 +102,6 @@ def test_the_recipe_makes_such_an_export_today(name: str, copy: Path) -> None:
     assert shapes[0] == shapes[1], f"{name}: calibration writes other tensors than 870077b did; is it a new version?"
     then, now = quantization(copy / name), quantization(folder)
     assert (now["version"], now["layers"]) == (then["version"], then["layers"])
-    assert (
-        now["timestep_edges"] == pytest.approx(then["timestep_edges"]) and now["cache"].keys() == then["cache"].keys()
-    )
+    assert now["timestep_edges"] == pytest.approx(then["timestep_edges"])
+    gone = then["cache"].keys() - now["cache"].keys()  # how a search was asked for, which no loaded export needs
+    assert now["cache"].keys() <= then["cache"].keys() and gone <= {"trials", "target_nfc", "warmup"}

@@ -12,7 +12,7 @@ import torch
 from helpers import recipe_tree
 
 from accuquant.core.forecasts import FORECASTS, Forecast
-from accuquant.errors import RecipeError
+from accuquant.errors import CheckpointError, RecipeError
 from accuquant.export.load import load_export, recipe_of
 from accuquant.model.families import denoiser_of
 from accuquant.model.rollout import Rollout
@@ -101,7 +101,7 @@ def test_a_new_forecast_goes_from_the_recipe_to_a_loaded_export(
     monkeypatch.delitem(ESTIMATIONS, "damped")
     with pytest.raises(RecipeError, match=r"cache\.estimation: must be 'rfe', .* \(found 'damped'\)"):
         recipe_of(folder)
-    with pytest.raises(RecipeError, match=r"quantization_config\.cache: estimation must be .* \(found 'damped'\)"):
+    with pytest.raises(CheckpointError, match=r"quantization_config\.cache\.estimation: must be .* \(found 'damped'\)"):
         load_export(folder, recipe)
 
 
