@@ -38,7 +38,7 @@ SAMPLING = Sampling(num_inference_steps=6, guidance_scale=1.5)
 
 # Relative L2 of final latents between any two settings. Full precision differs by the order of its sums. A value that
 # such a difference carries over the edge of a rounding is a whole step off, with quantized activations in either
-# arithmetic: seen up to 1.6 % on the bundled model at these 6 steps and 0.03 % on the tiny one; 1.5e-6 in full precision.
+# arithmetic: seen up to 1.6 % on the bundled model at these 6 steps, 0.03 % on the tiny one; 1.5e-6 in full precision.
 BOUNDS = {"full precision": 1e-5, "reference": 0.03, "integer": 0.03}
 
 
