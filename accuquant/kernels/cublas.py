@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from accuquant.kernels import cuda
-from accuquant.kernels.backend import Backend, Facts, Grid, Operand, Weights
+from accuquant.kernels.backend import Facts, Operand, Weights
 from accuquant.kernels.integers import SMALL_ROWS, integer_product
-from accuquant.kernels.triton import fused_operand, narrow, row_sums, stored_linear
+from accuquant.kernels.triton import Triton
 
 
-class Cublas(Backend):
-    """int8 times int8 with one scale a row of weights; few rows are `triton`'s."""
+class Cublas(Triton):
+    """int8 times int8 with one scale a row of weights; few rows are `triton`'s, and so is all around the product."""
 
     name = "cublas"
 
@@ -23,18 +23,9 @@ class Cublas(Backend):
             return "weights that are not int8 with one scale a row and no zero points"
         return cuda.cublas_refusal(facts) or cuda.triton_refusal(facts)
 
-    def takes_input(self, x: Tensor, facts: Facts) -> bool:
-        return narrow(x, facts)
-
-    def lay_out(self, weights: Weights, facts: Facts) -> Weights:
-        return row_sums(weights, facts)
-
-    def operand(self, x: Tensor, grid: Grid | None, facts: Facts) -> Operand:
-        return fused_operand(x, grid, facts)
-
     def linear(self, x: Operand, weights: Weights, facts: Facts, dtype: torch.dtype) -> Tensor:
         if x.q.shape[0] <= SMALL_ROWS:
-            return stored_linear(x, weights, facts, dtype)
+            return super().linear(x, weights, facts, dtype)
         acc = integer_product(x.q, weights.q)
         y: Tensor = torch.ops.accuquant.rescale(acc, weights.scale, weights.sums, x.scale, x.zero, weights.bias, dtype)
         return y

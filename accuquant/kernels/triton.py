@@ -18,45 +18,29 @@ class Triton(Backend):
         return "a device without CUDA" if facts.device.type != "cuda" else cuda.triton_refusal(facts)
 
     def takes_input(self, x: Tensor, facts: Facts) -> bool:
-        return narrow(x, facts)
+        """Whether the kernels have a product for the input: no float64, and no float32 with weights alone."""
+        wide = torch.float64 if facts.activation is not None else torch.float32
+        return x.dtype.itemsize < wide.itemsize
 
     def lay_out(self, weights: Weights, facts: Facts) -> Weights:
-        return row_sums(weights, facts)
+        """With the sums of the dequantized rows, where the input has a zero point."""
+        if not facts.shifted:
+            return weights
+        sums = [dequantized(weights, facts, rows).double().sum(1).float() for rows in blocks(facts)]
+        return weights._replace(sums=torch.cat(sums))
 
     def operand(self, x: Tensor, grid: Grid | None, facts: Facts) -> Operand:
-        return fused_operand(x, grid, facts)
+        """(..., I) -> (M, I) integers, made in one pass; floats stay as they are."""
+        x, qtype = x.reshape(-1, facts.inputs), facts.activation
+        if grid is None or qtype is None:
+            return Operand(x)
+        if facts.dynamic:
+            return Operand(*torch.ops.accuquant.quantize_dynamic(x, grid.scale, qtype.qmin, qtype.qmax))
+        q = torch.ops.accuquant.quantize_static(x, grid.scale, grid.zero, qtype.qmin, qtype.qmax)
+        return Operand(q, grid.scale, grid.zero)
 
     def linear(self, x: Operand, weights: Weights, facts: Facts, dtype: torch.dtype) -> Tensor:
-        return stored_linear(x, weights, facts, dtype)
-
-
-def narrow(x: Tensor, facts: Facts) -> bool:
-    """Whether the kernels have a product for the input: no float64, and no float32 with weights alone."""
-    wide = torch.float64 if facts.activation is not None else torch.float32
-    return x.dtype.itemsize < wide.itemsize
-
-
-def row_sums(weights: Weights, facts: Facts) -> Weights:
-    """With the sums of the dequantized rows, where the input has a zero point."""
-    if not facts.shifted:
-        return weights
-    sums = [dequantized(weights, facts, rows).double().sum(1).float() for rows in blocks(facts)]
-    return weights._replace(sums=torch.cat(sums))
-
-
-def fused_operand(x: Tensor, grid: Grid | None, facts: Facts) -> Operand:
-    """(..., I) -> (M, I) integers, made in one pass; floats stay as they are."""
-    x, qtype = x.reshape(-1, facts.inputs), facts.activation
-    if grid is None or qtype is None:
-        return Operand(x)
-    if facts.dynamic:
-        return Operand(*torch.ops.accuquant.quantize_dynamic(x, grid.scale, qtype.qmin, qtype.qmax))
-    q = torch.ops.accuquant.quantize_static(x, grid.scale, grid.zero, qtype.qmin, qtype.qmax)
-    return Operand(q, grid.scale, grid.zero)
-
-
-def stored_linear(x: Operand, weights: Weights, facts: Facts, dtype: torch.dtype) -> Tensor:
-    """(M, O) in ``dtype``, by the fused kernel."""
-    weight = (weights.q, facts.weight.bits, weights.scale, weights.zero, weights.sums)
-    y: Tensor = torch.ops.accuquant.stored_linear(x.q, *weight, x.scale, x.zero, weights.bias, dtype)
-    return y
+        """(M, O) in ``dtype``, by the fused kernel."""
+        weight = (weights.q, facts.weight.bits, weights.scale, weights.zero, weights.sums)
+        y: Tensor = torch.ops.accuquant.stored_linear(x.q, *weight, x.scale, x.zero, weights.bias, dtype)
+        return y
