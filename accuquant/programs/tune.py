@@ -127,15 +127,20 @@ def search(
         place.naive(nfc)
         place.try_forecasts(nfc)
         place.correct(nfc)
-    place.naive(most)
-    place.cachequant(most)
-    place.try_forecasts(most)
-    for forecast in place.best_forecasts(most, section.finalists):
-        place.refine(forecast, most)
-    place.correct(most)
-    learn(place, loop, most, folder)
+    explore(place, loop, most, folder)
     candidates = [candidate for nfc in (*fewer, most) for candidate in place.own(nfc)]
     return settle(place, candidates, not alone, partial(model_as, place, loop, most, folder))
+
+
+def explore(place: Place, alone: UpdateLoop, nfc: int, folder: KeptFiles) -> None:
+    """Confirm all that is tried at an NFC: rivals, forecasts, full steps of the best, corrections, what is learned."""
+    place.naive(nfc)
+    place.cachequant(nfc)
+    place.try_forecasts(nfc)
+    for forecast in place.best_forecasts(nfc, place.section.finalists):
+        place.refine(forecast, nfc)
+    place.correct(nfc)
+    learn(place, alone, nfc, folder)
 
 
 def learn(place: Place, alone: UpdateLoop, nfc: int, folder: KeptFiles) -> None:

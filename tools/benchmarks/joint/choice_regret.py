@@ -30,7 +30,7 @@ from accuquant.calibration.updates import calibrate_alone
 from accuquant.core.choice import cheapest_equal, leaders, log_error, undecided
 from accuquant.files import KeptFiles
 from accuquant.pipeline.data import held_out_samples, load_split
-from accuquant.programs.tune import learn, model_as
+from accuquant.programs.tune import explore, model_as
 from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe
 from accuquant.tuning.budget import LEADERS, type_combinations
@@ -81,13 +81,7 @@ def roll(
         held_out = Checked(conditions, final, session.rollout.decode(final))
         for full_steps in map(int, nfc.split(",")):
             place = Place(combination, section, session, (1.0, 0.0), Tried(kept.path("tried.jsonl")), QUIET, kept)
-            place.naive(full_steps)
-            place.cachequant(full_steps)
-            place.try_forecasts(full_steps)
-            for forecast in place.best_forecasts(full_steps, section.finalists):
-                place.refine(forecast, full_steps)
-            place.correct(full_steps)
-            learn(place, tuner, full_steps, kept)
+            explore(place, tuner, full_steps, kept)
             point = f"{name}, NFC {full_steps} of {steps}"
             print(f"{point}: {len(place.own(full_steps))} candidates", flush=True)
             done = {row["key"] for row in rows_of(out) if row["point"] == point}
