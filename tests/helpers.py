@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accuquant.calibration.loop import UpdateLoop
+from accuquant.programs.calibrate import calibrate
+from accuquant.progress import Reporter
 from accuquant.recipe import Recipe, Sampling
 from accuquant.recipe.file import parse_recipe
 
@@ -107,8 +109,8 @@ def finite_differences(steps: list[int], values: list[torch.Tensor]) -> list[tor
     return found
 
 
-def interrupt_cached_update(patch: pytest.MonkeyPatch, iteration: int) -> None:
-    """Ctrl-C at the start of this update with the cache on."""
+def interrupted_and_resumed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, iteration: int) -> Path:
+    """The recipe's export, after Ctrl-C at the start of this update with the cache on and a second run that went on."""
     update = UpdateLoop.update
 
     def interrupted(self: UpdateLoop, number: int) -> dict[str, Any]:
@@ -116,7 +118,11 @@ def interrupt_cached_update(patch: pytest.MonkeyPatch, iteration: int) -> None:
             raise KeyboardInterrupt
         return update(self, number)
 
-    patch.setattr(UpdateLoop, "update", interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(UpdateLoop, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(recipe, Reporter(quiet=True))
+    return calibrate(recipe, Reporter(quiet=True), resume=True)
 
 
 def as_allocated(model: torch.nn.Module) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline
-from helpers import assert_same_weights, interrupt_cached_update, recipe_tree
+from helpers import assert_same_weights, interrupted_and_resumed, recipe_tree
 from safetensors.torch import load_file, save_file
 from test_cached_objective import STEPS, setting, taken
 
@@ -157,12 +157,7 @@ def test_an_interrupted_run_learns_the_same(
     model_folder: Path, tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(model_folder, tmp_path / "out")
-    with monkeypatch.context() as patch:
-        interrupt_cached_update(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(recipe, QUIET)
-    folder = calibrate(recipe, QUIET, resume=True)
-    assert_same_weights(export, folder)
+    assert_same_weights(export, interrupted_and_resumed(recipe, monkeypatch, 5))
 
 
 # ---- the export

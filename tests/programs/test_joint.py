@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_weights, interrupt_cached_update, recipe_tree
+from helpers import assert_same_weights, interrupted_and_resumed, recipe_tree
 
 from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.calibration.session import Session, open_session
@@ -154,12 +154,7 @@ def test_an_interruption_while_the_cache_is_on_resumes_to_the_same_result(
     model_folder: Path, tmp_path: Path, export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(model_folder, tmp_path / "out")
-    with monkeypatch.context() as patch:
-        interrupt_cached_update(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(recipe, QUIET)
-    folder = calibrate(recipe, QUIET, resume=True)
-    assert_same_weights(export, folder)
+    assert_same_weights(export, interrupted_and_resumed(recipe, monkeypatch, 3))
 
 
 def test_without_a_cache_section_there_is_nothing_to_calibrate_with(model_folder: Path, tmp_path: Path) -> None:
