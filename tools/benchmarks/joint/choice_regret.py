@@ -28,8 +28,8 @@ from torch import Tensor
 from accuquant.calibration.session import open_session
 from accuquant.calibration.updates import calibrate_alone
 from accuquant.core.choice import cheapest_equal, leaders, log_error, undecided
+from accuquant.evaluation.measure import held_out_reference
 from accuquant.files import KeptFiles
-from accuquant.pipeline.data import held_out_samples, load_split
 from accuquant.programs.tune import explore, model_as
 from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe
@@ -73,12 +73,11 @@ def roll(
         kept = KeptFiles(work, QUIET).inside(f"{name}-{steps}")
         session = open_session(combination.recipe, QUIET, kept)
         tuner, _ = calibrate_alone(session, combination.recipe.objective, kept, QUIET)
-        inputs = held_out_samples(load_split(recipe.data, session.rollout.family.condition), recipe.data, samples)
-        conditions = session.rollout.conditions(inputs.inputs, inputs.seeds)
+        evaluation = recipe.evaluation.model_copy(update={"num_samples": samples})
         with session.full_precision():
-            batches = conditions.batches(recipe.evaluation.batch_size)
-            final = torch.cat([session.rollout.trajectory(batch)[0][-1] for batch in batches])
-        held_out = Checked(conditions, final, session.rollout.decode(final))
+            reference = held_out_reference(session.rollout, recipe.data, evaluation, QUIET)
+        final = reference.latents[-1]
+        held_out = Checked(reference.conditions, final, session.rollout.decode(final))
         for full_steps in map(int, nfc.split(",")):
             place = Place(combination, section, session, (1.0, 0.0), Tried(kept.path("tried.jsonl")), QUIET, kept)
             explore(place, tuner, full_steps, kept)
