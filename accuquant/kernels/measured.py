@@ -13,7 +13,6 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from accuquant.core.numerics import QType
 from accuquant.core.packing import packed_columns
 from accuquant.kernels import cpu
 from accuquant.kernels.backend import Backend, Facts, Grid, Weights
+from accuquant.version import __version__
 
 ROWS = {"cpu": 512, "cuda": 2048}  # of the inputs; fewer leave most of a device idle
 RUNS = 5
@@ -33,14 +33,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
     """What a choice was measured on, and holds for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu.model()} ({cpu.tier()})"
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return {"device": name, "threads": threads, "torch": str(torch.__version__), "accuquant": _our_version()}
-
-
-def _our_version() -> str:
-    try:
-        return version("accuquant")
-    except PackageNotFoundError:  # a source tree that nobody has installed
-        return "source"
+    return {"device": name, "threads": threads, "torch": str(torch.__version__), "accuquant": __version__}
 
 
 def cache_folder() -> Path:
