@@ -8,11 +8,10 @@ machine (`measured`).
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import Literal, NamedTuple
 
-from accuquant.errors import AccuQuantError
+from accuquant.errors import AccuQuantError, nearest
 from accuquant.kernels import measured
 from accuquant.kernels.backend import Backend, Facts
 from accuquant.kernels.cublas import Cublas
@@ -49,9 +48,7 @@ def named(name: str, key: str = "path") -> Backend:
     names = [backend.name for backend in BACKENDS]
     if name in names:
         return BACKENDS[names.index(name)]
-    near = difflib.get_close_matches(name, names, 1, 0.4)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise AccuQuantError(f"{key}: no path is named {name!r}{hint}; there are: {', '.join(names)}")
+    raise AccuQuantError(f"{key}: no path is named {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
 
 
 def fixed() -> Backend | None:

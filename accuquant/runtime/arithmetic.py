@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from accuquant.errors import nearest
 from accuquant.kernels import cpu, measured, select
 from accuquant.kernels.backend import Backend, Facts
 from accuquant.runtime.layer import ARITHMETICS, QuantizedLayer, quantized_layers
@@ -33,9 +33,8 @@ def set_arithmetic(model: nn.Module, arithmetic: str) -> None:
     layers = quantized_layers(model)
     names = [*ARITHMETICS, *(backend.name for backend in select.BACKENDS)]
     if arithmetic not in names:
-        near = difflib.get_close_matches(str(arithmetic), names, 1, 0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"arithmetic must be one of {', '.join(map(repr, names))}, found {arithmetic!r}{hint}")
+        words = ", ".join(map(repr, names))
+        raise ValueError(f"arithmetic must be one of {words}, found {arithmetic!r}{nearest(arithmetic, names)}")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer quantized by accuquant")
     if arithmetic not in ARITHMETICS:
