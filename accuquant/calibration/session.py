@@ -205,11 +205,9 @@ def further_validation(
     found = None if kept is None else kept.read_tensors(name, str(conditions.noise.device))
     if found is not None:
         return conditions, found["latents"]
-    batches, parts = conditions.batches(batch_size), list[Tensor]()
     what = "further validation samples, full precision"
-    with session.full_precision(), reporter.bar(what, rollout.num_steps * len(batches)) as advance:
-        for batch in batches:
-            parts.append(rollout.trajectory(batch, lambda: advance(""))[0][-1])
+    with session.full_precision():
+        parts = [latents[-1] for latents, _ in rollout.trajectories(conditions.batches(batch_size), reporter, what)]
     final = torch.cat(parts)
     if kept is not None:
         kept.write_tensors(name, {"latents": final})
@@ -244,10 +242,8 @@ def _read_reference(conditions: Conditions, path: Path) -> Reference:
 
 
 def _sample_reference(rollout: Rollout, conditions: Conditions, batch_size: int, reporter: Reporter) -> Reference:
-    batches, parts = conditions.batches(batch_size), []
-    with reporter.bar("sampling calibration set, full precision", rollout.num_steps * len(batches)) as advance:
-        for batch in batches:
-            parts.append(rollout.trajectory(batch, lambda: advance("")))
+    what = "sampling calibration set, full precision"
+    parts = list(rollout.trajectories(conditions.batches(batch_size), reporter, what))
     latents, predictions = (torch.cat([p[k] for p in parts], 1) for k in (0, 1))
     return Reference(latents, predictions, conditions)
 

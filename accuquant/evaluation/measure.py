@@ -63,10 +63,9 @@ def sample(
     controller, parts = controller_of(rollout.denoiser), []
     alone = controller is not None and controller.rcs is not None  # RCS decides for a batch; tau is for single samples
     batches = conditions.batches(1 if alone else batch_size)
-    with reporter.bar(f"sampling {what}", rollout.num_steps * len(batches)) as advance:
-        for batch in batches:
-            parts.append(rollout.trajectory(batch, lambda: advance(""))[0])
-            after()
+    for latents, _ in rollout.trajectories(batches, reporter, f"sampling {what}"):
+        parts.append(latents)
+        after()
     return torch.cat(parts, 1)
 
 

@@ -7,7 +7,7 @@ there is kept. So text encoders, label embedding and noise scaling stay diffuser
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from accuquant.core.solver import LinearSolver, NotLinear, Step, probe
 from accuquant.errors import RecipeError
 from accuquant.model.families import denoiser_of, family_of
+from accuquant.progress import Reporter
 from accuquant.recipe import Sampling
 
 
@@ -114,6 +115,14 @@ class Rollout:
             if progress is not None:
                 progress()
         return torch.stack(latents), torch.stack(predictions)
+
+    def trajectories(
+        self, batches: Sequence[Conditions], reporter: Reporter, what: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`trajectory` of each batch, under one bar that says ``what`` is sampled."""
+        with reporter.bar(what, self.num_steps * len(batches)) as advance:
+            for batch in batches:
+                yield self.trajectory(batch, lambda: advance(""))
 
     def predict(self, i: int, x: Tensor, conditions: Conditions) -> Tensor:
         """Guided prediction eps (B, C, H, W) at step i for latent x (B, C, H, W); differentiable."""
