@@ -31,6 +31,7 @@ from accuquant.files import KeptFiles
 from accuquant.progress import Reporter
 from accuquant.recipe import Objective, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
+from tools.benchmarks.rows import add_row, read_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
@@ -95,13 +96,13 @@ def run(
             held_out = held_out_reference(open_model(recipe)[0], recipe.data, recipe.evaluation, QUIET)
             session = open_session(recipe, QUIET, kept)
             about = {"model": model, "seed": seed, "evaluations_asked": evaluations}
-            if not any(same(row, about | {"share": 0}) for row in results(out)):
+            if not any(same(row, about | {"share": 0}) for row in read_rows(out)):
                 write(out, about | {"share": 0} | held_out_error(session, held_out))
             start = session.snapshot()
             for candidate in candidates(recipe.objective, session.rollout.num_steps):
                 for share in shares_of(candidate, session, recipe.objective, evaluations):
                     key = about | asdict(candidate) | {"share": share}
-                    if any(same(row, key) for row in results(out)):
+                    if any(same(row, key) for row in read_rows(out)):
                         continue
                     began, budget = time.monotonic(), round(share * evaluations)
                     trial = try_candidate(session, recipe.objective, candidate, budget, kept, STATE)
@@ -118,14 +119,8 @@ def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
 
 
 def write(out: Path, row: dict[str, Any]) -> None:
-    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    add_row(out, row)
     print(json.dumps(row), flush=True)
-
-
-def results(out: Path) -> list[dict[str, Any]]:
-    file = out / "results.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def as_trial(row: dict[str, Any]) -> Trial:
@@ -135,7 +130,7 @@ def as_trial(row: dict[str, Any]) -> Trial:
 @app.command()
 def table(out: Out = DEFAULT_OUT) -> None:
     """Print Markdown: gain of each candidate over the first scales, held out, and what auto took."""
-    rows = results(out)
+    rows = read_rows(out)
     points = sorted({(r["model"], r["seed"], r["evaluations_asked"]) for r in rows})
     columns = list(dict.fromkeys(as_trial(r).candidate for r in rows if r["share"]))
     print("| model, seed | MSE search | " + " | ".join(f"{c.name}, x {c.rate:g}" for c in columns), end="")

@@ -30,6 +30,7 @@ from accuquant.progress import Reporter
 from accuquant.recipe import Objective, Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from accuquant.runtime.arithmetic import set_arithmetic
+from tools.benchmarks.rows import add_row, read_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -135,13 +136,13 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     base, chosen = load_recipe(recipe), methods.split(",") if methods else list(METHODS)
     for config, seed in pairs_of(configs, seeds, shard):
-        done = {(r["config"], r["seed"], r["method"], r["evaluations"]) for r in results(out)}
+        done = {(r["config"], r["seed"], r["method"], r["evaluations"]) for r in read_rows(out)}
         missing = [m for m in chosen if (config, seed, m, evaluations if METHODS[m] else 0) not in done]
         for initialization in ("round_to_nearest", "mse"):
             wanted = [m for m in missing if (m == "round to nearest") == (initialization == "round_to_nearest")]
             if wanted:
                 one = bench_recipe(base, config, seed, batch, samples, initialization)
-                _run_methods(one, wanted, config, seed, evaluations, out, shard.replace("/", "-"))
+                _run_methods(one, wanted, config, seed, evaluations, out, shard)
 
 
 def _run_methods(
@@ -170,8 +171,7 @@ def _run_methods(
             made = _calibrate(session, fields)
             row |= {"evaluations": evaluations, "updates": count, "seconds": round(time.monotonic() - began, 1)} | made
         row |= hardened_error(session, held_out)
-        with (out / f"results-{shard}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        add_row(out, row, shard)
         print(
             f"{config} seed {seed} {name:26} {row['relative_l2']:.4f} {row['psnr']:.2f} dB  {row['seconds']} s",
             flush=True,
@@ -199,19 +199,12 @@ def _calibrate(session: Session, fields: dict[str, Any]) -> dict[str, Any]:
     return {"made": made, "rounding_rate": rate, "tried": {t[1]: t[0] for t in tried}}
 
 
-def results(out: Path) -> list[dict[str, Any]]:
-    lines = [
-        line for file in sorted(out.glob("results-*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines()
-    ]
-    return [json.loads(line) for line in lines]
-
-
 @app.command()
 def table(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("build/bench_accuracy"),
 ) -> None:
     """Print Markdown: latent PSNR of MSE search, and every method's gain over it, paired by seed."""
-    rows = results(out)
+    rows = read_rows(out)
     base = {(r["config"], r["seed"]): r["psnr"] for r in rows if r["method"] == "MSE search"}
     for evaluations in sorted({r["evaluations"] for r in rows} - {0}):
         print(f"\n{evaluations} network evaluations; dB over MSE search (itself in the first row: dB), mean ± standard")

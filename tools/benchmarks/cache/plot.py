@@ -15,13 +15,14 @@ from accuquant.caching.search import record_grams
 from accuquant.core.schedule import ForecastErrors, interval_steps
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.features import cached_modules
-from tools.benchmarks.cache.run import DEFAULT_OUT, INTERVALS, Bench, Out, rows_of
+from tools.benchmarks.cache.run import DEFAULT_OUT, INTERVALS, Bench, Out
+from tools.benchmarks.rows import read_rows
 
 
 def main(out: Out = DEFAULT_OUT) -> None:
     """Draw errors over NFC, and from one full trajectory the changes over time, the ratio s and the modules' errors."""
     interval = 4
-    bench, rows = Bench.of(0), [r for r in rows_of(out) if r["part"] == "table"]
+    bench, rows = Bench.of(0), [r for r in read_rows(out) if r["part"] == "table"]
     inputs, outputs = record_grams(bench.rollout, bench.calibration, Cache(interval=4))
     names = [n.removeprefix("transformer_blocks.") for n in cached_modules(bench.rollout.denoiser)[0]]
     figure, axes = plt.subplots(4, 2, figsize=(13, 17), constrained_layout=True)

@@ -45,6 +45,7 @@ from accuquant.recipe.file import load_recipe
 from accuquant.runtime.cache.features import MODULES, cached_modules
 from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
+from tools.benchmarks.rows import add_row, read_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
 # NFC -> interval, with two leading full steps; 14 to 7 are those of the published table
@@ -156,7 +157,7 @@ def run(
     """Make the missing runs of the table."""
     torch.set_num_threads(threads)
     for seed in map(int, seeds.split(",")):
-        bench, done = None, {_key(row) for row in rows_of(out)}
+        bench, done = None, {_key(row) for row in read_rows(out)}
         for nfc in map(int, nfcs.split(",")):
             for order in map(int, orders.split(",")):
                 wanted: list[tuple[str, Callable[[Bench], dict[str, Any]]]] = [
@@ -235,7 +236,7 @@ def details(out: Out = DEFAULT_OUT, threads: Annotated[int, typer.Option(help="T
     """The choices that the papers leave open, each against ours, at NFC 14, 10 and 7."""
     torch.set_num_threads(threads)
     for seed in SEEDS:
-        bench, done = None, {_key(row) for row in rows_of(out)}
+        bench, done = None, {_key(row) for row in read_rows(out)}
         for nfc in (14, 10, 7):
             interval = INTERVALS[nfc]
             norms: tuple[Norm, ...] = ("sample", "token", "channel", "batch")
@@ -328,7 +329,7 @@ def table(
     out: Out = DEFAULT_OUT, seeds: Annotated[str, typer.Option(help="Comma-separated; those that count.")] = "3,4,5"
 ) -> None:
     """Markdown: relative L2 in percent, mean ± standard deviation over seeds; then the other figures at each NFC."""
-    rows = [row for row in rows_of(out) if row["seed"] in {*map(int, seeds.split(","))}]
+    rows = [row for row in read_rows(out) if row["seed"] in {*map(int, seeds.split(","))}]
     for part, orders in (("table", (1, 2)), ("details", (2,)), ("watch", (2,))):
         for order in orders:
             here = [r for r in rows if r["part"] == part and r["order"] == order]
@@ -352,19 +353,12 @@ def table(
                     print(f"| {name} | {' | '.join(cells)} |")
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    file = out / "results.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[k] for k in ("part", "seed", "nfc", "order", "method"))
 
 
 def _write(out: Path, key: dict[str, Any], found: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(key | found) + "\n")
+    add_row(out, key | found)
     print(*key.values(), f"NFC {found['nfc_mean']:.2f} error {found['relative_l2']:.4f}", flush=True)
 
 

@@ -12,7 +12,6 @@ not repeated:
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -36,6 +35,7 @@ from accuquant.recipe.file import load_recipe
 from accuquant.tuning.budget import LEADERS, type_combinations
 from accuquant.tuning.candidates import Checked, Place
 from accuquant.tuning.tried import NAIVE, Candidate, Tried
+from tools.benchmarks.rows import add_row, read_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
@@ -83,7 +83,7 @@ def roll(
             explore(place, tuner, full_steps, kept)
             point = f"{name}, NFC {full_steps} of {steps}"
             print(f"{point}: {len(place.own(full_steps))} candidates", flush=True)
-            done = {row["key"] for row in rows_of(out) if row["point"] == point}
+            done = {row["key"] for row in read_rows(out) if row["point"] == point}
             missing = [candidate for candidate in place.own(full_steps) if candidate.key not in done]
             for line in judged(place, missing, held_out, partial(model_as, place, tuner, full_steps, kept)):
                 _write(out, {"point": point, **line})
@@ -166,7 +166,7 @@ def table(
     the held-out errors of what was chosen, in per cent, their mean over draws and points.
     """
     points: dict[str, list[dict[str, Any]]] = {}
-    for row in rows_of(out):
+    for row in read_rows(out):
         points.setdefault(row["point"], []).append(row)
     sizes = ", ".join(f"{point}: {len(rows)} candidates" for point, rows in points.items())
     print(
@@ -208,12 +208,6 @@ def resampled(
     return regrets, used, errors
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    path = out / "results.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
 def _errors(rows: list[dict[str, Any]], side: str) -> Errors:
     return torch.tensor([row[side]["latents"] for row in rows]), torch.tensor([row[side]["images"] for row in rows])
 
@@ -227,9 +221,7 @@ def _spread(regrets: list[float]) -> str:
 
 
 def _write(out: Path, line: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    add_row(out, line)
     print(line["point"], line["cache"], line["calibrated"], f"{line['seconds']} s", flush=True)
 
 

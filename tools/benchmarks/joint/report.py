@@ -21,11 +21,6 @@ CHOSEN_FROM = ("order 0", "order 1", "order 2", "RFE 1", "RFE 2")
 FIGURES = (("relative_l2", 100, 2), ("psnr", 1, 1), ("frechet_distance", 1000, 1))
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    files = sorted(out.glob("results-*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def draw_runs(rows: list[dict[str, Any]], path: Path) -> None:
     """Error over full computations for each pair of types, mean and range over seeds."""
     runs = [row for row in rows if row["part"] == "run" and row["nfc"]]

@@ -45,7 +45,8 @@ from accuquant.tuning.choice import choose, settle
 from accuquant.tuning.tried import NAIVE, Candidate, Tried
 from tools.benchmarks.accuracy.run import pairs_of
 from tools.benchmarks.joint.bench import QUIET, TUNED, Bench, bench_recipe
-from tools.benchmarks.joint.report import draw_runs, print_choice, print_latency, print_tables, rows_of
+from tools.benchmarks.joint.report import draw_runs, print_choice, print_latency, print_tables
+from tools.benchmarks.rows import add_row, read_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
 TYPES = "W8A8,W4A8,W4A4"
@@ -279,7 +280,7 @@ def _missing(
 
 
 def done_in(out: Path) -> set[tuple[Any, ...]]:
-    return {tuple(row[k] for k in ("part", "types", "seed", "nfc", "method")) for row in rows_of(out)}
+    return {tuple(row[k] for k in ("part", "types", "seed", "nfc", "method")) for row in read_rows(out)}
 
 
 def key_of(part: str, types: str, seed: int, nfc: int, method: str) -> tuple[Any, ...]:
@@ -289,17 +290,15 @@ def key_of(part: str, types: str, seed: int, nfc: int, method: str) -> tuple[Any
 def write(out: Path, shard: str, key: tuple[Any, ...], found: dict[str, Any]) -> None:
     if key in done_in(out):
         return
-    out.mkdir(parents=True, exist_ok=True)
     row = dict(zip(("part", "types", "seed", "nfc", "method"), key, strict=True)) | found
-    with (out / f"results-{shard.replace('/', '-')}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    add_row(out, row, shard)
     print(*key, f"error {found['relative_l2']:.4f} image PSNR {found['psnr']:.2f}", found.get("cache", ""), flush=True)
 
 
 @app.command()
 def plot(out: Out = DEFAULT_OUT) -> None:
     """Error over full computations for each pair of types: joint.png."""
-    draw_runs(rows_of(out), out / "joint.png")
+    draw_runs(read_rows(out), out / "joint.png")
 
 
 @app.command()
@@ -308,7 +307,7 @@ def table(
 ) -> None:
     """Markdown: E_qc in %, image PSNR and Fréchet distance, mean ± standard deviation over seeds; and latency."""
     wanted = {int(seed) for seed in seeds.split(",") if seed}
-    print_tables(rows := [row for row in rows_of(out) if not wanted or row["seed"] in wanted])
+    print_tables(rows := [row for row in read_rows(out) if not wanted or row["seed"] in wanted])
     print_choice(rows)
     if (kept := out / "latency.json").is_file():
         print_latency(kept)
