@@ -2,6 +2,7 @@
 
     python -m tools.benchmarks.inference.measure_paths --threads 2
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python -m tools.benchmarks.inference.measure_paths     # as a CPU without AMX
+    python -m tools.benchmarks.inference.measure_paths --device cuda                           # bfloat16, wider layers
 
 One product with the quantization of its input, in milliseconds; weights stay in the cache as far as they fit. The last
 lines say where the rule is slower than the fastest path, and by how much at most.
@@ -46,37 +47,41 @@ SHAPES = (
     (1152, 1152),
     (1152, 4608),
 )
-ROWS = (128, 512)
+CUDA_SHAPES = ((128, 512), (1152, 1152), (1152, 4608), (3072, 3072), (3072, 12288), (12288, 3072))
+ROWS = {"cpu": [128, 512], "cuda": [1024, 4096]}
 
 
-def facts_of(kind: str, inputs: int, outputs: int) -> Facts:
+def facts_of(kind: str, inputs: int, outputs: int, device: torch.device) -> Facts:
     weight, group, asymmetric, scale = KINDS[kind]
     activation = "fp8" if weight == "fp8" else "int8"
     shifted = scale == "static" and weight != "fp8"
     groups = 1 if group is None else inputs // group
     types = (QTYPES[weight], QTYPES[activation])
-    return Facts(*types, inputs, outputs, groups, not asymmetric, scale == "dynamic", shifted, torch.device("cpu"))
+    return Facts(*types, inputs, outputs, groups, not asymmetric, scale == "dynamic", shifted, device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times every path of a quantized layer beside the rule's choice.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--device", choices=tuple(ROWS), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the input; bfloat16 on CUDA, else float32")
+    parser.add_argument("--rows", type=int, nargs="+", help="of the input; 128 and 512, or 1024 and 4096 on CUDA")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     rows: list[dict[str, Any]] = []
-    print(json.dumps(measured.machine(torch.device("cpu")) | {"dtype": options.dtype}))
+    print(json.dumps(measured.machine(device) | {"dtype": dtype}))
     for kind in options.kinds:
-        for inputs, outputs in SHAPES:
+        for inputs, outputs in CUDA_SHAPES if device.type == "cuda" else SHAPES:
             if inputs < 2 * (KINDS[kind][1] or 1):
                 continue
-            facts = facts_of(kind, inputs, outputs)
+            facts = facts_of(kind, inputs, outputs, device)
             paths = select.paths(facts)
-            for count in options.rows:
-                seconds = measured.measure(facts, paths, count, getattr(torch, options.dtype))
+            for count in options.rows or ROWS[device.type]:
+                seconds = measured.measure(facts, paths, count, getattr(torch, dtype))
                 chosen, best = select.choose(facts).backend.name, min(seconds, key=lambda path: seconds[path])
                 slower = seconds[chosen] / seconds[best]
                 rows.append(
@@ -99,8 +104,8 @@ def main() -> None:
     )
     print(f"at most {worst['slower']:.2f}x ({worst['kind']}, {worst['shape']})")
     if options.out:
-        machine = measured.machine(torch.device("cpu"))
-        options.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
+        found = {"machine": measured.machine(device) | {"dtype": dtype}, "rows": rows}
+        options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
