@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accuquant.kernels import cuda
+from accuquant.kernels import cuda, thresholds
 from accuquant.kernels.backend import Backend, Facts, Grid, Operand, Weights, blocks, dequantized
 
 
@@ -16,6 +16,9 @@ class Triton(Backend):
 
     def refusal(self, facts: Facts) -> str:
         return "a device without CUDA" if facts.device.type != "cuda" else cuda.triton_refusal(facts)
+
+    def pays(self, facts: Facts) -> bool:
+        return thresholds.triton_pays(facts)
 
     def takes_input(self, x: Tensor, facts: Facts) -> bool:
         """Whether the kernels have a product for the input: no float64, and no float32 with weights alone."""

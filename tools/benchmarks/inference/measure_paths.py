@@ -4,8 +4,8 @@
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python -m tools.benchmarks.inference.measure_paths     # as a CPU without AMX
     python -m tools.benchmarks.inference.measure_paths --device cuda                           # bfloat16, wider layers
 
-One product with the quantization of its input, in milliseconds; weights stay in the cache as far as they fit. The last
-lines say where the rule is slower than the fastest path, and by how much at most.
+One product with the quantization of its input, in milliseconds, beside torch's own of the input's type; weights stay
+in the cache as far as they fit. The last lines say where the rule is slower than the fastest path, and by how much.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from accuquant.core.numerics import QTYPES
 from accuquant.kernels import measured, select
 from accuquant.kernels.backend import Facts
 
-# weight, group size, asymmetric, activation scale
+# weight, group size, asymmetric, activation scale; without one the input stays float
 KINDS: dict[str, tuple[str, int | None, bool, str]] = {
     "int8 static": ("int8", None, False, "static"),
     "int8 dynamic": ("int8", None, False, "dynamic"),
@@ -35,6 +37,9 @@ KINDS: dict[str, tuple[str, int | None, bool, str]] = {
     "int4 / 32": ("int4", 32, False, "static"),
     "int8 / 32": ("int8", 32, False, "static"),
     "fp8": ("fp8", None, False, "static"),
+    "int8 alone": ("int8", None, False, ""),
+    "int4 alone": ("int4", None, False, ""),
+    "int4 / 32 alone": ("int4", 32, False, ""),
 }
 SHAPES = (
     (64, 64),
@@ -53,11 +58,26 @@ ROWS = {"cpu": [128, 512], "cuda": [1024, 4096]}
 
 def facts_of(kind: str, inputs: int, outputs: int, device: torch.device) -> Facts:
     weight, group, asymmetric, scale = KINDS[kind]
-    activation = "fp8" if weight == "fp8" else "int8"
+    activation = QTYPES["fp8" if weight == "fp8" else "int8"] if scale else None
     shifted = scale == "static" and weight != "fp8"
     groups = 1 if group is None else inputs // group
-    types = (QTYPES[weight], QTYPES[activation])
-    return Facts(*types, inputs, outputs, groups, not asymmetric, scale == "dynamic", shifted, device)
+    return Facts(
+        QTYPES[weight], activation, inputs, outputs, groups, not asymmetric, scale == "dynamic", shifted, device
+    )
+
+
+@torch.no_grad()
+def plain_seconds(inputs: int, outputs: int, rows: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Of a layer that nobody quantized, timed as the paths are."""
+    x, weight = (torch.randn(n, inputs, dtype=dtype, device=device) for n in (rows, outputs))
+    bias, best = torch.zeros(outputs, dtype=dtype, device=device), math.inf
+    for _ in range(measured.ROUNDS * (1 + measured.RUNS)):
+        start = time.perf_counter()
+        F.linear(x, weight, bias)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def main() -> None:
@@ -84,6 +104,7 @@ def main() -> None:
                 seconds = measured.measure(facts, paths, count, getattr(torch, dtype))
                 chosen, best = select.choose(facts).backend.name, min(seconds, key=lambda path: seconds[path])
                 slower = seconds[chosen] / seconds[best]
+                plain = plain_seconds(inputs, outputs, count, getattr(torch, dtype), device)
                 rows.append(
                     {
                         "kind": kind,
@@ -91,11 +112,13 @@ def main() -> None:
                         "chosen": chosen,
                         "slower": slower,
                         "seconds": seconds,
+                        "plain": plain,
                     }
                 )
                 times = "  ".join(f"{path} {1e3 * s:9.3f}" for path, s in seconds.items())
                 mark = "" if chosen == best else f"  rule: {chosen}, {slower:.2f}x of {best}"
-                print(f"{kind:16} {count:5} x {inputs:5} -> {outputs:5}  {times}{mark}", flush=True)
+                shape = f"{count:5} x {inputs:5} -> {outputs:5}"
+                print(f"{kind:16} {shape}  {dtype} {1e3 * plain:9.3f}  {times}{mark}", flush=True)
     worst = max(rows, key=lambda row: float(row["slower"]))
     mean = math.exp(sum(math.log(row["slower"]) for row in rows) / len(rows))
     others = sum(row["slower"] > 1 for row in rows)
