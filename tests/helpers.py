@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,11 @@ def interrupted_and_resumed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, ite
         with pytest.raises(KeyboardInterrupt):
             calibrate(recipe, Reporter(quiet=True))
     return calibrate(recipe, Reporter(quiet=True), resume=True)
+
+
+def importable(folder: Path) -> dict[str, str]:
+    """Environment of a process that imports from the folder first, and whatever this one's PYTHONPATH names."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
 
 
 def as_allocated(model: torch.nn.Module) -> Any:

@@ -46,7 +46,8 @@ def environment(aten: str, onednn: str, threads: int) -> dict[str, str]:
     """Of a process that has these instructions at most."""
     chosen = {"ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": MKL[aten]}
     counts = dict.fromkeys(("ACCUQUANT_TEST_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    return os.environ | chosen | counts | {"PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | chosen | counts | {"PYTHONPATH": path}
 
 
 def run(environment: dict[str, str], *arguments: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import recipe_tree
+from helpers import importable, recipe_tree
 
 import accuquant
 from accuquant.evaluation.metrics import METRICS, Metric, Sides, measured
@@ -49,7 +48,7 @@ def test_a_new_metric_is_one_file_and_one_line(model_folder: Path, tmp_path: Pat
     tree = recipe_tree(model_folder, output, data=data, objective={"iterations": 0})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     command = [sys.executable, "-m", "accuquant", "calibrate", str(tmp_path / "recipe.yaml"), "--quiet"]
-    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(package.parent)}}
+    where = {"cwd": tmp_path, "env": importable(package.parent)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **where)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stderr
     error = json.loads((output / "metrics.json").read_text(encoding="utf-8"))["mean_absolute_error"]

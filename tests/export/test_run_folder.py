@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import assert_same_weights, recipe_tree
+from helpers import assert_same_weights, importable, recipe_tree
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -54,7 +54,7 @@ def write_recipe(model: Path, output: Path) -> Path:
 def start(script: str, *arguments: str | Path) -> subprocess.Popen[str]:
     """A Python process of its own, which can be talked to."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    environment = importable(Path(__file__).parents[2])
     pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(command, text=True, env=environment, **pipes)
 

@@ -162,6 +162,7 @@ def test_compiled_layers_are_one_graph(backend: str) -> None:
 
 
 @needs_triton
+@pytest.mark.timeout(1800)  # each case compiles kernels of its own
 def test_kernels_on_the_device() -> None:
     """Against float64 and `numerics`, as in the interpreter; and nothing has switched them off."""
     assert cuda.triton_works(torch.device("cuda:0")) and cuda.cublas_works(torch.device("cuda:0"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiTPipeline
-from helpers import as_allocated, assert_same_weights, recipe_tree
+from helpers import as_allocated, assert_same_weights, importable, recipe_tree
 
 from accuquant.calibration.session import open_model, open_session
 from accuquant.errors import RecipeError
@@ -167,7 +166,7 @@ def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        env=importable(Path.cwd()),
         # shells start background jobs with Ctrl-C ignored, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
