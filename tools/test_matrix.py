@@ -10,7 +10,7 @@ of threads; each is the environment of a fresh process. Of all 24 these pairs ar
     avx512  AVX512_CORE_AMX 1     Sapphire Rapids
     avx512  AVX512_CORE_AMX 2     the same, with sums that two threads share
 
---quick runs the first, the fourth and fewer files. What this CPU has not is left out, and said so. Then the first
+--quick runs the first, the fourth and fewer files. What this CPU has not is left out, and said so. Then the last
 setting that is left makes an export, each samples from it, and what they give may differ by the bounds of
 tools/across_settings.py; the table has what was found. Exits 1 if anything failed.
 """
