@@ -178,6 +178,56 @@ def test_imports_are_declared(folder, extras):
     assert missing == set()
 
 
+def private_names() -> set[str]:
+    """Functions, classes, variables and attributes that our own files keep to themselves."""
+    names = set()
+    for path in sources("accuquant", "tools"):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_self(node):
+                names.add(node.attr)
+    return {name for name in names if name.strip("_") and name.startswith("_") and not name.startswith("__")}
+
+
+def of_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def reached_into(tree: ast.Module, private: set[str]) -> Iterator[str]:
+    """Private names that code of another file imports, reads or replaces."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and within(node.module or "", "accuquant", "tools"):
+            yield from (alias.name for alias in node.names if alias.name in private)
+        elif isinstance(node, ast.Attribute) and node.attr in private and not of_self(node):
+            yield node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("setattr", "delattr"):
+            named = (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+            yield from (name for name in named if name.rpartition(".")[2] in private)
+
+
+def test_tests_use_public_names():
+    private = private_names()
+    found = {str(path.relative_to(ROOT)): {*reached_into(parse(path), private)} for path in sources("tests")}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from accuquant.cli.main import _one",
+        "import accuquant\naccuquant.cli.main._one()",
+        "monkeypatch.setattr(module, '_one', 1)",
+        "monkeypatch.setattr('accuquant.module._one', 1)",
+    ],
+)
+def test_rule_notices_a_private_name(code):
+    assert list(reached_into(ast.parse(code), {"_one"}))
+    assert not list(reached_into(ast.parse(code.replace("_one", "one")), {"_one"}))
+
+
 @pytest.mark.parametrize(
     ("module", "imported"),
     [

@@ -194,5 +194,5 @@ def test_inference_products_of_a_gpu(tools: Callable[[str], Any], monkeypatch: p
     assert not {tool.SCALED_MM, tool.TORCHAO} & set(products.names)
     found = [tool.SCALED_MM] if scaled_works(torch.device("cpu")) else []
     for name in [*found, *([tool.TORCHAO] if torchao_installed() else [])]:
-        run, path = products._make((32, 64, 48), name)
+        run, path = products.make((32, 64, 48), name)
         assert run().shape == (32, 48) and run().dtype == torch.bfloat16 and not path

@@ -75,7 +75,7 @@ def enable_cache(
         steps = num_inference_steps or usual["num_inference_steps"].default
         guidance = usual["guidance_scale"].default if guidance_scale is None else guidance_scale
         rollout = Rollout(target, Sampling(num_inference_steps=steps, guidance_scale=float(guidance)))
-        config = search_on_inputs(rollout, inputs or _known_inputs(target), seed, config, Reporter(quiet=not progress))
+        config = search_on_inputs(rollout, inputs or known_inputs(target), seed, config, Reporter(quiet=not progress))
     return attach_cache(denoiser, config).plan
 
 
@@ -137,7 +137,7 @@ def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
     raise CacheError(f"{type(target).__name__} has neither a transformer nor a unet to cache")
 
 
-def _known_inputs(pipeline: DiffusionPipeline) -> list[Any]:
+def known_inputs(pipeline: DiffusionPipeline) -> list[Any]:
     """Classes the model was trained on, or shipped prompts."""
     if family_of(pipeline).condition == "prompt":
         lines = (shipped_folder("calib_data") / "prompts.jsonl").read_text(encoding="utf-8").splitlines()

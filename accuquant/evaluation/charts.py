@@ -51,7 +51,7 @@ def schedule(cache: dict[str, Any]) -> Chart | None:
     if not cache.get("full_steps"):
         return None
     height = 2.8 if cache.get("input_errors") else 1.15
-    return _themed(lambda axes, theme: _schedule(axes, theme, cache), height)
+    return _themed(lambda axes, theme: draw_schedule(axes, theme, cache), height)
 
 
 def shares(cache: dict[str, Any]) -> Chart | None:
@@ -65,7 +65,7 @@ def pareto(tuning: dict[str, Any], cost: str) -> Chart | None:
     known = all(row.get(cost) is not None for row in tried)
     seen = [row for row in tried if known and 0 < (row.get("E_qc") or 0) < math.inf]
     budget = (tuning.get("budget") or {}).get(cost)
-    return _themed(lambda axes, theme: _pareto(axes, theme, seen, cost, budget), 4.2) if seen else None
+    return _themed(lambda axes, theme: draw_pareto(axes, theme, seen, cost, budget), 4.2) if seen else None
 
 
 def data_uri(buffer: io.BytesIO) -> str:
@@ -158,7 +158,7 @@ def _loss(axes: Axes, theme: dict[str, str], history: list[dict[str, Any]]) -> N
     axes.set_xlim(x[0], max(x[-1], x[0] + 1))
 
 
-def _schedule(axes: Axes, theme: dict[str, str], cache: dict[str, Any]) -> None:
+def draw_schedule(axes: Axes, theme: dict[str, str], cache: dict[str, Any]) -> None:
     full, steps = cache["full_steps"], cache["num_steps"]
     axes.set_xlim(-0.5, steps - 0.5)
     axes.set(xlabel="denoising step")
@@ -198,7 +198,7 @@ def _shares(axes: Axes, theme: dict[str, str], cache: dict[str, Any]) -> None:
     axes.set(xlabel=where, ylabel="share that is taken")
 
 
-def _pareto(axes: Axes, theme: dict[str, str], rows: list[dict[str, Any]], cost: str, budget: float | None) -> None:
+def draw_pareto(axes: Axes, theme: dict[str, str], rows: list[dict[str, Any]], cost: str, budget: float | None) -> None:
     scale, label = COSTS[cost]
 
     def mark(some: list[dict[str, Any]], name: str, **style: Any) -> None:

@@ -67,7 +67,7 @@ def write_report(
         cheaper=_reduction(metrics.get("bit_operations"), "float", "quantized"),
         change=_change(metrics),
         figures=_figures(metrics),
-        images=_images(full, quantized, others or {}, _name(metrics)),
+        images=comparison(full, quantized, others or {}, _name(metrics)),
         accumulation=charts.accumulation(metrics),
         decomposition=charts.decomposition(metrics),
         schedule=charts.schedule(metrics.get("cache") or {}),
@@ -208,7 +208,7 @@ def _name(metrics: dict[str, Any]) -> str:
     return "quantized and cached" if metrics.get("cache") else "quantized"
 
 
-def _images(
+def comparison(
     full: Tensor | None, quantized: Tensor | None, others: dict[str, Tensor], name: str
 ) -> dict[str, Any] | None:
     """Rows of cells: full precision, others, the export, and its |difference| times one amplification for all rows."""
@@ -230,9 +230,9 @@ def _images(
     factor = max([k for k in AMPLIFICATIONS if k * high <= 1.001], default=1)
     rows = []
     for i, x in enumerate(reference):
-        cells: list[dict[str, Any]] = [{"title": "full precision", "picture": _picture(x), "psnr": None}]
-        cells += [{"title": t, "picture": _picture(y[i]), "psnr": _psnr(x, y[i])} for t, y in columns]
-        rows.append({"cells": cells, "psnr": cells[-1]["psnr"], "difference": _picture(factor * difference[i])})
+        cells: list[dict[str, Any]] = [{"title": "full precision", "picture": picture_uri(x), "psnr": None}]
+        cells += [{"title": t, "picture": picture_uri(y[i]), "psnr": _psnr(x, y[i])} for t, y in columns]
+        rows.append({"cells": cells, "psnr": cells[-1]["psnr"], "difference": picture_uri(factor * difference[i])})
     height, width = full.shape[2:]
     small = max(height, width) <= SMALL
     return {
@@ -259,7 +259,7 @@ def _psnr(full: Tensor, image: Tensor) -> float:
     return -10 * math.log10(error) if error else math.inf
 
 
-def _picture(image: Tensor) -> str:
+def picture_uri(image: Tensor) -> str:
     """(C, H, W) -> data URI, blown up by a whole factor (nearest neighbour) or reduced to `LARGE`."""
     pixels = (_unit(image) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

@@ -32,7 +32,7 @@ TINY: tl.constexpr = tl.constexpr(SMALLEST_SCALE)
 
 
 @triton.jit
-def _quantize_rows(
+def quantize_rows_kernel(
     x, q, scale, zero, out_scale, columns,
     QMIN: tl.constexpr, QMAX: tl.constexpr, DYNAMIC: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def _quantize_rows(
 
 
 @triton.jit
-def _stored_linear(
+def stored_linear_kernel(
     x, w, w_scale, w_zero, w_sums, x_scale, x_zero, bias, y,
     rows, outputs, columns, groups, row_bytes,
     BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, W_ZERO: tl.constexpr,
@@ -130,11 +130,11 @@ def _finish(
 
 
 @triton.jit
-def _rescale(
+def rescale_kernel(
     acc, w_scale, w_sums, x_scale, x_zero, bias, y, rows, outputs,
     X_SCALES: tl.constexpr, X_ZERO: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """What `_stored_linear` does after its loop, on the int32 sums of another product."""
+    """What `stored_linear_kernel` does after its loop, on the int32 sums of another product."""
     start = tl.program_id(0).to(tl.int64) * BM
     m, o = tl.arange(0, BM), tl.program_id(1) * BO + tl.arange(0, BO)
     mask = (start + m < rows)[:, None] & (o < outputs)[None, :]
@@ -175,7 +175,7 @@ def _quantized(
     if rows:
         block = triton.next_power_of_2(columns)
         with torch.cuda.device_of(x):
-            _quantize_rows[(rows,)](
+            quantize_rows_kernel[(rows,)](
                 x, q, scale, zero, out_scale, columns,
                 QMIN=qmin, QMAX=qmax, DYNAMIC=dynamic, HAS_ZERO=zero is not None, BLOCK=block,
                 num_warps=min(16, max(1, block // 512)),
@@ -226,11 +226,11 @@ def stored_linear(
         sizes["BK"] = max(32, step)
     count = triton.cdiv(rows, sizes["BM"]) * triton.cdiv(outputs, sizes["BO"])
     with torch.cuda.device_of(x):
-        _stored_linear[(count,)](
+        stored_linear_kernel[(count,)](
             x.contiguous(), weight, w_scale, w_zero, w_sums, x_scale, x_zero, bias, y,
             rows, outputs, columns, groups, weight.shape[1],
             BITS=bits, GROUP=size if groups > 1 else 0, STEP=step, W_ZERO=w_zero is not None,
-            X_SCALES=_scales(x_scale), X_ZERO=x_zero is not None, BIAS=bias is not None, BAND=8, **sizes,
+            X_SCALES=scale_kind(x_scale), X_ZERO=x_zero is not None, BIAS=bias is not None, BAND=8, **sizes,
         )  # fmt: skip
     return y
 
@@ -250,14 +250,14 @@ def rescale(
     if not rows:
         return y
     with torch.cuda.device_of(acc):
-        _rescale[(triton.cdiv(rows, 16), triton.cdiv(outputs, 128))](
+        rescale_kernel[(triton.cdiv(rows, 16), triton.cdiv(outputs, 128))](
             acc.contiguous(), w_scale, w_sums, x_scale, x_zero, bias, y, rows, outputs,
-            X_SCALES=_scales(x_scale), X_ZERO=x_zero is not None, BIAS=bias is not None, BM=16, BO=128,
+            X_SCALES=scale_kind(x_scale), X_ZERO=x_zero is not None, BIAS=bias is not None, BM=16, BO=128,
         )  # fmt: skip
     return y
 
 
-def _scales(x_scale: Tensor | None) -> int:
+def scale_kind(x_scale: Tensor | None) -> int:
     return 0 if x_scale is None else x_scale.dim()
 
 

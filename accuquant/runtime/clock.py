@@ -21,26 +21,26 @@ class LastInput:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, ...] | None = None
+        self.kept: tuple[Any, ...] | None = None
 
     def find(self, x: Tensor, how: tuple[Any, ...]) -> Any:
         """What ``x`` became in this way, or None; ``how`` is compared by identity."""
-        kept = self._kept  # one read: another thread may write
+        kept = self.kept  # one read: another thread may write
         if kept is None or kept[0]() is not x or kept[1] != _versions(x, *how):
             return None
         return kept[3] if all(a is b for a, b in zip(kept[2], how, strict=True)) else None
 
     def keep(self, x: Tensor, how: tuple[Any, ...], found: Any) -> None:
-        self._kept = (weakref.ref(x, self._drop), _versions(x, *how), how, found)
+        self.kept = (weakref.ref(x, self._drop), _versions(x, *how), how, found)
 
     def _drop(self, dead: Any) -> None:
-        self._kept = None
+        self.kept = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LastInput:
         return LastInput()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": None}
+        return {"kept": None}
 
 
 def _versions(*found: Any) -> tuple[int, ...]:

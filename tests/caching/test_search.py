@@ -14,7 +14,7 @@ from pipelines import make_pipeline, make_pixart
 from torch import Tensor
 
 from accuquant import CacheError, FORAConfig, RFCConfig, TaylorSeerConfig, cache_stats, disable_cache, enable_cache
-from accuquant.caching.enable import _known_inputs
+from accuquant.caching.enable import known_inputs
 from accuquant.caching.search import cached, record_grams, search_cache
 from accuquant.core.forecasts import RFE, Forecast, Memory, Reuse, Taylor
 from accuquant.core.schedule import ForecastErrors, dps_steps, filled_interval_steps, interval_steps
@@ -389,7 +389,7 @@ def test_dps_is_taken_from_the_recorded_outputs() -> None:
     config = enable_cache(pipeline, FORAConfig(schedule="dps", interval=3), num_inference_steps=12, guidance_scale=1.5)
     disable_cache(pipeline)
     rollout = Rollout(pipeline, Sampling(num_inference_steps=12, guidance_scale=1.5))
-    samples = draw(_known_inputs(pipeline), 8, 0)
+    samples = draw(known_inputs(pipeline), 8, 0)
     conditions = rollout.conditions(samples.inputs, samples.seeds).take(torch.arange(2))
     distances, outputs = torch.zeros(12, 12), dict[str, list[Tensor]]()
     for name in cached_modules(rollout.denoiser)[0]:

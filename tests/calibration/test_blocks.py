@@ -289,7 +289,7 @@ def test_export_and_report_say_how(model_folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_unlearned_objective_gathers_nothing(model_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(Blocks, "_gather", lambda *_: pytest.fail("gathered"))
+    monkeypatch.setattr(Blocks, "gather", lambda *_: pytest.fail("gathered"))
     recipe = block_recipe(model_folder, tmp_path / "out", iterations=0, learn=["weight"])
     session = prepared(recipe)
     tuner: UpdateLoop = session.loop(recipe.objective, 1)

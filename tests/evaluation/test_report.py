@@ -217,14 +217,14 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_amplification_fits_the_difference_and_small_images_grow() -> None:
     full, quantized = pictures(2, channels=1, noise=0.0)
-    same = report._images(full, quantized, {}, "quantized")
+    same = report.comparison(full, quantized, {}, "quantized")
     assert same is not None and same["factor"] == report.AMPLIFICATIONS[-1] and same["rows"][0]["psnr"] == math.inf
-    half = report._images(torch.zeros(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.1), {}, "quantized")
+    half = report.comparison(torch.zeros(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.1), {}, "quantized")
     assert half is not None and half["factor"] == 10
-    assert report._images(full, quantized.where(quantized < 0.5, math.nan), {}, "quantized") is not None
+    assert report.comparison(full, quantized.where(quantized < 0.5, math.nan), {}, "quantized") is not None
 
     def shown(side: int) -> Image.Image:
-        uri = report._picture(torch.eye(side)[None])
+        uri = report.picture_uri(torch.eye(side)[None])
         return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
     small = shown(32)

@@ -186,7 +186,7 @@ def labelled(axes: Any) -> dict[str, Any]:
 
 def test_schedule_shows_the_sum_pass_tau_at_full_steps_and_start_again() -> None:
     cache = cached()["cache"]
-    axes = drawn(charts._schedule, cache)
+    axes = drawn(charts.draw_schedule, cache)
     lines = labelled(axes)
     assert [line.get_xdata()[0] for line in axes.lines if line.get_color() == charts.THEMES["light"]["soft"]] == cache[
         "full_steps"
@@ -197,7 +197,7 @@ def test_schedule_shows_the_sum_pass_tau_at_full_steps_and_start_again() -> None
     assert {step for step, total in steps if total == 0} == set(cache["full_steps"])
     assert max(x) == 49 and lines["τ = 0.15"].get_ydata()[0] == TAU
     # the same where the first steps have no error rather than none of it
-    shorter = drawn(charts._schedule, cache | {"input_errors": cache["input_errors"][1:], "tau": None})
+    shorter = drawn(charts.draw_schedule, cache | {"input_errors": cache["input_errors"][1:], "tau": None})
     assert labelled(shorter)["input error since the last one"].get_data()[1].tolist() == y.tolist()
     assert not any("τ" in label for label in labelled(shorter))
 
@@ -208,7 +208,7 @@ def test_schedule_without_input_errors_is_its_full_steps(tmp_path: Path, errors:
     metrics["cache"]["input_errors"] = errors
     if errors is None:
         del metrics["cache"]["input_errors"], metrics["cache"]["tau"]
-    axes = drawn(charts._schedule, metrics["cache"])
+    axes = drawn(charts.draw_schedule, metrics["cache"])
     assert not axes.lines and len(axes.collections[0].get_segments()) == len(metrics["cache"]["full_steps"])
     page = written(tmp_path, metrics)
     assert "14 of 50 steps are computed in full: 0, 1, 5," in page and "adds up" not in page
@@ -293,7 +293,7 @@ def test_a_choice_that_is_worse_than_a_rival_is_not_sold_as_better(tmp_path: Pat
 
 def test_nothing_lies_below_the_line_and_each_rival_has_its_mark() -> None:
     found = tuning()
-    axes = drawn(charts._pareto, found["tried"], "bit_operations", 0.03)
+    axes = drawn(charts.draw_pareto, found["tried"], "bit_operations", 0.03)
     lines = labelled(axes)
     x, y = lines["least error at this cost or less"].get_data()
     assert all(a >= b for a, b in itertools.pairwise(y)) and lines["least error at this cost or less"].get_drawstyle()
@@ -307,13 +307,13 @@ def test_nothing_lies_below_the_line_and_each_rival_has_its_mark() -> None:
     assert lines["chosen"].get_xdata().tolist() == pytest.approx([100 * found["tried"][-2]["bit_operations"]])
     assert lines["budget"].get_xdata()[0] == pytest.approx(3)
     assert axes.get_yscale() == "log"
-    assert "budget" not in labelled(drawn(charts._pareto, found["tried"], "seconds", None))
+    assert "budget" not in labelled(drawn(charts.draw_pareto, found["tried"], "seconds", None))
 
 
 @pytest.mark.parametrize("errors", [(0.011, 0.019), (0.0205, 0.0615), (0.001, 0.9), (0.02, 0.02)])
 def test_a_pareto_plot_has_figures_on_its_axis(errors: tuple[float, float]) -> None:
     rows = [tuning()["tried"][i] | {"E_qc": error} for i, error in enumerate(errors)]
-    axes = drawn(charts._pareto, rows, "nfc", None)
+    axes = drawn(charts.draw_pareto, rows, "nfc", None)
     axes.figure.draw_without_rendering()
     low, high = axes.get_ylim()
     assert 2 <= sum(low <= tick <= high for tick in axes.get_yticks()) <= 12

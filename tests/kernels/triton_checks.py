@@ -320,5 +320,5 @@ def test_kernels_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch)
     with pytest.warns(UserWarning, match="do not run on"):
         assert not check(DEVICE)
     monkeypatch.setattr(triton_kernels, "tile", right)
-    monkeypatch.setattr(triton_kernels, "_scales", lambda scale: 0)  # forgets to scale
+    monkeypatch.setattr(triton_kernels, "scale_kind", lambda scale: 0)  # forgets to scale
     assert not check(DEVICE)

@@ -51,7 +51,7 @@ def test_product(capability: int, rows: int, x: str, bits: int, group: int | Non
     fixed |= {name: None for name, is_unused in {**unused, "w_sums": scales != 1}.items() if is_unused}
     fixed |= ({} if group else {"groups": 1}) | ({"rows": 1} if rows == 1 else {})
     types = {"x": x, "w": "*i8" if bits == 8 else "*u8", "y": "*bf16"}
-    found = compiled(kernels._stored_linear, capability, types, fixed, **options)
+    found = compiled(kernels.stored_linear_kernel, capability, types, fixed, **options)
     assert found.metadata.shared <= MOST_SHARED
     products = re.findall(r"(?:wgmma\.mma_async|\bmma)\.sync\S+", found.asm["ptx"])
     kind = {"*i8": r"s32\.s8\.s8", "*fp16": r"f32\.f16\.f16", "*bf16": r"f32\.bf16\.bf16"}[x]
@@ -67,7 +67,7 @@ def test_quantization(x: str, dynamic: bool, block: int) -> None:
     fixed = {"QMIN": -128, "QMAX": 127, "DYNAMIC": dynamic, "HAS_ZERO": not dynamic, "BLOCK": block}
     fixed |= ({"zero": None} if dynamic else {}) | ({"columns": 1} if block == 1 else {})
     warps = min(16, max(1, block // 512))
-    found = compiled(kernels._quantize_rows, 90, {"x": x}, fixed, num_warps=warps)
+    found = compiled(kernels.quantize_rows_kernel, 90, {"x": x}, fixed, num_warps=warps)
     ptx = found.asm["ptx"]
     assert "div.rn.f32" in ptx and not re.search(r"div\.(full|approx)", ptx)
     assert "0f4B400000" in ptx and "0fCB400000" in ptx  # the constant of rounding is added and taken away, not folded
@@ -76,5 +76,5 @@ def test_quantization(x: str, dynamic: bool, block: int) -> None:
 @pytest.mark.parametrize("x_scales", [0, 1, 2])
 def test_rescaling(x_scales: int) -> None:
     fixed: dict[str, Any] = {"X_SCALES": x_scales, "X_ZERO": x_scales == 1, "BIAS": x_scales > 0, "BM": 16, "BO": 128}
-    found = compiled(kernels._rescale, 90, {"y": "*bf16"}, fixed)
+    found = compiled(kernels.rescale_kernel, 90, {"y": "*bf16"}, fixed)
     assert "cubin" in found.asm

@@ -147,12 +147,12 @@ def test_what_has_changed_is_quantized_again(spec: LayerSpec, count: list[str]) 
 def test_integers_go_with_their_input(spec: LayerSpec) -> None:
     to_q, x = qkv(make_model(spec))[0], torch.randn(3, 32)
     to_q(x)
-    integers = to_q.clock.last_input._kept[3][0]
+    integers = to_q.clock.last_input.kept[3][0]
     assert torch.equal(integers, to_q.make_operand(to_q.backend, x).q)
     integers = weakref.ref(integers)
     assert integers() is not None
     del x
-    assert integers() is None and to_q.clock.last_input._kept is None
+    assert integers() is None and to_q.clock.last_input.kept is None
 
 
 def test_a_gradient_keeps_its_own_graph(count: list[str]) -> None:

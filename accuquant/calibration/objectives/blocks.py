@@ -152,7 +152,7 @@ class Blocks(GradientSource):
         """
         index, position = self.place(update)
         if index != self.gathered:
-            self._gather(index)
+            self.gather(index)
         call = self.calls[self.material.draws.one_of(position, len(self.calls))]
         self.material.clock.set(self.material.rollout.timesteps[call.step])
         outputs = _tensors(self._module(index)(*call.args, **call.kwargs))
@@ -172,7 +172,7 @@ class Blocks(GradientSource):
         return self.material.rollout.denoiser.get_submodule(self.blocks[index])
 
     @torch.no_grad()
-    def _gather(self, index: int) -> None:
+    def gather(self, index: int) -> None:
         """A batch at each step: inputs with all that is quantized so far, outputs in full precision."""
         finished = self.blocks[:index]
         for name, layer in self.layers.items():

@@ -48,7 +48,7 @@ class Gemms:
         """Seconds of one product, and the path of a layer of ours."""
         key = (shape, name)
         if key not in self.made:
-            self.made[key] = self._make(shape, name)
+            self.made[key] = self.make(shape, name)
             self._seconds(key, 3)
             self.calls[key] = max(1, int(LEAST_SECONDS / self._seconds(key, 3)))
         self._seconds(key, 1)
@@ -67,7 +67,7 @@ class Gemms:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _make(self, shape: Shape, name: str) -> tuple[Callable[[], Tensor], str]:
+    def make(self, shape: Shape, name: str) -> tuple[Callable[[], Tensor], str]:
         m, k, n = shape
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(m, k, generator=generator).to(self.device, torch.bfloat16)
