@@ -29,9 +29,9 @@ from accuquant.runtime.arithmetic import set_arithmetic
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-import conftest  # type: ignore[import-not-found]  # noqa: E402, F401  sets threads, forgets what this machine measured
-from helpers import recipe_tree  # type: ignore[import-not-found]  # noqa: E402
-from pipelines import make_pipeline  # type: ignore[import-not-found]  # noqa: E402
+import conftest  # noqa: E402, F401  sets threads, forgets what this machine measured
+from helpers import recipe_tree  # noqa: E402
+from pipelines import make_pipeline  # noqa: E402
 
 MKL = {"default": "SSE4_2", "avx2": "AVX2", "avx512": "AVX512"}  # its products follow torch's other operations
 SAMPLING = Sampling(num_inference_steps=6, guidance_scale=1.5)

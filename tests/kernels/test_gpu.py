@@ -142,7 +142,8 @@ def test_layers_that_share_scales_share_them_on_the_device() -> None:
     layers = [layer_and_module(LayerSpec("int8", "int8"), 128, 96)[0] for _ in range(2)]
     share_grids(layers, *GRID)
     nn.ModuleList(layers).cuda()
-    assert layers[0].activation_scale.is_cuda and layers[0].activation_scale is layers[1].activation_scale
+    scale = layers[0].activation_scale
+    assert scale is not None and scale.is_cuda and scale is layers[1].activation_scale
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -19,6 +19,7 @@ from accuquant.calibration.layers import TrainableLayer
 from accuquant.core.numerics import QTYPES, SMALLEST_SCALE, dynamic_scale, quantize
 from accuquant.core.packing import pack
 from accuquant.kernels import cuda, measured, select, triton_kernels
+from accuquant.kernels.backend import Facts
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import QuantizedLayer
 from accuquant.runtime.spec import LayerSpec
@@ -110,8 +111,8 @@ def stored(bits: int, outputs: int, columns: int, groups: int, asymmetric: bool)
     zero = draw(qtype.qmin, qtype.qmax + 1, outputs, groups).to(torch.int8) if asymmetric else None
     grouped = q.double().view(outputs, groups, -1)
     weight = ((grouped if zero is None else grouped - zero.double()[..., None]) * scale.double()[..., None]).flatten(1)
-    packed, scale, zero, sums = on_device(pack(q, qtype), scale, zero, weight.sum(1).float())
-    return [packed, bits, scale, zero, sums], weight
+    packed, *rest = on_device(pack(q, qtype), scale, zero, weight.sum(1).float())
+    return [packed, bits, *rest], weight
 
 
 SHAPES = [(1, 96, 3), (16, 96, 40), (17, 96, 65), (70, 192, 33), (130, 96, 136)]  # every tile, none of them full
@@ -128,7 +129,9 @@ def test_product_is_exact_up_to_its_scales(
     torch.manual_seed(3)
     rows, columns, outputs = shape
     groups = 1 if group is None else columns // group
-    assert cuda.triton_takes(bits, columns, groups)
+    weights = QTYPES[f"int{bits}"]
+    facts = Facts(weights, QTYPES["int8"], columns, outputs, groups, not asymmetric, False, True, DEVICE)
+    assert cuda.triton_refusal(facts) == ""
     arguments, weight = stored(bits, outputs, columns, groups, asymmetric)
     bias, q = torch.randn(outputs), draw(-128, 128, rows, columns).to(torch.int8)
     q[0] = -128

@@ -45,8 +45,8 @@ def test_product(capability: int, rows: int, x: str, bits: int, group: int | Non
     step = min(sizes["BK"], group or sizes["BK"])
     sizes["BK"] = max(32, step)
     scales = (1 if asymmetric else 2) if x == "*i8" else 0
-    fixed = {"BITS": bits, "GROUP": group or 0, "STEP": step, "BAND": 8, "X_SCALES": scales, **sizes}
-    fixed |= {"W_ZERO": asymmetric, "X_ZERO": scales == 1, "BIAS": not asymmetric}
+    fixed: dict[str, int | None] = {"BITS": bits, "GROUP": group or 0, "STEP": step, "BAND": 8, **sizes}
+    fixed |= {"X_SCALES": scales} | {"W_ZERO": asymmetric, "X_ZERO": scales == 1, "BIAS": not asymmetric}
     unused = {"w_zero": not asymmetric, "x_zero": scales != 1, "x_scale": not scales, "bias": asymmetric}
     fixed |= {name: None for name, is_unused in {**unused, "w_sums": scales != 1}.items() if is_unused}
     fixed |= ({} if group else {"groups": 1}) | ({"rows": 1} if rows == 1 else {})
@@ -64,8 +64,8 @@ def test_product(capability: int, rows: int, x: str, bits: int, group: int | Non
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("block", [1, 4096, 1 << 16])
 def test_quantization(x: str, dynamic: bool, block: int) -> None:
-    fixed = {"QMIN": -128, "QMAX": 127, "DYNAMIC": dynamic, "HAS_ZERO": not dynamic, "BLOCK": block}
-    fixed |= ({"zero": None} if dynamic else {}) | ({"columns": 1} if block == 1 else {})
+    fixed: dict[str, int | None] = {"QMIN": -128, "QMAX": 127, "DYNAMIC": dynamic, "BLOCK": block}
+    fixed |= {"HAS_ZERO": not dynamic} | ({"zero": None} if dynamic else {}) | ({"columns": 1} if block == 1 else {})
     warps = min(16, max(1, block // 512))
     found = compiled(kernels.quantize_rows_kernel, 90, {"x": x}, fixed, num_warps=warps)
     ptx = found.asm["ptx"]
