@@ -13,6 +13,8 @@ from accuquant.errors import RecipeError
 from accuquant.evaluation.card import figures
 from accuquant.recipe import Cache, Recipe
 
+BUSY = 2.0  # times that a call of the denoiser takes longer than on a free machine, from which on it is said
+
 # wide, so that names and paths stay in one piece in pipes; folding is the terminal's business
 out = Console(highlight=False, markup=False, emoji=False, width=1000)
 
@@ -48,13 +50,21 @@ def print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> Non
         *([("cache", _cache_words(recipe.cache))] if recipe.cache else []),
         ("network evaluations", f"{evaluations['tuning']} tuning + {evaluations['sampling']} sampling"),
         ("memory beside the model", f"about {costs['memory_bytes'] / 1e9:.2f} GB + one step's activations"),
-        ("estimated time", f"about {_duration(costs['seconds'])}"),
+        ("estimated time", time_words(costs)),
         ("output", recipe.export.output),
     ]
     out.print()
     for name, value in rows:
         out.print(f"{name:26} {value}")
     out.print("\ndry run: nothing was written")
+
+
+def time_words(costs: dict[str, Any]) -> str:
+    """Of the run, and what other work on the machine does to it."""
+    words = f"about {_duration(costs['seconds'])}"
+    if costs["slowdown"] < BUSY:
+        return words
+    return f"{words} on a free machine; beside what runs here now a call takes {costs['slowdown']:.0f} times as long"
 
 
 def _cache_words(cache: Cache) -> str:
@@ -90,7 +100,7 @@ def print_tuning_plan(recipe: Recipe) -> None:
         out.print(f"{'':26} seconds are measured when the search begins, and may pay for fewer full steps than above")
     out.print(f"{'calibrated':26} {costs['combinations']} of {len(rows)} combinations of types")
     out.print(f"{'rollouts':26} about {costs['rollouts']:.0f}")
-    out.print(f"{'estimated time':26} about {_duration(costs['seconds'])}")
+    out.print(f"{'estimated time':26} {time_words(costs)}")
     out.print(f"{'output':26} {recipe.export.output}")
     out.print("\ndry run: nothing was written")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,22 +42,46 @@ def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[
     }
 
 
-@torch.no_grad()
-def call_seconds(rollout: Rollout, conditions: Conditions) -> float:
-    """Wall time of one call of the denoiser.
+class CallSeconds(NamedTuple):
+    """Of one call of the denoiser: were all cores free, as far as can be told, and beside what else runs now."""
 
-    The least of several after one that warms up: other work may have the cores for seconds, and one quiet call is
-    enough. Short calls are repeated more often.
+    free: float
+    now: float
+
+    @property
+    def slowdown(self) -> float:
+        return self.now / self.free
+
+
+@torch.no_grad()
+def call_seconds(rollout: Rollout, conditions: Conditions) -> CallSeconds:
+    """Time of one call: the least of several after one that warms up, for other work comes and goes.
+
+    Where it stays, no call is quiet, and threads that wait for each other's cores make each many times slower. So on a
+    CPU calls of one thread are measured too, by the time that this thread had a core: free cores do not take longer.
     """
-    rollout.predict(0, conditions.noise, conditions)
-    found, begun = list[float](), time.perf_counter()
-    while len(found) < LEAST_CALLS or (len(found) < MOST_CALLS and time.perf_counter() - begun < CALLS_SECONDS):
-        started = time.perf_counter()
+
+    def least(clock: Callable[[], float]) -> float:
         rollout.predict(0, conditions.noise, conditions)
-        if conditions.noise.is_cuda:
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return min(found)
+        found, begun = list[float](), time.perf_counter()
+        while len(found) < LEAST_CALLS or (len(found) < MOST_CALLS and time.perf_counter() - begun < CALLS_SECONDS):
+            started = clock()
+            rollout.predict(0, conditions.noise, conditions)
+            if conditions.noise.is_cuda:
+                torch.cuda.synchronize()
+            found.append(clock() - started)
+        return min(found)
+
+    now = least(time.perf_counter)
+    if conditions.noise.is_cuda:
+        return CallSeconds(now, now)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = least(time.thread_time)
+    finally:
+        torch.set_num_threads(threads)
+    return CallSeconds(min(now, alone), now)
 
 
 def step_seconds(rollout: Rollout, conditions: Conditions) -> list[float]:

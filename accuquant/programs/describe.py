@@ -22,7 +22,8 @@ from accuquant.runtime.clock import StepClock
 def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     """What `--dry-run` prints: modules with types and costs, and the run's evaluations, memory and time.
 
-    The time is extrapolated from a measured call of the denoiser, and so is rough.
+    The time is extrapolated from a measured call of the denoiser, and so is rough; ``slowdown`` is how many times
+    longer a call takes now than it would, were the machine free.
     """
     check_sections(recipe)
     rollout, planned, split = open_model(recipe)
@@ -32,7 +33,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     check_format(recipe.export.format, rollout, planned, samples)
     conditions = rollout.conditions(samples.inputs, samples.seeds)
     planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, conditions.noise, conditions), batch)
-    seconds = call_seconds(rollout, conditions)
+    call = call_seconds(rollout, conditions)
 
     clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
     job = job_of(objective, clock.groups(rollout.timesteps), planned, data.num_samples)
@@ -50,6 +51,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     latents = (referred + recipe.evaluation.num_samples) * conditions.noise[0].numel()
     return planned, {
         "network_evaluations": {"tuning": tuning, "sampling": sampling},
-        "seconds": seconds * (sampling + 3.5 * tuning),  # gradients and fake quantization cost about 2.5 calls
+        "seconds": call.free * (sampling + 3.5 * tuning),  # gradients and fake quantization cost about 2.5 calls
+        "slowdown": call.slowdown,
         "memory_bytes": 4 * (5 * trainable + 2 * steps * latents) + kept,
     }

@@ -243,4 +243,7 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples
     sampling += further * steps
     calls = rollouts * (nfc + (steps - nfc) / 4) + fits * steps + 3.5 * updates + sampling
-    return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates, "seconds": call * calls}
+    return rows, {"combinations": tried, "rollouts": rollouts, "updates": updates} | {
+        "seconds": call.free * calls,
+        "slowdown": call.slowdown,
+    }

@@ -1,0 +1,47 @@
+"""How long a call takes, on a machine that other work has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from pipelines import make_pipeline
+
+from accuquant.cli import plan_view
+from accuquant.evaluation.costs import CallSeconds, call_seconds
+from accuquant.model.rollout import Rollout
+from accuquant.recipe import Sampling
+
+BURN = "import torch\ntorch.set_num_threads(2)\na = torch.randn(700, 700)\nprint('hot', flush=True)\nwhile True: a @ a"
+
+
+def test_a_busy_machine_changes_what_is_now_and_not_what_was_free() -> None:
+    """Threads that wait for each other's cores: seen 20 to 50 times slower, which once made 63 minutes of 84 s."""
+    rollout = Rollout(make_pipeline(), Sampling(num_inference_steps=4, guidance_scale=1.5))
+    conditions = rollout.conditions([1] * 8, list(range(8)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quiet = call_seconds(rollout, conditions)
+        burners = [subprocess.Popen([sys.executable, "-c", BURN], stdout=subprocess.PIPE) for _ in range(2)]
+        try:
+            for burner in burners:
+                assert burner.stdout is not None and burner.stdout.readline() == b"hot\n"
+            busy = call_seconds(rollout, conditions)
+        finally:
+            for burner in burners:
+                burner.kill()
+                burner.wait()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert 0 < quiet.free <= quiet.now and 0 < busy.free <= busy.now
+    assert busy.free < 5 * quiet.free
+
+
+@pytest.mark.parametrize(("now", "words"), [(1.0, ""), (1.9, ""), (35.0, "a call takes 35 times as long")])
+def test_a_plan_says_that_the_machine_is_busy(now: float, words: str) -> None:
+    said = plan_view.time_words({"seconds": 90.0, "slowdown": CallSeconds(1.0, now).slowdown})
+    assert said.startswith("about ") and said.endswith(words) and ("free machine" in said) == bool(words)
