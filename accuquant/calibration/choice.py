@@ -1,10 +1,13 @@
 """Which objective: `target: auto` tries each on the model it is for, and keeps the one that errs least.
 
 None is best everywhere: block reconstruction is ahead on one network and number type and far behind on another, and
-which M is best, at which rate, differs as well. So each candidate is tried at the same number of network evaluations,
-by successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943): all with the first share of the budget, the better
-half with the next, and so on; the best of the last rung is taken. Errors are of final latents on validation noise,
-which neither calibration nor evaluation uses.
+which M is best, at which rate, differs as well. So each candidate is tried by successive halving (Jamieson & Talwalkar
+2016, arXiv 1502.07943): all with the first share, the better half with the next, and so on; the best of the last rung
+is taken. Errors are of final latents on validation noise, which neither calibration nor evaluation uses.
+
+What is shared out are updates: each candidate makes the same part of those that the recipe's network evaluations would
+pay it. Of evaluations a share would be unfair to blocks, which sample the inputs of each block before its first update,
+and would be left with next to none.
 
 Each trial is a whole small calibration, and so is what comes after the last: all start anew from the initial scales.
 Going on from a trial's weights would save its updates, but rates and AdaRound's decisions follow one schedule to its
@@ -29,7 +32,7 @@ from accuquant.files import KeptFiles
 from accuquant.progress import Reporter
 from accuquant.recipe import Objective
 
-RUNGS = (1 / 8, 1 / 4)  # of the budget, for each candidate that is left
+RUNGS = (1 / 8, 1 / 4)  # of its updates, for each candidate that is left
 TRIED = "auto.json"
 LEAST_UPDATES = 3  # of a trial, and of each block; with fewer it says nothing
 
@@ -59,13 +62,15 @@ class Candidate:
         }
         return objective.model_copy(update=changes)
 
+    def cost(self, job: Job, iterations: int) -> Cost:
+        objective = self.applied(job.objective, iterations)
+        return OBJECTIVES[self.target].cost(replace(job, objective=objective, steps_per_group=self.steps_per_group))
+
     def updates(self, job: Job, evaluations: int) -> int:
         """The most `iterations` that so many network evaluations pay for."""
 
         def cost(iterations: int) -> int:
-            objective = self.applied(job.objective, iterations)
-            one = replace(job, objective=objective, steps_per_group=self.steps_per_group)
-            return OBJECTIVES[self.target].cost(one).evaluations
+            return self.cost(job, iterations).evaluations
 
         low, high = 0, 1
         while cost(high) <= evaluations and high <= evaluations:
@@ -78,10 +83,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate did with a share of the budget.
+    """What a candidate did with a share of its updates.
 
     Attributes:
-        budget: network evaluations it was given; evaluations: that it made.
+        budget: network evaluations that these were planned to take; evaluations: that it made.
         error: mean relative L2 of the final latent over validation samples; None: its loss was not finite.
         standard_error: of that mean; None of a single sample.
     """
@@ -117,28 +122,24 @@ def candidates(objective: Objective, num_steps: int) -> list[Candidate]:
 
 
 def halve(
-    found: list[Candidate],
-    evaluations: int,
-    updates: Callable[[Candidate, int], int],
-    attempt: Callable[[Candidate, int], Trial],
+    found: list[Candidate], updates: Callable[[Candidate], int], attempt: Callable[[Candidate, int], Trial]
 ) -> tuple[Candidate, list[Trial]]:
     """Successive halving.
 
-    A candidate that a rung's share does not pay `LEAST_UPDATES` updates of joins at the next.
+    A candidate that a rung's share leaves fewer than `LEAST_UPDATES` updates joins at the next.
 
     Args:
-        evaluations: the budget, of which `RUNGS` are shares.
-        updates: that a candidate makes of so many evaluations.
-        attempt: tries a candidate with so many evaluations.
+        updates: `iterations` that a candidate would have in the end, of which `RUNGS` are shares.
+        attempt: tries a candidate with so many.
 
     Returns:
-        the choice, and all trials in their order; the first candidate where the budget pays for no trial at all.
+        the choice, and all trials in their order; the first candidate where none has enough updates for a trial.
     """
     left, trials = list(found), list[Trial]()
     for number, share in enumerate(RUNGS):
-        budget = round(share * evaluations)
-        later = [c for c in left if updates(c, budget) < LEAST_UPDATES]
-        rung = [attempt(c, budget) for c in left if c not in later]
+        counts = {c: int(share * updates(c)) for c in left}
+        later = [c for c in left if counts[c] < LEAST_UPDATES]
+        rung = [attempt(c, counts[c]) for c in left if c not in later]
         trials += rung
         if not rung:
             continue
@@ -150,28 +151,29 @@ def halve(
 
 
 def search_cost(job: Job) -> Cost:
-    """Of a recipe's updates without a cache; where the objective is found by trials, with these."""
+    """Of a recipe's updates without a cache; where the objective is found by trials, with these, at their most."""
     objective = job.objective
     if not is_searched(objective):
         return OBJECTIVES["trajectory" if objective.target == AUTO else objective.target].cost(job)
-    kept = [
-        OBJECTIVES[c.target].cost(replace(job, objective=c.applied(objective, c.updates(job, objective.iterations))))
-        for c in candidates(objective, job.num_steps)
-    ]
+    kept = [c.cost(job, c.updates(job, objective.iterations)) for c in candidates(objective, job.num_steps)]
     return Cost(objective.iterations + sum(trial_budgets(job)), max(cost.kept_bytes for cost in kept))
 
 
 def trial_budgets(job: Job) -> list[int]:
-    """Network evaluations of each trial that a recipe asks for; each is judged by a rollout of validation samples."""
+    """Network evaluations of each trial that a recipe asks for; each is judged by a rollout of validation samples.
+
+    Candidates do not cost the same, and which go on is not known: here the dearest do.
+    """
     objective = job.objective
     if not is_searched(objective):
         return []
 
-    def nothing(c: Candidate, budget: int) -> Trial:
-        return Trial(**asdict(c), budget=budget, updates=0, evaluations=0, error=None, standard_error=None)
+    def dearest(c: Candidate, iterations: int) -> Trial:
+        budget = c.cost(job, iterations).evaluations
+        return Trial(**asdict(c), budget=budget, updates=0, evaluations=0, error=-budget, standard_error=None)
 
     found = candidates(objective, job.num_steps)
-    return [t.budget for t in halve(found, objective.iterations, lambda c, n: c.updates(job, n), nothing)[1]]
+    return [t.budget for t in halve(found, lambda c: c.updates(job, objective.iterations), dearest)[1]]
 
 
 def choose_objective(
@@ -190,20 +192,20 @@ def choose_objective(
 
     with reporter.bar("choosing the objective", len(trial_budgets(job))) as advance:
 
-        def attempt(candidate: Candidate, budget: int) -> Trial:
+        def attempt(candidate: Candidate, iterations: int) -> Trial:
             number = len(made)
             if number < len(known):
                 made.append(known[number])
             else:
                 state = f"trial-{number}.safetensors"
-                made.append(try_candidate(session, wish, candidate, budget, kept, state))
+                made.append(try_candidate(session, wish, candidate, iterations, kept, state))
                 session.restore(start)
                 kept.write_json(TRIED, [asdict(trial) for trial in made])
                 kept.path(state).unlink(missing_ok=True)
             advance(f"{candidate.name}, rates x {candidate.rate:g}: {made[-1].loss:.4f}")
             return made[-1]
 
-        choice, trials = halve(found, wish.iterations, lambda c, budget: c.updates(job, budget), attempt)
+        choice, trials = halve(found, lambda c: c.updates(job, wish.iterations), attempt)
     updates = max(1, choice.updates(job, wish.iterations))
     for line in told(choice, updates, trials, found):
         reporter.say(line)
@@ -215,14 +217,14 @@ def _read_trials(path: Path) -> list[Trial]:
 
 
 def try_candidate(
-    session: Session, wish: Objective, candidate: Candidate, budget: int, kept: KeptFiles, state: str
+    session: Session, wish: Objective, candidate: Candidate, iterations: int, kept: KeptFiles, state: str
 ) -> Trial:
-    """A small calibration with so many network evaluations, judged on validation noise; it changes the model.
+    """A small calibration with so many updates, judged on validation noise; it changes the model.
 
     Args:
         state: name of the file that keeps its updates.
     """
-    objective = candidate.applied(wish, candidate.updates(session.job(wish), budget))
+    objective, budget = candidate.applied(wish, iterations), candidate.cost(session.job(wish), iterations).evaluations
     loop = session.loop(objective, candidate.steps_per_group)
     kept.read(state, loop.load)
     error = spread = None
@@ -250,8 +252,8 @@ def told(choice: Candidate, updates: int, trials: list[Trial], found: list[Candi
     ]
     tried = {t.candidate for t in trials}
     lines += [
-        f"  {c.name}, rates x {c.rate:g}: not tried, {RUNGS[-1]:.0%} of the budget pays for fewer than "
-        f"{LEAST_UPDATES} updates{' of each block' if c.target == 'blocks' else ''}"
+        f"  {c.name}, rates x {c.rate:g}: not tried, {RUNGS[-1]:.0%} of the updates that the budget pays "
+        f"are fewer than {LEAST_UPDATES}{' of each block' if c.target == 'blocks' else ''}"
         for c in found
         if c not in tried
     ]

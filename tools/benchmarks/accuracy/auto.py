@@ -2,9 +2,9 @@
 
 Two models on which different objectives are ahead: the bundled digits transformer (50 steps, W4A8, groups of 32) and a
 small U-Net (`tools/train_small_unet.py`; 20 steps, int4 a scale per output channel). Each candidate is run with each
-rung's share of the budget and with all of it, from the same start; the choice is then `accuquant.calibration.choice`'s
-own, made of the trials' validation errors, and is judged by held-out error. A line of results.jsonl is a run; one that
-is there is not repeated, so the tool can be stopped and started at will, and several shards can work at once:
+rung's share of its updates and with all of them, from the same start; the choice is then made of the trials'
+validation errors by `accuquant.calibration.choice` itself, and judged by held-out error. A line of results.jsonl is a
+run; one that is there is not repeated, so the tool can be stopped and started at will, and several shards can work at once:
 
     python tools/train_small_unet.py --out build/small-unet
     python -m tools.benchmarks.accuracy.auto run --unet build/small-unet
@@ -22,14 +22,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from accuquant.calibration.choice import RUNGS, Candidate, Trial, candidates, halve, try_candidate
+from accuquant.calibration.choice import LEAST_UPDATES, RUNGS, Candidate, Trial, candidates, halve, try_candidate
 from accuquant.calibration.session import Session, open_model, open_session
 from accuquant.calibration.updates import STATE
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.evaluation.measure import HeldOut, held_out_reference
 from accuquant.files import KeptFiles
 from accuquant.progress import Reporter
-from accuquant.recipe import Objective, Recipe
+from accuquant.recipe import Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
 from tools.benchmarks.rows import add_row, read_rows
 
@@ -73,9 +73,9 @@ def held_out_error(session: Session, held_out: HeldOut) -> dict[str, float]:
     return {"held_out": float(relative_l2(final, reference).mean()), "psnr": latent_psnr(final, reference)}
 
 
-def shares_of(candidate: Candidate, session: Session, wish: Objective, evaluations: int) -> list[float]:
-    """Those of the budget that pay for an update."""
-    return [s for s in (*RUNGS, 1.0) if candidate.updates(session.job(wish), round(s * evaluations))]
+def shares_of(updates: int) -> list[float]:
+    """Those that are a trial."""
+    return [s for s in (*RUNGS, 1.0) if int(s * updates) >= LEAST_UPDATES]
 
 
 @app.command()
@@ -100,14 +100,14 @@ def run(
                 write(out, about | {"share": 0} | held_out_error(session, held_out))
             start = session.snapshot()
             for candidate in candidates(recipe.objective, session.rollout.num_steps):
-                for share in shares_of(candidate, session, recipe.objective, evaluations):
+                updates = candidate.updates(session.job(recipe.objective), evaluations)
+                for share in shares_of(updates):
                     key = about | asdict(candidate) | {"share": share}
                     if any(same(row, key) for row in read_rows(out)):
                         continue
-                    began, budget = time.monotonic(), round(share * evaluations)
-                    trial = try_candidate(session, recipe.objective, candidate, budget, kept, STATE)
+                    began, each = time.monotonic(), int(share * updates)
+                    trial = try_candidate(session, recipe.objective, candidate, each, kept, STATE)
                     kept.path(STATE).unlink(missing_ok=True)
-                    each = candidate.updates(session.job(recipe.objective), budget)
                     about_it = {"updates_of_each": each, "seconds": round(time.monotonic() - began, 1)}
                     row = key | asdict(trial) | about_it
                     write(out, row | (held_out_error(session, held_out) if share == 1.0 else {}))
@@ -140,16 +140,12 @@ def table(out: Out = DEFAULT_OUT) -> None:
         base = next(r["psnr"] for r in here if r["share"] == 0)
         runs = {(as_trial(r).candidate, r["share"]): r for r in here if r["share"]}
         full = {c: runs[c, 1.0]["psnr"] - base for c in columns if (c, 1.0) in runs}
-        shares = {round(s * evaluations): s for s in RUNGS}
+        whole = {c: runs[c, 1.0]["updates_of_each"] for c in full}
 
-        def updates(c: Candidate, budget: int, runs: Any = runs, shares: Any = shares) -> int:
-            found = runs.get((c, shares[budget]))
-            return found["updates_of_each"] if found else 0
+        def attempt(c: Candidate, count: int, runs: Any = runs) -> Trial:
+            return next(as_trial(r) for (one, _), r in runs.items() if one == c and r["updates_of_each"] == count)
 
-        def attempt(c: Candidate, budget: int, runs: Any = runs, shares: Any = shares) -> Trial:
-            return as_trial(runs[c, shares[budget]])
-
-        choice, _ = halve(list(full), evaluations, updates, attempt)
+        choice, _ = halve(list(full), whole.__getitem__, attempt)
         cells = [f"{full[c]:+.2f}" if c in full else "" for c in columns]
         print(f"| {model}, {seed} | {base:.2f} dB | {' | '.join(cells)} | {choice.name}, x {choice.rate:g}", end="")
         print(f" | {max(full.values()) - full[choice]:.2f} dB |")
