@@ -4,7 +4,7 @@ Two models on which different objectives are ahead: the bundled digits transform
 small U-Net (`tools/train_small_unet.py`; 20 steps, int4 a scale per output channel). Each candidate is run with each
 rung's share of its updates and with all of them, from the same start; the choice is then made of the trials'
 validation errors by `accuquant.calibration.choice` itself, and judged by held-out error. A line of results.jsonl is a
-run; one that is there is not repeated, so the tool can be stopped and started at will, and several shards can work at once:
+run; one that is there is not repeated, so the tool can be stopped and started at will, and several can work at once:
 
     python tools/train_small_unet.py --out build/small-unet
     python -m tools.benchmarks.accuracy.auto run --unet build/small-unet
