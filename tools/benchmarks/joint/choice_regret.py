@@ -41,6 +41,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 QUIET = Reporter(quiet=True)
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 DEFAULT_OUT = Path("tools/benchmarks/joint/results/choice")
+LOGGED_OUT = DEFAULT_OUT.with_name("choice-logged")
 PICKS = {"int8": (0, 0), "int4": (1, 0)}  # of attention and of the MLP, in dit_tune
 MOST = 4  # times the samples, for leaders
 
@@ -108,6 +109,27 @@ def judged(
                 "held_out": {"latents": _rounded(latents), "images": _rounded(images)},
                 "seconds": round(time.monotonic() - started, 1),
             }
+
+
+@app.command()
+def logged(
+    searches: Annotated[list[Path], typer.Argument(help="Files tried.jsonl of searches, in folders named by point.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = LOGGED_OUT,
+) -> None:
+    """Make rows of what searches have logged: one half of each candidate's validation samples stands for the held-out.
+
+    Both halves have the same classes, so this says how a rule reads samples, not what their classes hide.
+    """
+    for path in searches:
+        found = Tried(path).candidates
+        half = min(len(candidate.latent_errors) for candidate in found) // 2
+        for c in found:
+            halves = {
+                side: {"latents": _rounded(c.latent_errors[part]), "images": _rounded(c.image_errors[part])}
+                for side, part in (("validation", slice(half)), ("held_out", slice(half, 2 * half)))
+            }
+            about = {name: getattr(c, name) for name in ("key", "cache", "calibrated", "rival", "cost")}
+            _write(out, {"point": f"{path.parts[-3]}, NFC {path.parts[-2]}", **about, **halves, "seconds": 0.0})
 
 
 def worse_of_both(errors: Errors, samples: int, order: Tensor, costs: list[tuple[float, ...]], naive: int) -> Choice:
