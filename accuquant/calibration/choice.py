@@ -121,23 +121,27 @@ def candidates(objective: Objective, num_steps: int) -> list[Candidate]:
     return [Candidate(t, m, rate) for t in targets for m, rate in OBJECTIVES[t].trials if m <= num_steps]
 
 
-def halve(
-    found: list[Candidate], updates: Callable[[Candidate], int], attempt: Callable[[Candidate, int], Trial]
-) -> tuple[Candidate, list[Trial]]:
+def whole_updates(job: Job) -> dict[Candidate, int]:
+    """What is tried, and the `iterations` that the recipe's network evaluations pay each."""
+    evaluations = job.objective.iterations
+    return {c: c.updates(job, evaluations) for c in candidates(job.objective, job.num_steps)}
+
+
+def halve(updates: dict[Candidate, int], attempt: Callable[[Candidate, int], Trial]) -> tuple[Candidate, list[Trial]]:
     """Successive halving.
 
     A candidate that a rung's share leaves fewer than `LEAST_UPDATES` updates joins at the next.
 
     Args:
-        updates: `iterations` that a candidate would have in the end, of which `RUNGS` are shares.
+        updates: `iterations` that each candidate would have in the end, of which `RUNGS` are shares.
         attempt: tries a candidate with so many.
 
     Returns:
         the choice, and all trials in their order; the first candidate where none has enough updates for a trial.
     """
-    left, trials = list(found), list[Trial]()
+    left, trials = list(updates), list[Trial]()
     for number, share in enumerate(RUNGS):
-        counts = {c: int(share * updates(c)) for c in left}
+        counts = {c: int(share * updates[c]) for c in left}
         later = [c for c in left if counts[c] < LEAST_UPDATES]
         rung = [attempt(c, counts[c]) for c in left if c not in later]
         trials += rung
@@ -155,7 +159,7 @@ def search_cost(job: Job) -> Cost:
     objective = job.objective
     if not is_searched(objective):
         return OBJECTIVES["trajectory" if objective.target == AUTO else objective.target].cost(job)
-    kept = [c.cost(job, c.updates(job, objective.iterations)) for c in candidates(objective, job.num_steps)]
+    kept = [c.cost(job, count) for c, count in whole_updates(job).items()]
     return Cost(objective.iterations + sum(trial_budgets(job)), max(cost.kept_bytes for cost in kept))
 
 
@@ -164,16 +168,14 @@ def trial_budgets(job: Job) -> list[int]:
 
     Candidates do not cost the same, and which go on is not known: here the dearest do.
     """
-    objective = job.objective
-    if not is_searched(objective):
+    if not is_searched(job.objective):
         return []
 
     def dearest(c: Candidate, iterations: int) -> Trial:
         budget = c.cost(job, iterations).evaluations
         return Trial(**asdict(c), budget=budget, updates=0, evaluations=0, error=-budget, standard_error=None)
 
-    found = candidates(objective, job.num_steps)
-    return [t.budget for t in halve(found, lambda c: c.updates(job, objective.iterations), dearest)[1]]
+    return [trial.budget for trial in halve(whole_updates(job), dearest)[1]]
 
 
 def choose_objective(
@@ -187,7 +189,7 @@ def choose_objective(
         the section `objective` with target, M, iterations and rates decided, and the trials.
     """
     job, made = session.job(wish), list[Trial]()
-    found, start = candidates(wish, job.num_steps), session.snapshot()
+    whole, start = whole_updates(job), session.snapshot()
     known = kept.read(TRIED, _read_trials) or []
 
     with reporter.bar("choosing the objective", len(trial_budgets(job))) as advance:
@@ -205,9 +207,9 @@ def choose_objective(
             advance(f"{candidate.name}, rates x {candidate.rate:g}: {made[-1].loss:.4f}")
             return made[-1]
 
-        choice, trials = halve(found, lambda c: c.updates(job, wish.iterations), attempt)
-    updates = max(1, choice.updates(job, wish.iterations))
-    for line in told(choice, updates, trials, found):
+        choice, trials = halve(whole, attempt)
+    updates = max(1, whole[choice])
+    for line in told(choice, updates, trials, list(whole)):
         reporter.say(line)
     return choice.applied(wish, updates), trials
 

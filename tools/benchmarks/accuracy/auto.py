@@ -145,7 +145,7 @@ def table(out: Out = DEFAULT_OUT) -> None:
         def attempt(c: Candidate, count: int, runs: Any = runs) -> Trial:
             return next(as_trial(r) for (one, _), r in runs.items() if one == c and r["updates_of_each"] == count)
 
-        choice, _ = halve(list(full), whole.__getitem__, attempt)
+        choice, _ = halve(whole, attempt)
         cells = [f"{full[c]:+.2f}" if c in full else "" for c in columns]
         print(f"| {model}, {seed} | {base:.2f} dB | {' | '.join(cells)} | {choice.name}, x {choice.rate:g}", end="")
         print(f" | {max(full.values()) - full[choice]:.2f} dB |")
