@@ -19,6 +19,7 @@ from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.stats import CacheStats
 
 LEAST_CALLS, MOST_CALLS, CALLS_SECONDS = 3, 40, 3.0  # of the denoiser, to know how long one takes
+MOST_ALONE = 5.0
 
 
 def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[str, int]) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def call_seconds(rollout: Rollout, conditions: Conditions) -> CallSeconds:
 
     Where it stays, no call is quiet, and threads that wait for each other's cores make each many times slower. So on a
     CPU calls of one thread are measured too, by the time that this thread had a core: free cores do not take longer.
+    Not of a model so large that one thread would take `MOST_ALONE` seconds.
     """
 
     def least(clock: Callable[[], float]) -> float:
@@ -73,9 +75,9 @@ def call_seconds(rollout: Rollout, conditions: Conditions) -> CallSeconds:
         return min(found)
 
     now = least(time.perf_counter)
-    if conditions.noise.is_cuda:
-        return CallSeconds(now, now)
     threads = torch.get_num_threads()
+    if conditions.noise.is_cuda or threads * now > MOST_ALONE:
+        return CallSeconds(now, now)
     torch.set_num_threads(1)
     try:
         alone = least(time.thread_time)
