@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +128,23 @@ def interrupted_and_resumed(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, ite
         with pytest.raises(KeyboardInterrupt):
             calibrate(recipe, Reporter(quiet=True))
     return calibrate(recipe, Reporter(quiet=True), resume=True)
+
+
+BURN = "import torch\ntorch.set_num_threads(2)\na = torch.randn(700, 700)\nprint('hot', flush=True)\nwhile True: a @ a"
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """Two other processes multiply meanwhile, with two threads each."""
+    burners = [subprocess.Popen([sys.executable, "-c", BURN], stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for burner in burners:
+            assert burner.stdout is not None and burner.stdout.readline() == b"hot\n"
+        yield
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
 
 
 def importable(folder: Path) -> dict[str, str]:

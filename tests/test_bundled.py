@@ -88,6 +88,5 @@ def test_dit_xl_recipe_runs_dry_on_a_local_model_of_its_class(tmp_path: Path) ->
     recipe = load_recipe("dit_xl_256_w8a8", [f"model.id={tmp_path / 'xl'}", "model.device=cpu"])
     planned, costs = describe(recipe)
     assert sum(p.spec is not None for p in planned) == 2 * (4 + 2 + 1)
-    budget = recipe.objective.iterations  # evaluations, since `auto` chooses; its trials cost about as much again
-    assert budget == 1200 and 2 * budget < costs["network_evaluations"]["tuning"] < 3 * budget
+    assert costs["network_evaluations"]["tuning"] == 1200 + 1857  # the calibration's, and those of the trials of `auto`
     assert costs["seconds"] > 0

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from helpers import busy_cores
 from pipelines import make_pipeline
 
 from accuquant.cli import plan_view
 from accuquant.evaluation.costs import CallSeconds, call_seconds
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Sampling
-
-BURN = "import torch\ntorch.set_num_threads(2)\na = torch.randn(700, 700)\nprint('hot', flush=True)\nwhile True: a @ a"
 
 
 def test_a_busy_machine_changes_what_is_now_and_not_what_was_free() -> None:
@@ -25,15 +21,8 @@ def test_a_busy_machine_changes_what_is_now_and_not_what_was_free() -> None:
     torch.set_num_threads(2)
     try:
         quiet = call_seconds(rollout, conditions)
-        burners = [subprocess.Popen([sys.executable, "-c", BURN], stdout=subprocess.PIPE) for _ in range(2)]
-        try:
-            for burner in burners:
-                assert burner.stdout is not None and burner.stdout.readline() == b"hot\n"
+        with busy_cores():
             busy = call_seconds(rollout, conditions)
-        finally:
-            for burner in burners:
-                burner.kill()
-                burner.wait()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import busy_cores
 from layers import MODULES, every_module, make_input, make_layer, oracle, relative
 from pipelines import make_pipeline
 from safetensors.torch import load_file
@@ -87,7 +88,6 @@ with torch.no_grad():
 save_file({"y": y}, sys.argv[2])
 print(json.dumps({name: layer.path for name, layer in quantized_layers(model).items()}))
 """
-BURN = "import torch\ntorch.set_num_threads(2)\na = torch.randn(700, 700)\nprint('hot', flush=True)\nwhile True: a @ a"
 
 
 def test_two_loads_on_a_busy_machine_compute_the_same(folder: Path, tmp_path: Path) -> None:
@@ -100,15 +100,8 @@ def test_two_loads_on_a_busy_machine_compute_the_same(folder: Path, tmp_path: Pa
         return json.loads(out.splitlines()[-1]), load_file(file)["y"]
 
     first = run("alone")
-    burners = [subprocess.Popen([sys.executable, "-c", BURN], stdout=subprocess.PIPE) for _ in range(2)]
-    try:
-        for burner in burners:
-            assert burner.stdout is not None and burner.stdout.readline() == b"hot\n"
+    with busy_cores():
         second = run("busy")
-    finally:
-        for burner in burners:
-            burner.kill()
-            burner.wait()
     assert first[0] == second[0] and torch.equal(first[1], second[1])
     assert run("threads", 2)[0] == first[0]
 

@@ -46,7 +46,7 @@ def test_product(capability: int, rows: int, x: str, bits: int, group: int | Non
     sizes["BK"] = max(32, step)
     scales = (1 if asymmetric else 2) if x == "*i8" else 0
     fixed: dict[str, int | None] = {"BITS": bits, "GROUP": group or 0, "STEP": step, "BAND": 8, **sizes}
-    fixed |= {"X_SCALES": scales} | {"W_ZERO": asymmetric, "X_ZERO": scales == 1, "BIAS": not asymmetric}
+    fixed |= {"X_SCALES": scales, "W_ZERO": asymmetric, "X_ZERO": scales == 1, "BIAS": not asymmetric}
     unused = {"w_zero": not asymmetric, "x_zero": scales != 1, "x_scale": not scales, "bias": asymmetric}
     fixed |= {name: None for name, is_unused in {**unused, "w_sums": scales != 1}.items() if is_unused}
     fixed |= ({} if group else {"groups": 1}) | ({"rows": 1} if rows == 1 else {})
