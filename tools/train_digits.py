@@ -4,29 +4,24 @@ A quantizer must be tried on a real latent diffusion transformer, yet the tests 
 this trains one of the same make as DiT-XL/2 (KL autoencoder, adaLN-zero transformer, 1000 linear betas, DDIM) but
 small, on the 1797 handwriting scans shipped with scikit-learn, and a classifier to judge what it generates.
 
-    python tools/train_digits.py                    # train (or go on where it stopped), evaluate, write --out
-    python tools/train_digits.py --evaluate-only    # judge the folder already in --out
-    python tools/train_digits.py --init-from FOLDER --steps-vae 0 --steps-classifier 0   # train a folder's DiT further
+    python -m tools.train_digits                    # train (or go on where it stopped), evaluate, write --out
+    python -m tools.train_digits --evaluate-only    # judge the folder already in --out
+    python -m tools.train_digits --init-from FOLDER --steps-vae 0 --steps-classifier 0   # train a folder's DiT further
 """
 
-import argparse
 import json
 import math
 import shutil
-import signal
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -34,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from accuquant.evaluation.digit_classifier import WEIGHTS_NAME, DigitClassifier
+from tools.training import Facts, LossFn, Net, Run, Stage, cosine, parse_options, train_stage
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -41,12 +37,8 @@ SPLIT_SEED, HELD_OUT = 0, 0.2  # fixed: the held-out images stay held out whatev
 NULL_CLASS, LABEL_DROP = 1000, 0.1  # DiTPipeline hard-codes the null class
 ATTENTION = SDPBackend.FLASH_ATTENTION if CUDA else SDPBackend.MATH  # its fused backward is slow on a CPU
 KL_WEIGHT, EMA_DECAY = 1e-5, 0.9995
-GUIDANCE, DDIM_STEPS, MAX_BYTES, LOG_EVERY = 1.5, 50, 16_000_000, 200
+GUIDANCE, DDIM_STEPS, MAX_BYTES = 1.5, 50, 16_000_000
 GOALS = {"classifier_held_out_accuracy": 0.97, "generated_agreement": 0.95}
-
-Net = TypeVar("Net", bound=nn.Module)
-Facts = dict[str, Any]
-LossFn = Callable[[Net, torch.Generator], Tensor]
 
 
 @dataclass
@@ -66,15 +58,6 @@ class Options:
     save_every: float = 30.0  # seconds between checkpoints
     seed: int = 0
     evaluate_only: bool = False
-
-
-def parse_options() -> Options:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Options):
-        flag, kind = "--" + field.name.replace("_", "-"), Path if field.default is None else type(field.default)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument(flag, default=field.default, **how)
-    return Options(**vars(parser.parse_args()))
 
 
 def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,89 +116,15 @@ def make_transformer(given: Path | None) -> DiTTransformer2DModel:
     return model
 
 
-def train_stage(
+def train_network(
     name: str, make: Callable[[], Net], loss_fn: LossFn[Net], steps: int, lr: float, recipe: str, options: Options
 ) -> tuple[Net, Facts]:
     """Trains a network or takes up its checkpoint; returns it with its averaged weights, and the figures."""
-    torch.manual_seed(options.seed)
-    model, recipe = make().to(DEVICE), f"{recipe} steps={steps}"
-    # eval() throughout: the only thing that train mode changes here is diffusers' own label dropout, which draws
-    # apart in every block; dit_loss drops a sample's label in all blocks together.
-    model.requires_grad_(True).eval()
-    weights = list(model.parameters())
-    averages = [p.detach().clone() for p in weights]
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=CUDA)
-
-    # All that a checkpoint holds but the generator, by name; AdamW's own state is laid out here so as to be in it.
-    state: dict[str, Tensor] = {}
-    for (key, p), average in zip(model.named_parameters(), averages, strict=True):
-        moments = {"step": torch.tensor(0.0, device=DEVICE), "exp_avg": p.new_zeros(p.shape)}
-        optimizer.state[p] = moments | {"exp_avg_sq": p.new_zeros(p.shape)}
-        state |= {f"model.{key}": p.detach(), f"ema.{key}": average}
-        state |= {f"{moment}.{key}": tensor for moment, tensor in optimizer.state[p].items()}
-    generator = torch.Generator(DEVICE).manual_seed(options.seed)
-    file = options.work / f"{name}.safetensors"
-    first, seconds, loss = 0, 0.0, math.nan
-
-    # Take up the checkpoint, if it is of this very recipe.
-    if file.is_file():
-        with safe_open(file, "pt") as stored:
-            metadata: dict[str, str] = stored.metadata()
-        if metadata["recipe"] == recipe:
-            saved = load_file(file, device=DEVICE.type)
-            first, seconds, loss = int(metadata["step"]), float(metadata["seconds"]), float(metadata["loss"])
-            for key, tensor in state.items():
-                tensor.copy_(saved[key])
-            generator.set_state(saved["rng"].cpu())
-            print(f"{name}: going on from step {first}")
-
-    def save(step: int) -> None:
-        tensors = {key: tensor.cpu() for key, tensor in state.items()} | {"rng": generator.get_state()}
-        metadata = {"recipe": recipe, "step": str(step), "seconds": str(seconds + clock() - start), "loss": str(loss)}
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata)
-        partial.replace(file)
-
-    stopped: list[int] = []  # a signal only raises a flag: the step under way is finished first
-    clock = time.monotonic
-    start = saved_at = clock()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, lambda number, _: stopped.append(number)) for number in signals}
-    try:
-        warm_up = min(500, steps // 10 + 1)
-        window, counted = torch.zeros((), device=DEVICE), 0
-        bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=1.0)
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            batch_loss = loss_fn(model, generator)
-            optimizer.zero_grad(set_to_none=True)
-            batch_loss.backward()
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, list[Tensor](weights), 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
-
-            # The loss is summed on the device and read seldom: each read makes the host wait.
-            window, counted = window + batch_loss.detach(), counted + 1
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-                loss, window, counted = window.item() / counted, torch.zeros_like(window), 0
-                bar.set_postfix(loss=f"{loss:.4f}")
-            if stopped or step + 1 == steps or clock() - saved_at > options.save_every:
-                save(step + 1)
-                saved_at = clock()
-            if stopped:
-                bar.close()
-                print(f"{name}: stopped, saved at step {step + 1} of {steps}")
-                raise SystemExit(128 + stopped[0])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    if first < steps:
-        seconds += clock() - start
-    torch._foreach_copy_([p.data for p in weights], averages)
-    return model.requires_grad_(False), {"steps": steps, "final_loss": loss if steps else None, "seconds": seconds}
+    run, recipe = Run(options.work, DEVICE, options.seed), f"{recipe} steps={steps}"
+    stage = Stage(run, name, steps, lr, cosine(steps), recipe, ema_decay=EMA_DECAY, save_every=options.save_every)
+    model, facts = train_stage(stage, make, loss_fn)
+    facts.pop("curve")
+    return model, facts
 
 
 def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
@@ -243,9 +152,9 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         return F.mse_loss(decoded, batch).add(kl, alpha=KL_WEIGHT)
 
-    recipe = f"{DEVICE.type} seed={options.seed} batch={options.batch} bank={options.bank} vae={options.steps_vae}"
+    recipe = f"batch={options.batch} bank={options.bank} vae={options.steps_vae}"
     recipe += f" from={given.resolve()}" if given else ""
-    vae, vae_facts = train_stage("vae", lambda: make_vae(given), vae_loss, options.steps_vae, 1e-3, recipe, options)
+    vae, vae_facts = train_network("vae", lambda: make_vae(given), vae_loss, options.steps_vae, 1e-3, recipe, options)
     latents, decoded = encode_bank(vae, images, generator)
     scaling_factor = 1 / latents.float().std().item()
     latents *= scaling_factor
@@ -259,7 +168,7 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
         return F.cross_entropy(model(batch), labels[index], label_smoothing=0.05)
 
     make_classifier = (lambda: DigitClassifier.from_folder(given / "classifier")) if given else DigitClassifier
-    classifier, classifier_facts = train_stage(
+    classifier, classifier_facts = train_network(
         "classifier", make_classifier, classifier_loss, options.steps_classifier, 2e-3, recipe, options
     )
 
@@ -278,7 +187,7 @@ def train(options: Options) -> tuple[DiTPipeline, DigitClassifier, Facts]:
             predicted = model(noisy, timestep=timestep, class_labels=classes, return_dict=False)[0]
         return F.mse_loss(predicted.float(), noise)
 
-    transformer, transformer_facts = train_stage(
+    transformer, transformer_facts = train_network(
         "transformer", lambda: make_transformer(given), dit_loss, options.steps_dit, options.lr_dit, recipe, options
     )
 
@@ -379,7 +288,7 @@ def write_folder(options: Options, pipe: DiTPipeline, classifier: DigitClassifie
 
 def main() -> bool:
     """Whether the goals are met."""
-    options = parse_options()
+    options = parse_options(Options, __doc__ or "")
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     if options.evaluate_only:

@@ -11,7 +11,7 @@ from torch import nn
 from accuquant.caching.search import search_on_inputs
 from accuquant.errors import CheckpointError, RecipeError
 from accuquant.export.torchao import INSTALL_TORCHAO, torchao_installed, torchao_layers
-from accuquant.model.families import denoiser_of, pick_device
+from accuquant.model.families import denoiser_of, left_out, pick_device
 from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import load_split
 from accuquant.progress import Reporter
@@ -34,7 +34,8 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
     if recipe.export.format == "torchao" and not torchao_installed():
         raise RecipeError(f"{folder} is in torchao's format, and torchao is not installed: {INSTALL_TORCHAO}")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=getattr(torch, recipe.model.dtype))
+        dtype = getattr(torch, recipe.model.dtype)
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **left_out(str(folder)))
     except CheckpointError as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:  # diffusers' own

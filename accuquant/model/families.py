@@ -78,7 +78,11 @@ def load_pipeline(model: Model) -> DiffusionPipeline:
     source, device = resolve(model.id), pick_device(model.device)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            source, revision=model.revision, dtype=getattr(torch, model.dtype), use_safetensors=True
+            source,
+            revision=model.revision,
+            dtype=getattr(torch, model.dtype),
+            use_safetensors=True,
+            **left_out(source, model.revision),
         ).to(device)
     # AttributeError: a class that this diffusers does not have; ImportError: a package that a pipeline needs
     except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as error:
@@ -92,6 +96,16 @@ def load_pipeline(model: Model) -> DiffusionPipeline:
     pipeline.set_progress_bar_config(disable=True)
     _keep_labels(pipeline)
     return pipeline
+
+
+def left_out(source: str, revision: str | None = None) -> dict[str, None]:
+    """Components that a pipeline needs and that were saved as none, as arguments: diffusers wants to be told again.
+
+    Stable Diffusion 3 without T5 is the usual case.
+    """
+    index = DiffusionPipeline.load_config(source, revision=revision)
+    optional = getattr(getattr(diffusers, index["_class_name"], None), "_optional_components", [])
+    return {name: None for name, value in index.items() if value == [None, None] and name not in optional}
 
 
 def _keep_labels(pipeline: DiffusionPipeline) -> None:
