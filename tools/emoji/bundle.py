@@ -59,7 +59,7 @@ def sheet(images: Tensor, captions: list[str], file: Path, columns: int = 8) -> 
     """Images (N, 3, H, W) in [-1, 1], each above its prompt."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.25 * columns, 1.55 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
     for axis, image, caption in zip(axes, images, captions, strict=False):
