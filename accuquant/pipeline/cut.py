@@ -1,0 +1,175 @@
+"""The code of a recording cut into steps: constants folded, and in each step no more than later ones need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.utils._pytree import tree_unflatten
+
+from accuquant.pipeline.lowering import Advance, Apply, Instruction, Invoke, Lowering, Slot, TapeError, Template
+from accuquant.pipeline.tape import State, Step, Tape, run
+
+
+def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:
+    """The tape of a lowered recording, with the states that the recorded outputs of its networks give.
+
+    Raises:
+        TapeError: there is no loop of two steps or more, or the tape does not give the recorded latents.
+    """
+    name, code = type(pipeline).__name__, lowering.code
+    marks = [k for k, one in enumerate(code) if isinstance(one, Advance)]
+    if not marks:
+        raise TapeError(f"{name} steps no scheduler in its call: it has no denoising loop of its own to record")
+    denoisers = _denoisers(code)
+    looped = denoisers | {one.component for one in code[marks[0] : marks[-1]] if isinstance(one, Invoke)}
+    code = _folded(code, looped)
+    code, first = _with_initial_latents(code, lowering.count)
+
+    # A step ends with the last scheduler's step before the next call of a network.
+    steps: list[list[Instruction]] = [[]]
+    ended = False
+    for one in code:
+        if isinstance(one, Invoke) and one.component in looped and ended:
+            between = []
+            while not isinstance(steps[-1][-1], Advance):  # what follows the last mark belongs to the next step
+                between.append(steps[-1].pop())
+            steps.append(between[::-1])
+            ended = False
+        steps[-1].append(one)
+        ended = ended or isinstance(one, Advance)
+    tail: list[Instruction] = []
+    while not isinstance(steps[-1][-1], Advance):
+        tail.append(steps[-1].pop())
+    if len(steps) < 2:
+        raise TapeError(f"{name} made a single step: calibration needs two or more (num_inference_steps)")
+
+    latents = [tuple(first)]
+    for i, step in enumerate(steps):
+        ends = [one for one in step if isinstance(one, Advance)]
+        for one in ends:
+            if not isinstance(one.previous, Slot):
+                raise TapeError(f"{name}: the latents of step {i} depend on no network")
+        latents.append(tuple(dict.fromkeys(one.previous.number for one in ends)))
+
+    # Backwards: what later steps need of each step.
+    needed, found = set[int](), list[Step]()
+    for i in reversed(range(len(steps))):
+        history_out = tuple(sorted(needed - set(latents[i + 1])))
+        needed |= set(latents[i + 1])
+        kept: list[Apply | Invoke] = []
+        for one in reversed(steps[i]):
+            if not isinstance(one, Advance) and needed & set(one.outputs):
+                kept.append(one)
+                needed |= one.given.numbers
+                needed -= set(one.outputs)
+        kept.reverse()
+        history_in = tuple(sorted(needed - set(latents[i])))
+        found.append(Step(tuple(kept), latents[i], history_in, latents[i + 1], history_out))
+    found.reverse()
+    if found[0].history_in:
+        raise TapeError(f"{name}: the first step reads {len(found[0].history_in)} values that were never computed")
+
+    # The states, from the outputs that the networks gave.
+    values = dict(zip(latents[0], first.values(), strict=True))
+    states = [State(tuple(values[n] for n in latents[0]))]
+    with torch.no_grad():
+        for i, step in enumerate(found):
+            run(step.code, values, lambda one: one.held)
+            ends = [one for one in steps[i] if isinstance(one, Advance)]
+            if not all(same(values[one.previous.number], one.value) for one in ends):
+                raise TapeError(f"{name}: step {i} of the tape does not give the latents that the pipeline had")
+            states.append(_state(values, step))
+            values = {n: values[n] for n in step.latents_out + step.history_out}
+    without = [_without_outputs(step) for step in found]
+    return Tape(pipeline, without, states, frozenset(denoisers), frozenset(looped))
+
+
+def _state(values: dict[int, Tensor], step: Step) -> State:
+    return State(tuple(values[n] for n in step.latents_out), tuple(values[n] for n in step.history_out))
+
+
+def _without_outputs(step: Step) -> Step:
+    code = tuple(replace(one, held=()) if isinstance(one, Invoke) else one for one in step.code)
+    return Step(code, step.latents_in, step.history_in, step.latents_out, step.history_out)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or (a.shape == b.shape and bool(torch.isclose(a, b, 0, 0, equal_nan=True).all()))
+
+
+def _denoisers(code: list[Instruction]) -> set[str]:
+    """The components whose output reaches a scheduler's step without passing through another call."""
+    by_slot = {number: one for one in code if not isinstance(one, Advance) for number in one.outputs}
+    found: set[str] = set()
+    pending = [one.previous.number for one in code if isinstance(one, Advance) and isinstance(one.previous, Slot)]
+    visited: set[int] = set()
+    while pending:
+        number = pending.pop()
+        if number in visited or number not in by_slot:
+            continue
+        visited.add(number)
+        one = by_slot[number]
+        if isinstance(one, Invoke):
+            found.add(one.component)
+        else:
+            pending += one.given.numbers
+    return found
+
+
+def _folded(code: list[Instruction], looped: set[str]) -> list[Instruction]:
+    """Without the instructions whose result is the same at every replay."""
+    known: dict[int, Tensor] = {}
+    kept: list[Instruction] = []
+    with torch.no_grad():
+        for one in code:
+            if isinstance(one, Advance):
+                kept.append(Advance(one.scheduler, _known(one.sample, known), _known(one.previous, known), one.value))
+                continue
+            given = one.given.substituted(known) if one.given.numbers & known.keys() else one.given
+            constant = not given.numbers
+            if isinstance(one, Apply):
+                if constant:
+                    run([replace(one, given=given)], known, lambda _: ())
+                else:
+                    kept.append(replace(one, given=given))
+            elif constant and one.component not in looped:
+                known.update(zip(one.outputs, one.held, strict=True))
+            else:
+                kept.append(replace(one, given=given))
+    return kept
+
+
+def _known(value: Any, known: dict[int, Tensor]) -> Any:
+    return known.get(value.number, value) if isinstance(value, Slot) else value
+
+
+def _with_initial_latents(code: list[Instruction], count: int) -> tuple[list[Instruction], dict[int, Tensor]]:
+    """The first sample of each scheduler is no constant but the first state; returns its slots with their values."""
+    first: dict[int, Tensor] = {}
+    for one in code:
+        if isinstance(one, Invoke) and first:
+            break
+        begins = isinstance(one, Advance) and isinstance(one.sample, Tensor)
+        if begins and not any(one.sample is tensor for tensor in first.values()):
+            first[count + len(first)] = one.sample
+    slots = {id(tensor): Slot(number) for number, tensor in first.items()}
+
+    def replaced(template: Template) -> Template:
+        leaves = [slots.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in template.leaves]
+        return Template(tree_unflatten(leaves, template.spec))
+
+    out: list[Instruction] = []
+    for one in code:
+        match one:
+            case Apply():
+                out.append(replace(one, given=replaced(one.given)))
+            case Invoke():
+                given = replaced(one.given)
+                out.append(replace(one, given=given))
+            case Advance():
+                out.append(one)
+    return out, first

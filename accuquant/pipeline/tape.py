@@ -1,0 +1,147 @@
+"""A pipeline as a tape: recorded once, then replayed step by step as a pure, differentiable function of its state.
+
+    tape = record(pipeline, prompt="a cat", num_inference_steps=20)
+    state = tape.state(7)            # latents and the solver's history before step 7, as recorded
+    state = tape.step(7, state)      # one step, by whatever networks the pipeline holds now
+
+Neither pipeline nor scheduler nor generator takes part in a step: timesteps, conditions, and noise are constants of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from accuquant.pipeline.lowering import Apply, Instruction, Invoke
+
+Components = Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class State:
+    """What crosses the boundary before a step.
+
+    Attributes:
+        latents: what the schedulers' steps returned; one tensor, or one for each modality.
+        history: what else of earlier steps is used later: former predictions, former latents.
+    """
+
+    latents: tuple[Tensor, ...]
+    history: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.latents + self.history
+
+
+@dataclass(frozen=True)
+class Step:
+    """The code of one step, and the slots that cross the boundaries before and after it."""
+
+    code: tuple[Apply | Invoke, ...]
+    latents_in: tuple[int, ...]
+    history_in: tuple[int, ...]
+    latents_out: tuple[int, ...]
+    history_out: tuple[int, ...]
+
+    @property
+    def calls(self) -> list[Invoke]:
+        return [one for one in self.code if isinstance(one, Invoke)]
+
+
+class Tape:
+    """The steps of one run of a pipeline.
+
+    Attributes:
+        pipeline: whose networks the steps call.
+        steps: in the order of the run.
+        denoisers: names of the components whose output reaches the latents without passing through another one.
+        looped: names of all components that are called in steps.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        steps: list[Step],
+        states: list[State],
+        denoisers: frozenset[str],
+        looped: frozenset[str],
+    ) -> None:
+        self.pipeline, self.steps, self.denoisers, self.looped = pipeline, steps, denoisers, looped
+        self._states = states
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def state(self, i: int) -> State:
+        """The state before step ``i`` as recorded; ``state(len(tape))`` is the last."""
+        return self._states[i]
+
+    def step(self, i: int, state: State, components: Components | None = None) -> State:
+        """The state after step ``i``; differentiable in ``state`` and in the networks.
+
+        Args:
+            components: networks to call in the place of the pipeline's, by name.
+        """
+        step = self.steps[i]
+        values = dict(zip(step.latents_in + step.history_in, state.tensors, strict=True))
+        given = components or {}
+
+        def call(one: Invoke) -> Sequence[Tensor]:
+            network = given.get(one.component) or _component(self.pipeline, one.component)
+            args, kwargs = one.given.filled(values)
+            with called_as(one, self.pipeline):
+                return tensors_of(network(*args, **kwargs))
+
+        run(step.code, values, call)
+        return State(tuple(values[n] for n in step.latents_out), tuple(values[n] for n in step.history_out))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of constants and states, each tensor counted once."""
+        constants = (t for step in self.steps for one in step.code for t in one.given.constants)
+        states = (t for state in self._states for t in state.tensors)
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*constants, *states)}
+        return sum(storages.values())
+
+
+def run(code: Sequence[Instruction], values: dict[int, Tensor], call: Callable[[Invoke], Sequence[Tensor]]) -> None:
+    """Executes instructions; ``values`` gains what they define."""
+    for one in code:
+        if isinstance(one, Apply):
+            args, kwargs = one.given.filled(values)
+            result = one.function(*args, **kwargs)
+            if isinstance(result, Tensor):
+                values[one.outputs[0]] = result
+            else:
+                values.update(zip(one.outputs, tensors_of(result), strict=True))
+        elif isinstance(one, Invoke):
+            values.update(zip(one.outputs, call(one), strict=True))
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def called_as(one: Invoke, pipeline: DiffusionPipeline) -> Iterator[None]:
+    """The mixed precision and the cache context that a network was recorded with."""
+    with ExitStack() as stack:
+        for mode in one.autocast:
+            stack.enter_context(torch.autocast(mode.device_type, mode.dtype, mode.enabled))
+        if one.context is not None:
+            stack.enter_context(getattr(pipeline, one.component).cache_context(one.context))
+        yield
+
+
+def _component(pipeline: DiffusionPipeline, name: str) -> Callable[..., Any]:
+    component, _, method = name.partition(".")
+    network: Callable[..., Any] = getattr(pipeline, component)
+    return getattr(network, method) if method else network
