@@ -10,8 +10,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
+from accuquant.core.trajectory import State
 from accuquant.pipeline.lowering import Advance, Apply, Instruction, Invoke, Lowering, Slot, TapeError, Template
-from accuquant.pipeline.tape import State, Step, Tape, run
+from accuquant.pipeline.tape import Step, Tape, run
 
 
 def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:

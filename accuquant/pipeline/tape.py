@@ -19,26 +19,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from accuquant.core.trajectory import State
 from accuquant.pipeline.lowering import Apply, Instruction, Invoke
 
 Components = Mapping[str, Callable[..., Any]]
-
-
-@dataclass(frozen=True)
-class State:
-    """What crosses the boundary before a step.
-
-    Attributes:
-        latents: what the schedulers' steps returned; one tensor, or one for each modality.
-        history: what else of earlier steps is used later: former predictions, former latents.
-    """
-
-    latents: tuple[Tensor, ...]
-    history: tuple[Tensor, ...] = ()
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.latents + self.history
 
 
 @dataclass(frozen=True)

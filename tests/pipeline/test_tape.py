@@ -12,9 +12,10 @@ from diffusers import DiffusionPipeline
 from pipelines import make_pipeline
 from torch import Tensor
 
+from accuquant.core.trajectory import State
 from accuquant.pipeline.record import record
 from accuquant.pipeline.seams import Seams, previous_sample, unwrapped
-from accuquant.pipeline.tape import State, Tape
+from accuquant.pipeline.tape import Tape
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {},
