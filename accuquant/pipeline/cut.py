@@ -27,6 +27,12 @@ def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:
         raise TapeError(f"{name} steps no scheduler in its call: it has no denoising loop of its own to record")
     denoisers = _denoisers(code)
     looped = denoisers | {one.component for one in code[marks[0] : marks[-1]] if isinstance(one, Invoke)}
+    for one in code:
+        if isinstance(one, Invoke) and one.component in looped and one.writes:
+            raise TapeError(
+                f"{name}: {one.component} writes into what it is given (a cache of keys and values), so a step of it "
+                "cannot be made twice"
+            )
     code = _folded(code, looped)
     code, first = _with_initial_latents(code, lowering.count)
 
@@ -42,9 +48,10 @@ def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:
             ended = False
         steps[-1].append(one)
         ended = ended or isinstance(one, Advance)
-    tail: list[Instruction] = []
+    if not any(isinstance(one, Advance) for one in steps[-1]):  # networks that are called after the last step
+        steps.pop()
     while not isinstance(steps[-1][-1], Advance):
-        tail.append(steps[-1].pop())
+        steps[-1].pop()
     if len(steps) < 2:
         raise TapeError(f"{name} made a single step: calibration needs two or more (num_inference_steps)")
 

@@ -71,6 +71,7 @@ class Invoke:
     held: tuple[Tensor, ...]
     context: str | None
     autocast: tuple[Autocast, ...]
+    writes: bool
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,19 @@ class Lowering:
                 case Operation():
                     self._operation(event)
                 case Call():
-                    outputs = self._define(event.outputs)
                     given = self._template((event.args, event.kwargs))
+                    outputs = self._define(event.outputs)
                     self.code.append(
-                        Invoke(calls, event.component, given, outputs, tuple(event.held), event.context, event.autocast)
+                        Invoke(
+                            calls,
+                            event.component,
+                            given,
+                            outputs,
+                            tuple(event.held),
+                            event.context,
+                            event.autocast,
+                            event.writes,
+                        )
                     )
                     calls += 1
                     self._define_bases(event.outputs)

@@ -26,7 +26,8 @@ def record(pipeline: DiffusionPipeline, **call: Any) -> Tape:
     """Runs ``pipeline(**call)`` once at full precision and returns it as a tape; one run is one batch.
 
     Then the loop is run a second time with made-up outputs of its networks, none of which is evaluated: the tape must
-    give the same latents at every step, or the pipeline is refused.
+    give the same latents at every step, or the pipeline is refused. And one step is made again by the networks
+    themselves, which may not remember what they were called with before.
 
     Raises:
         TapeError: the pipeline steps no scheduler, or fewer than twice; or its tape does not compute what it computes.
@@ -41,6 +42,7 @@ def record(pipeline: DiffusionPipeline, **call: Any) -> Tape:
             )
         tape = cut(pipeline, Lowering(recording))
         self_check(pipeline, again(), recording, tape)
+    check_networks(pipeline, tape)
     return tape
 
 
@@ -101,6 +103,28 @@ def self_check(pipeline: DiffusionPipeline, call: dict[str, Any], recording: Rec
                     f"{name} cannot be replayed: step {i} of {len(tape)} depends on its networks through a number or "
                     "an array that Python read"
                 )
+
+
+def check_networks(pipeline: DiffusionPipeline, tape: Tape) -> None:
+    """Makes the second step once more.
+
+    Raises:
+        TapeError: the networks do not give what they gave: they keep something of earlier calls.
+    """
+    name, reason = type(pipeline).__name__, ""
+    try:
+        with torch.no_grad():
+            found = tape.step(1, tape.state(1)).latents
+        equal = all(
+            torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, tape.state(2).latents, strict=True)
+        )
+    except Exception as error:  # whatever a network says when it is called out of turn
+        equal, reason = False, f" ({type(error).__name__}: {error})"
+    if not equal:
+        raise TapeError(
+            f"{name} cannot be replayed: called again with the same arguments, {' and '.join(sorted(tape.looped))} "
+            f"gives something else; it remembers earlier calls, as a cache of keys and values does{reason}"
+        )
 
 
 @contextmanager

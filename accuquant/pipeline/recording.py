@@ -75,6 +75,7 @@ class Call:
     held: list[Tensor]  # what it returned, for as long as the recording is being worked on
     context: str | None  # diffusers' cache context
     autocast: tuple[Autocast, ...]
+    writes: bool  # whether it wrote into what it was given
 
 
 @dataclass(frozen=True)
@@ -198,16 +199,16 @@ class _Writer(TorchDispatchMode):
         """The stored value of a tensor: equal contents are stored once."""
         with _disable_current_modes():
             storage = tensor.untyped_storage()
-            version = None if tensor.is_inference() else tensor._version
-            where = (_storage(tensor), tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset(), version)
-            if version is not None and where in self.seen:
+            now = version(tensor)
+            where = (_storage(tensor), tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset(), now)
+            if now is not None and where in self.seen:
                 return Constant(self.seen[where][0])
             kept = compact_copy(tensor)
             content = (_digest(kept), kept.dtype, kept.size(), kept.stride(), kept.device)
             if content not in self.known:
                 self.known[content] = len(self.recording.constants)
                 self.recording.constants.append(kept)
-            if version is not None:
+            if now is not None:
                 self.seen[where] = (self.known[content], StorageWeakRef(storage))
             return Constant(self.known[content])
 
@@ -217,6 +218,11 @@ def _storage(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors and the like have none
         return -id(tensor)
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was written into; inference tensors do not count it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -243,7 +249,8 @@ def compact_copy(tensor: Tensor) -> Tensor:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    data = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+    plain = tensor.resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
+    data = plain.flatten().view(torch.uint8).numpy()
     return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
 
 
@@ -254,12 +261,14 @@ def write_down(pipeline: DiffusionPipeline, call: dict[str, Any]) -> Recording:
 
     def on_call(name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         given = writer.encode((args, kwargs))
-        modes = autocast_state()
+        modes, tensors = autocast_state(), [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         with _disable_current_modes():
+            before = [version(t) for t in tensors]
             out = method(*args, **kwargs)
+            writes = before != [version(t) for t in tensors]
             held = [t.clone() for t in tree_leaves(out) if isinstance(t, Tensor)]
         context = seams.contexts.get(name)
-        recording.events.append(Call(name, *given, writer.heat(out), held, context, modes))
+        recording.events.append(Call(name, *given, writer.heat(out), held, context, modes, writes))
         return out
 
     def on_step(name: str, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
