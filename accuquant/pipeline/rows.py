@@ -1,0 +1,87 @@
+"""Rows of calibration data as calls of a pipeline: a row is what a person would pass to it.
+
+    {"prompt": "a cat"}    {"class_labels": 3}    {"prompt": "a cat", "image": "in.png", "strength": 0.6}
+
+Several rows are one call. What a pipeline takes a list of, one for each sample, is gathered; of anything else all rows
+have to say the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from accuquant.errors import RecipeError, nearest
+from accuquant.pipeline.seams import unwrapped
+
+FORMER = {"class_id": "class_labels"}  # names of earlier versions
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Row = dict[str, Any]
+
+
+def call_of(
+    pipeline: DiffusionPipeline, rows: Sequence[Row], seeds: Sequence[int], sampling: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """The arguments of one call for a batch of rows.
+
+    Args:
+        seeds: one for the noise of each row, which then does not depend on its batch.
+        sampling: what is the same for all rows of a recipe: steps, guidance, sizes.
+        folder: that paths in rows are relative to.
+
+    Raises:
+        RecipeError: a key that the pipeline's call does not take, rows that differ in what is one for all, a picture
+            that cannot be read.
+    """
+    parameters = inspect.signature(unwrapped(pipeline)).parameters
+    name = type(pipeline).__name__
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    call: dict[str, Any] = {}
+    for key in keys:
+        argument = FORMER.get(key, key)
+        if argument not in parameters:
+            raise RecipeError(
+                f"data: {name} takes no {key!r}{nearest(key, parameters)}; its call takes {', '.join(parameters)}"
+            )
+        if missing := [i for i, row in enumerate(rows) if key not in row]:
+            raise RecipeError(f"data: row {missing[0]} of a batch has no {key!r}, and others have: {rows[missing[0]]}")
+        values = [opened(row[key], folder) for row in rows]
+        if one_each(parameters[argument]):
+            call[argument] = values
+        elif any(value != values[0] for value in values):
+            raise RecipeError(f"data: {key!r} is one for a whole call of {name}, and rows of a batch differ in it")
+        else:
+            call[argument] = values[0]
+    for key, value in sampling.items():
+        if key in parameters:
+            call.setdefault(key, value)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    call["generator"] = generators if one_each(parameters["generator"]) else generators[0]
+    return call
+
+
+def one_each(parameter: inspect.Parameter) -> bool:
+    """Whether a pipeline takes a list of this, with one for each sample."""
+    return "list" in str(parameter.annotation).lower()
+
+
+def opened(value: Any, folder: Path) -> Any:
+    """A row's value; the name of a picture is the picture.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    if not (isinstance(value, str) and value.lower().endswith(PICTURES) and "\n" not in value):
+        return value
+    path = folder / value
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"data: the picture {path} cannot be read ({error})") from error
