@@ -100,7 +100,8 @@ def group_gradient(
                     scale = 1.0 if variances is None or gradient == "identity" else _shrink(variances[k], i)
                     passed[k] = scale * later
                 if i in errors:
-                    passed[k] = errors[i][k] if passed[k] is None else passed[k] + errors[i][k]
+                    own = passed[k]
+                    passed[k] = errors[i][k] if own is None else own + errors[i][k]
             cotangents = passed
         states.pop(i + 1)
     return float(value)

@@ -85,13 +85,13 @@ def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:
     values = dict(zip(latents[0], first.values(), strict=True))
     states = [State(tuple(values[n] for n in latents[0]))]
     with torch.no_grad():
-        for i, step in enumerate(found):
-            run(step.code, values, lambda one: one.held)
+        for i, made in enumerate(found):
+            run(made.code, values, lambda one: one.held)
             ends = [one for one in steps[i] if isinstance(one, Advance)]
             if not all(same(values[one.previous.number], one.value) for one in ends):
                 raise TapeError(f"{name}: step {i} of the tape does not give the latents that the pipeline had")
-            states.append(_state(values, step))
-            values = {n: values[n] for n in step.latents_out + step.history_out}
+            states.append(_state(values, made))
+            values = {n: values[n] for n in made.latents_out + made.history_out}
     without = [_without_outputs(step) for step in found]
     return Tape(pipeline, without, states, frozenset(denoisers), frozenset(looped))
 
@@ -161,9 +161,9 @@ def _with_initial_latents(code: list[Instruction], count: int) -> tuple[list[Ins
     for one in code:
         if isinstance(one, Invoke) and first:
             break
-        begins = isinstance(one, Advance) and isinstance(one.sample, Tensor)
-        if begins and not any(one.sample is tensor for tensor in first.values()):
-            first[count + len(first)] = one.sample
+        sample = one.sample if isinstance(one, Advance) else None
+        if isinstance(sample, Tensor) and not any(sample is tensor for tensor in first.values()):
+            first[count + len(first)] = sample
     slots = {id(tensor): Slot(number) for number, tensor in first.items()}
 
     def replaced(template: Template) -> Template:

@@ -22,6 +22,15 @@ from accuquant.pipeline.tape import Tape, run
 PERTURBED = 0.02  # of its spread, by which the self-check moves a network's output
 
 
+def rehearse(pipeline: DiffusionPipeline, **call: Any) -> Tape:
+    """As `record`, with each network evaluated once and then giving the same again: all of a tape but its values.
+
+    Raises:
+        TapeError: see `record`.
+    """
+    return _recorded(pipeline, call, rehearsed=True)
+
+
 def record(pipeline: DiffusionPipeline, **call: Any) -> Tape:
     """Runs ``pipeline(**call)`` once at full precision and returns it as a tape; one run is one batch.
 
@@ -32,17 +41,22 @@ def record(pipeline: DiffusionPipeline, **call: Any) -> Tape:
     Raises:
         TapeError: the pipeline steps no scheduler, or fewer than twice; or its tape does not compute what it computes.
     """
+    tape = _recorded(pipeline, call, rehearsed=False)
+    check_networks(pipeline, tape)
+    return tape
+
+
+def _recorded(pipeline: DiffusionPipeline, call: dict[str, Any], rehearsed: bool) -> Tape:
     if takes(pipeline, "output_type"):
         call = {"output_type": "latent"} | call
     with repeatable(call) as again:
-        recording = write_down(pipeline, again())
+        recording = write_down(pipeline, again(), rehearsed)
         if not any(isinstance(event, Call) for event in recording.events):
             raise TapeError(
                 f"{type(pipeline).__name__} calls no network of its own: record the pipelines inside it, one by one"
             )
         tape = cut(pipeline, Lowering(recording))
         self_check(pipeline, again(), recording, tape)
-    check_networks(pipeline, tape)
     return tape
 
 

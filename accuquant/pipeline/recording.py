@@ -128,11 +128,11 @@ class _Writer(TorchDispatchMode):
             return self._reshaped(func, args, kwargs)
         for tensor in written:
             self._heat_written(tensor)
-        given = self.encode((args, kwargs))
+        given, named = self.encode((args, kwargs))
         out = func(*args, **kwargs)
         places = self.heat(out)
         writes = tuple(self.place(t) for t in written)
-        self.recording.events.append(Operation(func, *given, places, writes))
+        self.recording.events.append(Operation(func, given, named, places, writes))
         return out
 
     def _reshaped(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -254,21 +254,30 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
 
 
-def write_down(pipeline: DiffusionPipeline, call: dict[str, Any]) -> Recording:
-    """Runs ``pipeline(**call)`` without gradient and writes it down."""
+def write_down(pipeline: DiffusionPipeline, call: dict[str, Any], rehearsed: bool = False) -> Recording:
+    """Runs ``pipeline(**call)`` without gradient and writes it down.
+
+    Args:
+        rehearsed: evaluate a network once for arguments of the same shapes, and give its output again and again: the
+            steps are those of the run, their values are not.
+    """
     writer = _Writer()
-    recording = writer.recording
+    recording, given_before = writer.recording, dict[Any, Any]()
 
     def on_call(name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        given = writer.encode((args, kwargs))
+        given, named = writer.encode((args, kwargs))
         modes, tensors = autocast_state(), [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         with _disable_current_modes():
             before = [version(t) for t in tensors]
-            out = method(*args, **kwargs)
+            shapes = (name, *((t.shape, t.dtype) for t in tensors))
+            if rehearsed and shapes in given_before:
+                out = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given_before[shapes])
+            else:
+                out = given_before[shapes] = method(*args, **kwargs)
             writes = before != [version(t) for t in tensors]
             held = [t.clone() for t in tree_leaves(out) if isinstance(t, Tensor)]
         context = seams.contexts.get(name)
-        recording.events.append(Call(name, *given, writer.heat(out), held, context, modes, writes))
+        recording.events.append(Call(name, given, named, writer.heat(out), held, context, modes, writes))
         return out
 
     def on_step(name: str, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:

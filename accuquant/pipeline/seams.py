@@ -34,16 +34,16 @@ class Seams:
     @contextmanager
     def held(self) -> Iterator[None]:
         with ExitStack() as undo:
-            for name, component in self.pipeline.components.items():
+            components: dict[str, Any] = self.pipeline.components
+            for name, component in components.items():
                 if isinstance(component, nn.Module):
                     opaque = {"forward"} | (set(CALLED) if hasattr(component, "decode") else set())
                     for method in opaque & set(dir(component)):
                         label = name if method == "forward" else f"{name}.{method}"
                         undo.callback(_replaced(component, method, self._call(label, getattr(component, method))))
-                    if hasattr(component, "cache_context"):
-                        undo.callback(
-                            _replaced(component, "cache_context", self._context(name, component.cache_context))
-                        )
+                    entered: Any = getattr(component, "cache_context", None)
+                    if entered is not None:
+                        undo.callback(_replaced(component, "cache_context", self._context(name, entered)))
             # on the class: a pipeline may copy its scheduler, and a copy of an instance's would step the original
             classes = {type(part): name for name, part in self.pipeline.components.items() if is_scheduler(part)}
             for kind, name in classes.items():

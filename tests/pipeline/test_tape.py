@@ -13,7 +13,8 @@ from pipelines import make_pipeline
 from torch import Tensor
 
 from accuquant.core.trajectory import State
-from accuquant.pipeline.record import record
+from accuquant.pipeline.lowering import TapeError
+from accuquant.pipeline.record import record, rehearse
 from accuquant.pipeline.seams import Seams, previous_sample, unwrapped
 from accuquant.pipeline.tape import Tape
 
@@ -115,3 +116,97 @@ def test_gradients_are_those_of_the_unwrapped_pipeline(solver: str) -> None:
         if a is not None and b is not None:
             # several solvers work in float32 inside, the pipeline too
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(total) / len(parameters))
+
+
+def test_a_rehearsal_has_the_steps_of_the_run_for_one_evaluation() -> None:
+    pipeline, evaluated = with_solver("HeunDiscreteScheduler"), 0
+    forward = pipeline.transformer.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal evaluated
+        evaluated += 1
+        return forward(*args, **kwargs)
+
+    tape = record(pipeline, **call(DIT))
+    pipeline.transformer.forward = counted
+    rehearsed = rehearse(pipeline, **call(DIT))
+    assert evaluated == 1 and len(rehearsed) == len(tape) == 9
+    for a, b in zip(rehearsed.steps, tape.steps, strict=True):
+        assert [one.component for one in a.calls] == [one.component for one in b.calls]
+        assert [t.shape for t in tape.state(1).tensors] == [t.shape for t in rehearsed.state(1).tensors]
+        assert len(a.code) == len(b.code)
+
+
+class Remembers(torch.nn.Module):
+    """A layer that gives something else each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_networks_that_remember_are_refused() -> None:
+    pipeline = make_pipeline()
+    pipeline.transformer.proj_out_2 = torch.nn.Sequential(pipeline.transformer.proj_out_2, Remembers())
+    with pytest.raises(TapeError, match=r"DiTPipeline cannot be replayed.*transformer gives something else"):
+        record(pipeline, **call(DIT))
+
+
+def test_networks_that_write_into_their_arguments_are_refused() -> None:
+    pipeline = make_pipeline()
+    forward = pipeline.transformer.forward
+
+    def writing(hidden_states: Tensor, **kwargs: Any) -> Any:
+        out = forward(hidden_states, **kwargs)
+        hidden_states.add_(1)
+        return out
+
+    pipeline.transformer.forward = writing
+    with pytest.raises(TapeError, match="transformer writes into what it is given"):
+        record(pipeline, **call(DIT))
+
+
+class Reads(diffusers.DDIMScheduler):  # type: ignore[misc]
+    """A scheduler whose step is decided by a number that Python read."""
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+        scale = 1 + float(model_output.mean())
+        return super().step(model_output * scale, timestep, sample, **kwargs)
+
+
+def test_numbers_that_python_read_are_refused() -> None:
+    pipeline = make_pipeline()
+    pipeline.scheduler = Reads(clip_sample=False)
+    with pytest.raises(TapeError, match=r"cannot be replayed: step 0 of 5 .* that Python read"):
+        record(pipeline, **call(DIT))
+
+
+def test_a_single_step_is_refused() -> None:
+    with pytest.raises(TapeError, match="DiTPipeline made a single step"):
+        record(make_pipeline(), **call(DIT | {"num_inference_steps": 1}))
+
+
+def test_generators_are_left_where_one_run_leaves_them() -> None:
+    pipeline = with_solver("DDPMScheduler")
+    given, other = call(DIT), call(DIT)
+    record(pipeline, **given)
+    after, drawn = given["generator"].get_state(), torch.get_rng_state()
+    call(DIT)
+    with torch.no_grad():
+        unwrapped(pipeline)(**other)
+    assert torch.equal(other["generator"].get_state(), after) and torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("solver", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler"])
+def test_a_tape_keeps_unique_constants_and_states(solver: str) -> None:
+    """Twice the steps: twice the states, and no constant more."""
+    pipeline = with_solver(solver)
+    short, long = (record(pipeline, **call(DIT | {"num_inference_steps": n})) for n in (6, 12))
+    latent = short.state(0).latents[0].nbytes
+    most = max(len(state.tensors) for state in (long.state(i) for i in range(len(long) + 1)))
+    assert long.nbytes <= (len(long) + 1) * most * latent + 2 * latent
+    assert long.nbytes < 2.6 * short.nbytes
