@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from accuquant.core.trajectory import State
 from accuquant.pipeline.lowering import Advance, Apply, Instruction, Invoke, Lowering, Slot, TapeError, Template
-from accuquant.pipeline.tape import Step, Tape, run
+from accuquant.pipeline.tape import Step, Tail, Tape, run
 
 
 def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:
@@ -33,76 +33,98 @@ def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:
                 f"{name}: {one.component} writes into what it is given (a cache of keys and values), so a step of it "
                 "cannot be made twice"
             )
-    code = _folded(code, looped)
-    code, first = _with_initial_latents(code, lowering.count)
-
-    # A step ends with the last scheduler's step before the next call of a network.
-    steps: list[list[Instruction]] = [[]]
-    ended = False
-    for one in code:
-        if isinstance(one, Invoke) and one.component in looped and ended:
-            between = []
-            while not isinstance(steps[-1][-1], Advance):  # what follows the last mark belongs to the next step
-                between.append(steps[-1].pop())
-            steps.append(between[::-1])
-            ended = False
-        steps[-1].append(one)
-        ended = ended or isinstance(one, Advance)
-    if not any(isinstance(one, Advance) for one in steps[-1]):  # networks that are called after the last step
-        steps.pop()
-    while not isinstance(steps[-1][-1], Advance):
-        steps[-1].pop()
-    if len(steps) < 2:
+    code, first = _with_initial_latents(_folded(code, looped), lowering.count)
+    parts, after = _into_steps(code, looped)
+    if len(parts) < 2:
         raise TapeError(f"{name} made a single step: calibration needs two or more (num_inference_steps)")
+    latents = [tuple(first), *(_latents_after(part, f"{name}: step {i}") for i, part in enumerate(parts))]
+    tail, needed = _tail(after, lowering.returned, latents[-1])
 
-    latents = [tuple(first)]
-    for i, step in enumerate(steps):
-        ends = [one for one in step if isinstance(one, Advance)]
-        for one in ends:
-            if not isinstance(one.previous, Slot):
-                raise TapeError(f"{name}: the latents of step {i} depend on no network")
-        latents.append(tuple(dict.fromkeys(one.previous.number for one in ends)))
-
-    # Backwards: what later steps need of each step.
-    needed, found = set[int](), list[Step]()
-    for i in reversed(range(len(steps))):
+    # Backwards: of each step no more than later ones need.
+    steps = list[Step]()
+    for i in reversed(range(len(parts))):
         history_out = tuple(sorted(needed - set(latents[i + 1])))
-        needed |= set(latents[i + 1])
-        kept: list[Apply | Invoke] = []
-        for one in reversed(steps[i]):
-            if not isinstance(one, Advance) and needed & set(one.outputs):
-                kept.append(one)
-                needed |= one.given.numbers
-                needed -= set(one.outputs)
-        kept.reverse()
+        kept, needed = _slice(parts[i], needed | set(latents[i + 1]))
         history_in = tuple(sorted(needed - set(latents[i])))
-        found.append(Step(tuple(kept), latents[i], history_in, latents[i + 1], history_out))
-    found.reverse()
-    if found[0].history_in:
-        raise TapeError(f"{name}: the first step reads {len(found[0].history_in)} values that were never computed")
+        steps.insert(0, Step(kept, latents[i], history_in, latents[i + 1], history_out))
+    if steps[0].history_in:
+        raise TapeError(f"{name}: the first step reads {len(steps[0].history_in)} values that were never computed")
 
-    # The states, from the outputs that the networks gave.
+    # Forwards: the states, from the outputs that the networks gave.
     values = dict(zip(latents[0], first.values(), strict=True))
-    states = [State(tuple(values[n] for n in latents[0]))]
+    states = [State(tuple(values.values()))]
     with torch.no_grad():
-        for i, made in enumerate(found):
-            run(made.code, values, lambda one: one.held)
-            ends = [one for one in steps[i] if isinstance(one, Advance)]
+        for i, step in enumerate(steps):
+            run(step.code, values, lambda one: one.held)
+            ends = [one for one in parts[i] if isinstance(one, Advance)]
             if not all(same(values[one.previous.number], one.value) for one in ends):
                 raise TapeError(f"{name}: step {i} of the tape does not give the latents that the pipeline had")
-            states.append(_state(values, made))
-            values = {n: values[n] for n in made.latents_out + made.history_out}
-    without = [_without_outputs(step) for step in found]
-    return Tape(pipeline, without, states, frozenset(denoisers), frozenset(looped))
+            states.append(State(*(tuple(values[n] for n in group) for group in (step.latents_out, step.history_out))))
+            values = {n: values[n] for n in step.latents_out + step.history_out}
+    steps = [replace(step, code=_without_outputs(step.code)) for step in steps]
+    tail = None if tail is None else replace(tail, code=_without_outputs(tail.code))
+    return Tape(pipeline, steps, states, frozenset(denoisers), frozenset(looped), tail)
 
 
-def _state(values: dict[int, Tensor], step: Step) -> State:
-    return State(tuple(values[n] for n in step.latents_out), tuple(values[n] for n in step.history_out))
+def _into_steps(code: list[Instruction], looped: set[str]) -> tuple[list[list[Instruction]], list[Instruction]]:
+    """The instructions of each step, and those after the last.
+
+    A step ends with the last scheduler's step before the next call of a network; what lies between the two is of the
+    next one.
+    """
+    steps: list[list[Instruction]] = [[]]
+    between: list[Instruction] = []  # since the last scheduler's step
+    for one in code:
+        ended = bool(steps[-1]) and isinstance(steps[-1][-1], Advance)
+        if isinstance(one, Advance):
+            steps[-1] += [*between, one]
+            between = []
+        elif ended and isinstance(one, Invoke) and one.component in looped:
+            steps.append([*between, one])
+            between = []
+        elif ended:
+            between.append(one)
+        else:
+            steps[-1].append(one)
+    if not any(isinstance(one, Advance) for one in steps[-1]):  # networks called once more, after the last step
+        between = steps.pop() + between
+    return steps, between
 
 
-def _without_outputs(step: Step) -> Step:
-    code = tuple(replace(one, held=()) if isinstance(one, Invoke) else one for one in step.code)
-    return Step(code, step.latents_in, step.history_in, step.latents_out, step.history_out)
+def _latents_after(step: list[Instruction], where: str) -> tuple[int, ...]:
+    ends = [one.previous for one in step if isinstance(one, Advance)]
+    if not all(isinstance(end, Slot) for end in ends):
+        raise TapeError(f"{where} ends with latents that depend on no network")
+    return tuple(dict.fromkeys(end.number for end in ends))
+
+
+def _slice(code: list[Instruction], needed: set[int]) -> tuple[tuple[Apply | Invoke, ...], set[int]]:
+    """The instructions that ``needed`` slots come from, and the slots that these read from before."""
+    kept: list[Apply | Invoke] = []
+    for one in reversed(code):
+        if not isinstance(one, Advance) and needed & set(one.outputs):
+            kept.append(one)
+            needed = (needed | one.given.numbers) - set(one.outputs)
+    return tuple(reversed(kept)), needed
+
+
+def _tail(code: list[Instruction], returned: Any, latents: tuple[int, ...]) -> tuple[Tail | None, set[int]]:
+    """What makes images of the last latents, and the slots that it reads.
+
+    It ends with the tensors that the pipeline returned; where they went through NumPy, with the decoder's last output.
+    """
+    wanted = [leaf.number for leaf in tree_leaves(returned) if isinstance(leaf, Slot)]
+    decoded = [one.outputs[0] for one in code if isinstance(one, Invoke) and one.component.endswith(".decode")]
+    if not decoded:
+        return None, set()
+    finished = bool(wanted)
+    outputs = wanted[:1] or decoded[-1:]
+    kept, needed = _slice(code, set(outputs))
+    return Tail(kept, latents, tuple(sorted(needed - set(latents))), outputs[0], finished), needed
+
+
+def _without_outputs(code: tuple[Apply | Invoke, ...]) -> tuple[Apply | Invoke, ...]:
+    return tuple(replace(one, held=()) if isinstance(one, Invoke) else one for one in code)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,22 @@ class Step:
         return [one for one in self.code if isinstance(one, Invoke)]
 
 
+@dataclass(frozen=True)
+class Tail:
+    """From the last state to images.
+
+    Attributes:
+        output: the slot of the images.
+        finished: whether they are what the pipeline returns; else a decoder's output in [-1, 1].
+    """
+
+    code: tuple[Apply | Invoke, ...]
+    latents_in: tuple[int, ...]
+    history_in: tuple[int, ...]
+    output: int
+    finished: bool
+
+
 class Tape:
     """The steps of one run of a pipeline.
 
@@ -48,6 +65,7 @@ class Tape:
         steps: in the order of the run.
         denoisers: names of the components whose output reaches the latents without passing through another one.
         looped: names of all components that are called in steps.
+        tail: from the last state to images, if the run made some.
     """
 
     def __init__(
@@ -57,8 +75,10 @@ class Tape:
         states: list[State],
         denoisers: frozenset[str],
         looped: frozenset[str],
+        tail: Tail | None,
     ) -> None:
-        self.pipeline, self.steps, self.denoisers, self.looped = pipeline, steps, denoisers, looped
+        self.pipeline, self.steps, self.tail = pipeline, steps, tail
+        self.denoisers, self.looped = denoisers, looped
         self._states = states
 
     def __len__(self) -> int:
@@ -76,16 +96,23 @@ class Tape:
         """
         step = self.steps[i]
         values = dict(zip(step.latents_in + step.history_in, state.tensors, strict=True))
-        given = components or {}
-
-        def call(one: Invoke) -> Sequence[Tensor]:
-            network = given.get(one.component) or _component(self.pipeline, one.component)
-            args, kwargs = one.given.filled(values)
-            with called_as(one, self.pipeline):
-                return tensors_of(network(*args, **kwargs))
-
-        run(step.code, values, call)
+        run(step.code, values, partial(self._call, values, components or {}))
         return State(tuple(values[n] for n in step.latents_out), tuple(values[n] for n in step.history_out))
+
+    def images(self, state: State) -> Tensor | None:
+        """Images (B, C, H, W), or films (B, F, C, H, W), in [0, 1] of the last state; None of a run that made none."""
+        if self.tail is None:
+            return None
+        values = dict(zip(self.tail.latents_in + self.tail.history_in, state.tensors, strict=True))
+        run(self.tail.code, values, partial(self._call, values, {}))
+        found = values[self.tail.output]
+        return found if self.tail.finished else (found / 2 + 0.5).clamp(0, 1)
+
+    def _call(self, values: dict[int, Tensor], given: Components, one: Invoke) -> Sequence[Tensor]:
+        network = given.get(one.component) or _component(self.pipeline, one.component)
+        args, kwargs = one.given.filled(values)
+        with called_as(one, self.pipeline):
+            return tensors_of(network(*args, **kwargs))
 
     @property
     def nbytes(self) -> int:

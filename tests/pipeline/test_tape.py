@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from pipelines import make_pipeline
+from pipelines import make_pipeline, make_stable_diffusion
 from torch import Tensor
 
 from accuquant.core.trajectory import State
@@ -210,3 +210,22 @@ def test_a_tape_keeps_unique_constants_and_states(solver: str) -> None:
     most = max(len(state.tensors) for state in (long.state(i) for i in range(len(long) + 1)))
     assert long.nbytes <= (len(long) + 1) * most * latent + 2 * latent
     assert long.nbytes < 2.6 * short.nbytes
+
+
+def test_the_tail_makes_the_pipelines_images() -> None:
+    pipeline = make_stable_diffusion()
+    with torch.no_grad():
+        expected = pipeline(**call(SD), output_type="pt").images
+        tape = record(pipeline, **call(SD), output_type="pt")
+        found = tape.images(replayed(tape)[-1])
+    assert found is not None and torch.equal(found, expected)
+    assert record(pipeline, **call(SD)).images(tape.state(len(tape))) is None  # latents were all that it made
+
+
+def test_the_tail_where_images_went_through_numpy() -> None:
+    pipeline = make_pipeline()
+    with torch.no_grad():
+        expected = torch.as_tensor(pipeline(**call(DIT), output_type="np").images).permute(0, 3, 1, 2)
+        tape = record(pipeline, **call(DIT))
+        found = tape.images(tape.state(len(tape)))
+    assert found is not None and torch.equal(found, expected)
