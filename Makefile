@@ -2,14 +2,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := .venv/.core
 DEV := .venv/.dev
-.PHONY: demo test test-matrix lint clean
+.PHONY: demo test test-pipelines test-matrix lint clean
 
 demo: $(CORE)  ## quantize the bundled model, then sample from it with plain diffusers
 	$(BIN)/accuquant calibrate recipes/dit_w8a8.yaml --overwrite
 	$(BIN)/python tools/demo.py out/dit_w8a8
 
 test: lint  ## everything that has to hold
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not pipelines"
+
+test-pipelines: $(DEV)  ## every pipeline class of the matrix, not only the four that `make test` takes
+	$(BIN)/python -m pytest -n 2 -m pipelines
 
 test-matrix: $(DEV)  ## the numerics as other CPUs compute them, half an hour at most; MATRIX=--quick for a part of it
 	$(BIN)/python -m tools.test_matrix $(MATRIX)

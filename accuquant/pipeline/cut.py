@@ -109,18 +109,17 @@ def _slice(code: list[Instruction], needed: set[int]) -> tuple[tuple[Apply | Inv
 
 
 def _tail(code: list[Instruction], returned: Any, latents: tuple[int, ...]) -> tuple[Tail | None, set[int]]:
-    """What makes images of the last latents, and the slots that it reads.
+    """What the pipeline makes of the last latents, and the slots that it reads.
 
     It ends with the tensors that the pipeline returned; where they went through NumPy, with the decoder's last output.
     """
     wanted = [leaf.number for leaf in tree_leaves(returned) if isinstance(leaf, Slot)]
     decoded = [one.outputs[0] for one in code if isinstance(one, Invoke) and one.component.endswith(".decode")]
-    if not decoded:
-        return None, set()
-    finished = bool(wanted)
     outputs = wanted[:1] or decoded[-1:]
+    if not outputs:
+        return None, set()
     kept, needed = _slice(code, set(outputs))
-    return Tail(kept, latents, tuple(sorted(needed - set(latents))), outputs[0], finished), needed
+    return Tail(kept, latents, tuple(sorted(needed - set(latents))), outputs[0], bool(wanted)), needed
 
 
 def _without_outputs(code: tuple[Apply | Invoke, ...]) -> tuple[Apply | Invoke, ...]:

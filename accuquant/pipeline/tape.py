@@ -43,11 +43,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Tail:
-    """From the last state to images.
+    """From the last state to what the pipeline returned.
 
     Attributes:
-        output: the slot of the images.
-        finished: whether they are what the pipeline returns; else a decoder's output in [-1, 1].
+        output: its slot.
+        finished: whether it is what was returned; else a decoder's output in [-1, 1].
     """
 
     code: tuple[Apply | Invoke, ...]
@@ -55,6 +55,10 @@ class Tail:
     history_in: tuple[int, ...]
     output: int
     finished: bool
+
+    @property
+    def decodes(self) -> bool:
+        return any(isinstance(one, Invoke) and one.component.endswith(".decode") for one in self.code)
 
 
 class Tape:
@@ -65,7 +69,7 @@ class Tape:
         steps: in the order of the run.
         denoisers: names of the components whose output reaches the latents without passing through another one.
         looped: names of all components that are called in steps.
-        tail: from the last state to images, if the run made some.
+        tail: from the last state to what was returned, where torch can follow it.
     """
 
     def __init__(
@@ -101,12 +105,18 @@ class Tape:
 
     def images(self, state: State) -> Tensor | None:
         """Images (B, C, H, W), or films (B, F, C, H, W), in [0, 1] of the last state; None of a run that made none."""
-        if self.tail is None:
+        if self.tail is None or not self.tail.decodes:
             return None
+        found = self.returned(state)
+        return found if self.tail.finished else (found / 2 + 0.5).clamp(0, 1)
+
+    def returned(self, state: State) -> Tensor:
+        """What the pipeline returns after the last state: its latents, or what it makes of them."""
+        if self.tail is None:
+            return state.latents[0]
         values = dict(zip(self.tail.latents_in + self.tail.history_in, state.tensors, strict=True))
         run(self.tail.code, values, partial(self._call, values, {}))
-        found = values[self.tail.output]
-        return found if self.tail.finished else (found / 2 + 0.5).clamp(0, 1)
+        return values[self.tail.output]
 
     def _call(self, values: dict[int, Tensor], given: Components, one: Invoke) -> Sequence[Tensor]:
         network = given.get(one.component) or _component(self.pipeline, one.component)
