@@ -164,10 +164,13 @@ def test_no_pickles(path):
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("accuquant", ["torchao", "cuda"]), ("tools", ["train", "text"]), ("tests", ["train", "dev", "cuda"])],
+    [("accuquant", ["torchao", "cuda"]), ("tools", ["train", "text"]), ("tests", ["train", "text", "dev", "cuda"])],
 )
 def test_imports_are_declared(folder, extras):
-    local = {"accuquant", "tools", "tests"} | {path.stem for path in sources(folder, "tests")}
+    local = {"accuquant", "tools", "tests"} | {
+        name for path in sources("tests") for name in (path.stem, path.parent.name)
+    }
+    local |= {path.stem for path in sources(folder)}
     names = {name.split(".")[0] for path in sources(folder) for name in imports(parse(path))} - {""}
     distributions = packages_distributions()
     missing = {

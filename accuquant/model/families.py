@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from huggingface_hub import hf_hub_download
 from torch import nn
 
 from accuquant.errors import RecipeError, nearest
 from accuquant.recipe import Model
 
+INDEX = "model_index.json"
 BUNDLED = Path(__file__).parent.parent / "bundled"
 
 
@@ -103,8 +106,10 @@ def left_out(source: str, revision: str | None = None) -> dict[str, None]:
 
     Stable Diffusion 3 without T5 is the usual case.
     """
-    index = DiffusionPipeline.load_config(source, revision=revision)
-    optional = getattr(getattr(diffusers, index["_class_name"], None), "_optional_components", [])
+    folder = Path(source)
+    file = folder / INDEX if folder.is_dir() else Path(hf_hub_download(source, INDEX, revision=revision))
+    index = json.loads(file.read_text(encoding="utf-8"))
+    optional = getattr(getattr(diffusers, str(index.get("_class_name")), None), "_optional_components", [])
     return {name: None for name, value in index.items() if value == [None, None] and name not in optional}
 
 

@@ -11,7 +11,7 @@ import diffusers as d
 import torch
 import transformers
 
-from zoo.parts import (
+from tools.benchmarks.pipelines.parts import (
     VOCABULARY,
     autoencoder,
     byte_tokenizer,

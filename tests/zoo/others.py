@@ -7,8 +7,7 @@ from typing import Any
 import diffusers as d
 import torch
 
-from zoo.images import TEXT, Example, _flux, flow
-from zoo.parts import (
+from tools.benchmarks.pipelines.parts import (
     autoencoder,
     byte_tokenizer,
     clip_encoder,
@@ -18,6 +17,7 @@ from zoo.parts import (
     t5_encoder,
     t5_tokenizer,
 )
+from zoo.images import TEXT, Example, _flux, flow
 
 SIZE = {"height": 32, "width": 32}
 

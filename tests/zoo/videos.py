@@ -7,8 +7,16 @@ from typing import Any
 import diffusers as d
 import torch
 
+from tools.benchmarks.pipelines.parts import (
+    byte_tokenizer,
+    clip_encoder,
+    clip_tokenizer,
+    language_model,
+    matters,
+    t5_encoder,
+    t5_tokenizer,
+)
 from zoo.images import TEXT, Example, flow
-from zoo.parts import byte_tokenizer, clip_encoder, clip_tokenizer, language_model, matters, t5_encoder, t5_tokenizer
 
 
 def _wan_transformer(seed: int, channels: int) -> Any:

@@ -24,7 +24,7 @@ def byte_tokenizer(kind: type[Any] = transformers.PreTrainedTokenizerFast, max_l
     inner = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = kind(tokenizer_object=inner, model_max_length=max_length, **names)
     tokenizer.chat_template = CHAT
     return tokenizer
@@ -60,7 +60,14 @@ def t5_tokenizer() -> Any:
 
 
 def t5_encoder(width: int = 32, multilingual: bool = False) -> Any:
-    sizes = {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_layers": 2, "num_heads": 2, "pad_token_id": 0}
+    sizes: dict[str, Any] = {
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 2 * width,
+        "num_layers": 2,
+        "num_heads": 2,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
     if multilingual:
         return transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=64, **sizes)).eval()

@@ -1,0 +1,168 @@
+"""Which pipeline classes of the installed diffusers can be recorded as a tape, and why not the others.
+
+Builds each class from the dummy components of diffusers' own test-suite, which is no part of its package: give the
+folder of a checkout. Nothing of the checkout enters this project, and nothing is fetched: what its tests take from a
+hub has tiny random stand-ins here.
+
+    python -m tools.benchmarks.pipelines.sweep CHECKOUT --out build/pipelines.jsonl      # goes on where it stopped
+    python -m tools.benchmarks.pipelines.sweep CHECKOUT --out build/pipelines.jsonl --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accuquant.pipeline.coordinates import coordinate_of
+from accuquant.pipeline.lowering import TapeError
+from accuquant.pipeline.record import record
+from accuquant.pipeline.seams import takes
+from accuquant.pipeline.tape import Tape
+from tools.benchmarks.pipelines.stand_ins import without_hub
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a class: ``recorded``, ``refused`` in our words, ``failed`` at something else, ``not built``."""
+
+    pipeline: str
+    result: str
+    reason: str = ""
+    steps: int = 0
+    denoisers: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    coordinate: str = ""
+    latents: tuple[tuple[int, ...], ...] = ()
+    history: int = 0
+    seconds: float = 0.0
+
+
+def cases(checkout: Path) -> Iterator[tuple[Any, Any]]:
+    """Every pipeline class with the test case that knows its dummy components, each class once."""
+    sys.path.insert(0, str(checkout))
+    seen = set()
+    for file in sorted((checkout / "tests" / "pipelines").rglob("test_*.py")):
+        name = ".".join(file.relative_to(checkout).with_suffix("").parts)
+        try:
+            module = importlib.import_module(name)
+        except BaseException as error:  # pytest's own skips are no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            print(f"{name}: {_short(error)}", file=sys.stderr)
+            continue
+        for case in vars(module).values():
+            if not (inspect.isclass(case) and case.__module__ == name and hasattr(case, "get_dummy_components")):
+                continue
+            kind = inspect.getattr_static(case, "pipeline_class", None)
+            if inspect.isclass(kind) and kind not in seen:
+                seen.add(kind)
+                yield kind, case
+
+
+def build(kind: Any, case: Any) -> tuple[Any, dict[str, Any]]:
+    """A pipeline and the arguments of a call of `STEPS` steps."""
+    one = case("run") if "methodName" in inspect.signature(case.__init__).parameters else case()
+    pipeline = kind(**one.get_dummy_components())
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    given = one.get_dummy_inputs("cpu", 0) if "device" in inspect.signature(one.get_dummy_inputs).parameters else None
+    call = one.get_dummy_inputs() if given is None else given
+    return pipeline, call | ({"num_inference_steps": STEPS} if takes(pipeline, "num_inference_steps") else {})
+
+
+def tried(kind: Any, case: Any) -> Row:
+    """The row of one class: built, run, recorded, and every step replayed by its networks."""
+    name, begun = kind.__name__, time.perf_counter()
+    try:
+        pipeline, call = build(kind, case)
+        with torch.no_grad():
+            pipeline(**build(kind, case)[1])
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return Row(name, "not built", _short(error))
+    try:
+        torch.manual_seed(0)
+        tape = record(pipeline, **call)
+        equal = replayed(tape)
+        coordinates = {coordinate_of(tape, denoiser).argument for denoiser in tape.denoisers}
+    except TapeError as error:
+        return Row(name, "refused", _short(error))
+    except Exception as error:
+        return Row(name, "failed", _short(error))
+    return Row(
+        name,
+        "recorded" if equal else "failed",
+        "" if equal else "a step replayed is not equal",
+        len(tape),
+        tuple(sorted(tape.denoisers)),
+        tuple(sorted(tape.looped - tape.denoisers)),
+        ", ".join(sorted(coordinates)),
+        tuple(tuple(t.shape) for t in tape.state(0).latents),
+        max(len(step.history_in) for step in tape.steps),
+        round(time.perf_counter() - begun, 2),
+    )
+
+
+@torch.no_grad()
+def replayed(tape: Tape) -> bool:
+    state = tape.state(0)
+    for i in range(len(tape)):
+        state = tape.step(i, state)
+        if not all(torch.equal(a, b) for a, b in zip(state.tensors, tape.state(i + 1).tensors, strict=True)):
+            return False
+    return True
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Counts, and whatever was not recorded with the reason."""
+    counts = Counter(row["result"] for row in rows)
+    lines = [", ".join(f"{count} {result}" for result, count in counts.most_common()), ""]
+    lines += ["| pipeline | result | reason |", "| --- | --- | --- |"]
+    others = (row for row in rows if row["result"] != "recorded")
+    return "\n".join([*lines, *(f"| {row['pipeline']} | {row['result']} | {row['reason']} |" for row in others)])
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="part of a class's name")
+    parser.add_argument("--table", action="store_true", help="only print what is known")
+    given = parser.parse_args()
+    known = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.is_file() else []
+    if not given.table:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        done = {row["pipeline"] for row in known}
+        with without_hub(), given.out.open("a") as file:
+            for kind, case in cases(given.checkout.resolve()):
+                if kind.__name__ in done or given.only not in kind.__name__:
+                    continue
+                row = asdict(tried(kind, case))
+                print(json.dumps(row), file=file, flush=True)
+                print(f"{row['pipeline']}: {row['result']} {row['reason']}", flush=True)
+                known.append(row)
+    print(table(known))
+
+
+if __name__ == "__main__":
+    main()
