@@ -69,8 +69,8 @@ class Options:
     work: Path = Path("build/train_emoji")  # checkpoints, to resume from
     docs: Path = Path("docs/emoji")  # loss curves and samples over training
     steps_autoencoder: int = 4000
-    steps_judge: int = 3000
-    steps_sd3: int = 6000
+    steps_judge: int = 4000
+    steps_sd3: int = 8000
     steps_unet: int = 6000
     num_check: int = 300  # samples of each kind of prompt, at most
     num_inference_steps: int = STEPS  # of the check and of all sheets

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tools.emoji.data import SIZE, Emoji, paint, render
 from tools.training import Facts, Run, Stage, cosine, train_stage
 
-BATCH, WIDTHS, FEATURES = 256, (32, 64, 128, 192), 128
+BATCH, WIDTHS, FEATURES = 128, (32, 64, 128, 192), 128
 HELD_OUT_SIZE, HELD_OUT_COLOURS = (
     54,
     ((214, 120, 84), (72, 129, 134), (235, 228, 214), (91, 87, 140)),
