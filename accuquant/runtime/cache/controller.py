@@ -47,7 +47,7 @@ class Controller:
         self.plan, self.modules, self.bypassed, self.begins = plan, modules, bypassed, begins or {}
         self.forecasts = {module: plan.forecast(module, (noise or {}).get(module)) for module in modules}
         self.last = Trace()
-        self.driven = self.paused = False
+        self.driven = self.follows_calls = self.paused = False
         self.fitted: Fitted | None = None  # what `correct` and `weigh` take theirs from
         self.correct: Callable[[str, Tensor, bool], Tensor] | None = None  # module, output, whether it was computed
         self.weigh: Callable[[str, Tensor, Tensor], Tensor] | None = None  # module, forecast, last output
@@ -78,6 +78,9 @@ class Controller:
 
     def enter(self, name: str | None, timestep: float, latent: Tensor) -> None:
         """The denoiser is called."""
+        if self.driven and self.follows_calls:
+            self.context = name or f"call {len(self.calls)}"
+            self.calls.append(self.context)
         if self.driven or self.paused:
             return
         same, moved = self.step >= 0 and timestep == self.timestep, timestep - self.timestep
@@ -98,14 +101,19 @@ class Controller:
 
     def drive(
         self,
-        context: str,
+        context: str | None,
         step: int,
         timestep: float,
         full: bool,
         memories: dict[tuple[str, str], tuple[Memory | None, ...]],
     ) -> None:
-        """Have the next calls be this step, full or not, from these memories; new ones keep their graph."""
-        self.driven, self.context, self.step, self.timestep, self.full = True, context, step, timestep, full
+        """Have the next calls be this step, full or not, from these memories; new ones keep their graph.
+
+        Args:
+            context: of all calls; None tells them apart by the names that they have, or by their order.
+        """
+        self.driven, self.step, self.timestep, self.full = True, step, timestep, full
+        self.follows_calls, self.context, self.calls = context is None, context or "", []
         self.memories = dict(memories)
         self.trace.full = [full]
 
