@@ -62,7 +62,7 @@ def sheet(images: Tensor, captions: list[str], file: Path, columns: int = 8) -> 
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
-    for axis, image, caption in zip(axes, images, captions, strict=False):
+    for axis, image, caption in zip(axes[: len(images)], images, captions, strict=True):
         axis.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy())
         axis.set_title(_wrapped(caption), fontsize=6, y=-0.05, verticalalignment="top")
     figure.savefig(file, dpi=130)
