@@ -96,7 +96,6 @@ class Recording:
     constants: list[Tensor] = field(default_factory=list)
     initial: dict[int, Tensor] = field(default_factory=dict)  # flat contents of storages before something hot came in
     numel: dict[int, int] = field(default_factory=dict)  # elements of each storage, in the type of its first reader
-    items: list[int] = field(default_factory=list)  # events before which a hot number was read into Python
     returned: Any = None
 
 
@@ -121,8 +120,9 @@ class _Writer(TorchDispatchMode):
             return out
         if not any(self.is_hot(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.recording.items.append(len(self.recording.events))
+        if (
+            func is torch.ops.aten._local_scalar_dense.default
+        ):  # a number is no tensor; the self-check sees if it matters
             return func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, args, kwargs)
@@ -273,7 +273,9 @@ def write_down(pipeline: DiffusionPipeline, call: dict[str, Any], rehearsed: boo
             if rehearsed and shapes in given_before:
                 out = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, given_before[shapes])
             else:
-                out = given_before[shapes] = method(*args, **kwargs)
+                out = method(*args, **kwargs)
+                if rehearsed:
+                    given_before[shapes] = out
             writes = before != [version(t) for t in tensors]
             held = [t.clone() for t in tree_leaves(out) if isinstance(t, Tensor)]
         context = seams.contexts.get(name)
