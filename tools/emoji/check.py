@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from tools.emoji.data import BACKGROUNDS, SPLITS, Emoji, prompt, split
+from tools.emoji.data import BACKGROUNDS, SPLITS, Emoji, base, prompt, split
 from tools.emoji.judge import EmojiJudge, found_among, held_out_images, scores
 
 GUIDANCE, STEPS, CANDIDATES, BATCH = 4.0, 28, 100, 25
@@ -32,8 +32,8 @@ def kin(names: list[str]) -> list[list[int]]:
     """For each name those that differ only in what is behind the colon, itself among them."""
     by_base: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        by_base.setdefault(name.partition(":")[0], []).append(i)
-    return [by_base[name.partition(":")[0]] for name in names]
+        by_base.setdefault(base(name), []).append(i)
+    return [by_base[base(name)] for name in names]
 
 
 def questions(names: list[str], per_split: int) -> Iterator[tuple[str, int, str]]:

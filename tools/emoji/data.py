@@ -93,15 +93,15 @@ def _plain(code: str) -> str:
 
 def split(name: str) -> str:
     """By which rule an emoji is held out, or "seen". Hashes of the name decide, so a newer package moves nothing."""
-    base, _, rest = name.partition(": ")
+    first, _, rest = name.partition(": ")
     parts = rest.split(", ") if rest else []
-    if _held(base, 4):
+    if _held(first, 4):
         return "name"  # with all that is said of it
-    if "facing right" in parts and _held(base, 20):
+    if "facing right" in parts and _held(first, 20):
         return "direction"  # with all its skin tones; facing left is seen
-    if base == "family" and _held(name, 20):
+    if first == "family" and _held(name, 20):
         return "family"
-    if re.fullmatch(r"\S+ flag", base) and _held(name, 25):
+    if re.fullmatch(r"\S+ flag", first) and _held(name, 25):
         return "flag"
     if "skin tone" in rest and _held(name, 8):
         return "skin tone"
@@ -128,8 +128,9 @@ def paint(drawings: Tensor, colours: Tensor) -> Tensor:
     return mixed / 127.5 - 1
 
 
-def colour(background: str) -> Tensor:
-    return torch.tensor(BACKGROUNDS[background])
+def base(name: str) -> str:
+    """What comes before the colon: all that differ in skin tone, direction or members have the same."""
+    return name.partition(":")[0]
 
 
 def spoken(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tools.emoji.data import BACKGROUNDS, Emoji, prompt, varied_prompt
+from tools.emoji.data import BACKGROUNDS, Emoji, base, prompt, varied_prompt
 
 VOCABULARY, MAX_TOKENS = 2048, 26  # the longest name on a background has 25 tokens
 PROMPT_DROP = 0.1  # share of training samples without a prompt, for guidance
@@ -62,8 +62,8 @@ def tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 def weights(emoji: list[Emoji]) -> Tensor:
     """(N,) how often each is drawn: of n that differ in skin tone and the like, as often in all as sqrt(n) others."""
-    kin = Counter(one.name.partition(":")[0] for one in emoji)
-    return torch.tensor([kin[one.name.partition(":")[0]] ** -0.5 for one in emoji])
+    kin = Counter(base(one.name) for one in emoji)
+    return torch.tensor([kin[base(one.name)] ** -0.5 for one in emoji])
 
 
 def draw(
