@@ -13,23 +13,13 @@ from torch import Tensor
 
 from accuquant.pipeline.record import record
 from accuquant.pipeline.seams import unwrapped
-from accuquant.pipeline.tape import Tape
+from tools.benchmarks.pipelines.sweep import replayed
 
 DIT = {"class_labels": [1, 2], "guidance_scale": 1.5, "num_inference_steps": 3}
 
 
 def call(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"generator": torch.Generator().manual_seed(1)}
-
-
-@torch.no_grad()
-def is_replayed(tape: Tape) -> bool:
-    state = tape.state(0)
-    for i in range(len(tape)):
-        state = tape.step(i, state)
-        if not all(torch.equal(a, b) for a, b in zip(state.tensors, tape.state(i + 1).tensors, strict=True)):
-            return False
-    return True
 
 
 def make_flux_pipeline() -> FluxPipeline:
@@ -72,7 +62,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     pipeline = make_pipeline(dtype=dtype)
     pipeline.vae.to(dtype)
     tape = record(pipeline, **call(DIT))
-    assert tape.state(1).latents[0].dtype == dtype and is_replayed(tape)
+    assert tape.state(1).latents[0].dtype == dtype and replayed(tape)
 
 
 def test_networks_are_called_in_the_mixed_precision_of_the_run() -> None:
@@ -81,10 +71,10 @@ def test_networks_are_called_in_the_mixed_precision_of_the_run() -> None:
         tape = record(pipeline, **call(DIT))
     plain = record(pipeline, **call(DIT))
     last = len(tape)
-    assert is_replayed(tape) and is_replayed(plain)
+    assert replayed(tape) and replayed(plain)
     assert not torch.equal(tape.state(last).latents[0], plain.state(last).latents[0])
     with torch.autocast("cpu", torch.bfloat16):  # whatever is on around a replay
-        assert is_replayed(plain)
+        assert replayed(plain)
 
 
 def test_an_offloaded_network() -> None:
@@ -93,7 +83,7 @@ def test_an_offloaded_network() -> None:
     cpu_offload(pipeline.transformer, execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in pipeline.transformer.transformer_blocks[0].ff.parameters())
     tape = record(pipeline, **call(DIT))
-    assert torch.equal(tape.state(3).latents[0], expected) and is_replayed(tape)
+    assert torch.equal(tape.state(3).latents[0], expected) and replayed(tape)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -102,7 +92,7 @@ def test_named_calls_are_entered_again(guided: bool) -> None:
     pipeline = make_flux_pipeline()
     tape = record(pipeline, **call(flux_call(guided)))
     names = ["cond", "uncond"] if guided else ["cond"]
-    assert all([one.context for one in step.calls] == names for step in tape.steps) and is_replayed(tape)
+    assert all([one.context for one in step.calls] == names for step in tape.steps) and replayed(tape)
     entered: list[str] = []
     inner = pipeline.transformer.cache_context
 
