@@ -94,6 +94,13 @@ class Stage:
         return f"{self.run.device.type} seed={self.run.seed} {self.recipe}"
 
 
+def prolongable(run: Run, name: str, steps: int, rate: float, batch: int) -> Stage:
+    """A long stage that is looked at on its way; its recipe leaves the steps out, so that there may be more of them."""
+    schedule = constant_then_linear(steps, max(1, steps // 4))
+    often: dict[str, Any] = {"log_every": 50, "save_every": 120, "watch_every": 1000}
+    return Stage(run, name, steps, rate, schedule, f"batch={batch}", ema_decay=0.999, **often)
+
+
 def train_stage(
     stage: Stage, make: Callable[[], Net], loss_fn: LossFn[Net], watch: Callable[[Net, int], None] | None = None
 ) -> tuple[Net, Facts]:
@@ -112,7 +119,7 @@ def train_stage(
     weights = list(model.parameters())
     averages = [p.detach().clone() for p in weights]
     optimizers = stage.optimizers(model, stage.rate)
-    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in _groups(optimizers)]
     generator = torch.Generator(device).manual_seed(stage.run.seed)
     stage.run.work.mkdir(parents=True, exist_ok=True)
     first, seconds, curve = 0, 0.0, list[tuple[int, float]]()
@@ -143,11 +150,7 @@ def train_stage(
                 for key in (key for key in saved if key.startswith(f"optimizer.{i}.")):
                     _, _, j, moment = key.split(".")
                     restored["state"].setdefault(int(j), {})[moment] = saved[key]
-                rates = [group["lr"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(restored)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
-            groups = [(group, rate) for (_, rate), group in zip(groups, _groups(optimizers), strict=True)]
             generator.set_state(saved["rng"].cpu())
             print(f"{stage.name}: going on from step {first}")
 
@@ -166,7 +169,7 @@ def train_stage(
         window, counted = torch.zeros((), device=device), 0
         bar = tqdm(range(first, stage.steps), desc=stage.name, initial=first, total=stage.steps, mininterval=1.0)
         for step in bar:
-            for group, rate in groups:
+            for group, rate in zip(_groups(optimizers), rates, strict=True):
                 group["lr"] = rate * stage.schedule(step)
             batch_loss = loss_fn(model, generator)
             for optimizer in optimizers:

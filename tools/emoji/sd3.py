@@ -15,7 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from tools.emoji.data import Emoji
 from tools.emoji.text import draw, make_text_encoder
-from tools.training import Facts, Run, Stage, constant_then_linear, train_stage
+from tools.training import Facts, Run, prolongable, train_stage
 
 WIDTHS, LAYERS, HEADS, HEAD_DIM = (128, 192), (2, 3), 3, 64
 BATCH, SHIFT = 128, 2.0
@@ -153,19 +153,7 @@ def train_sd3(
             predicted = velocity(networks, attention, noisy, sigma, ids, count.to(device))
         return F.mse_loss(predicted.float(), noise - clean)
 
-    stage = Stage(
-        run,
-        name="sd3",
-        steps=steps,
-        rate=1.5e-3,
-        schedule=constant_then_linear(steps, max(1, steps // 4)),
-        recipe=f"batch={BATCH}",  # without the steps: a run may be prolonged
-        ema_decay=0.999,
-        log_every=50,
-        save_every=120,
-        watch_every=1000,
-    )
-    return train_stage(stage, make, loss_fn, look)
+    return train_stage(prolongable(run, "sd3", steps, 1.5e-3, BATCH), make, loss_fn, look)
 
 
 def set_attention(networks: Networks, attention: OnePaddingToken | JointAttnProcessor2_0) -> None:

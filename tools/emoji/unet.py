@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from tools.emoji.data import Emoji
 from tools.emoji.text import draw
-from tools.training import Facts, Run, Stage, constant_then_linear, train_stage
+from tools.training import Facts, Run, prolongable, train_stage
 
 BATCH = 64
 
@@ -77,19 +77,7 @@ def train_unet(
             predicted = networks.unet(noisy, timestep, networks.text_encoder(ids)[0], return_dict=False)[0]
         return F.mse_loss(predicted.float(), noise)
 
-    stage = Stage(
-        run,
-        name="unet",
-        steps=steps,
-        rate=1e-3,
-        schedule=constant_then_linear(steps, max(1, steps // 4)),
-        recipe=f"batch={BATCH}",  # without the steps: a run may be prolonged
-        ema_decay=0.999,
-        log_every=50,
-        save_every=120,
-        watch_every=1000,
-    )
-    return train_stage(stage, make, loss_fn, watch)
+    return train_stage(prolongable(run, "unet", steps, 1e-3, BATCH), make, loss_fn, watch)
 
 
 def make_pipeline(networks: Networks, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
