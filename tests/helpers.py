@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accuquant.calibration.loop import UpdateLoop
+from accuquant.pipeline.data import Samples
+from accuquant.pipeline.recorder import Recorder
+from accuquant.pipeline.tape import Tape
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe, Sampling
@@ -69,13 +72,28 @@ def tune_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
 def sampled(
     pipeline: Any, labels: tuple[int, ...] = (1, 2), seed: int = 5, steps: int = 10, guidance: float = 1.5
 ) -> torch.Tensor:
-    """Final latents of a class-conditional pipeline, over a `Rollout`."""
-    from accuquant.model.rollout import Rollout
-    from accuquant.recipe import Sampling
+    """What a class-conditional pipeline hands to its decoder: final latents."""
+    sampling = Sampling(num_inference_steps=steps, guidance_scale=guidance)
+    return decoder_input(pipeline, list(labels), [seed + i for i in range(len(labels))], sampling)
 
-    rollout = Rollout(pipeline, Sampling(num_inference_steps=steps, guidance_scale=guidance))
-    conditions = rollout.conditions(list(labels), [seed + i for i in range(len(labels))])
-    return rollout.trajectory(conditions)[0][-1]
+
+def finals(tapes: Sequence[Tape], components: dict[str, Any] | None = None) -> Tensor:
+    """(B, N) last latents of the tapes' samples, by the pipeline's networks as they are now, or by others."""
+    return torch.cat([tape.per_sample(tape.rolled(components)[-1]) for tape in tapes])
+
+
+def recorded_finals(tapes: Sequence[Tape]) -> Tensor:
+    """(B, N) last latents that the tapes were recorded with."""
+    return torch.cat([tape.per_sample(tape.state(len(tape))) for tape in tapes])
+
+
+def dit_tapes(
+    pipeline: Any, steps: int, guidance: float = 1.5, labels: Sequence[int] = (1, 2), batch_size: int = 8, **more: Any
+) -> list[Tape]:
+    """A class-conditional pipeline as it is now, on seeds from 0 on."""
+    recorder = Recorder(pipeline, Sampling(num_inference_steps=steps, guidance_scale=guidance))
+    samples = Samples([{"class_labels": label} for label in labels], list(range(len(labels))))
+    return recorder.tapes(samples, batch_size, Reporter(quiet=True), "", **more)
 
 
 def images(pipeline: DiTPipeline, **changes: Any) -> Any:

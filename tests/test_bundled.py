@@ -14,7 +14,7 @@ from pipelines import make_pipeline
 from accuquant.calibration.session import open_model
 from accuquant.evaluation.costs import cost_metrics
 from accuquant.evaluation.digit_classifier import DigitClassifier
-from accuquant.model.families import BUNDLED
+from accuquant.pipeline.loading import BUNDLED
 from accuquant.model.rollout import Rollout
 from accuquant.programs.describe import describe
 from accuquant.recipe import Sampling

@@ -68,7 +68,6 @@ ROWS = (
     ("caching",),
     ("calibration",),
     ("runtime",),
-    ("model",),
     ("pipeline",),
     ("kernels",),
     ("core", "recipe"),

@@ -18,7 +18,7 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accuquant.model.families import BUNDLED
+from accuquant.pipeline.loading import BUNDLED
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accuquant.model.families import left_out
+from accuquant.pipeline.loading import left_out
 from tools.emoji import bundle, sd3, unet
 from tools.emoji.autoencoder import Latents, encode_all, psnr, train_autoencoder
 from tools.emoji.cards import ORIGIN, SD3_CARD, UNET_CARD

@@ -14,11 +14,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from accuquant.calibration.reference import Reference
 from accuquant.calibration.session import Session
 from accuquant.core.correction import RIDGE, apply_affine, fit_affine
 from accuquant.core.forecasts import Memory
-from accuquant.model.rollout import Conditions
+from accuquant.errors import CacheError
+from accuquant.pipeline.tape import Tape
 from accuquant.progress import Advance, Reporter
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.controller import Controller
@@ -39,12 +39,12 @@ class Targets:
     def __init__(self) -> None:
         self.kept, self.bytes = dict[tuple[str, ...], dict[int, dict[str, Tensor]]](), 0
 
-    def at(self, session: Session, controller: Controller, i: int, reference: Reference) -> dict[str, Tensor]:
+    def at(self, session: Session, controller: Controller, i: int, tape: Tape) -> dict[str, Tensor]:
         """Module -> output at step i."""
         of_these = self.kept.setdefault(tuple(controller.modules), {})
         if i in of_these:
             return of_these[i]
-        seen = features_at(session, controller, i, reference.latents[i], reference.conditions, full_precision=True)
+        seen = features_at(session, controller, i, tape, full_precision=True)
         outputs = {module: output for module, (_, output) in seen.items()}
         size = sum(output.nbytes for output in outputs.values())
         if self.bytes + size <= KEPT_BYTES:
@@ -71,13 +71,22 @@ def fit_correction(
 
     Returns:
         what was given, with the correction.
+
+    Raises:
+        CacheError: the denoiser is called more than once in a step.
     """
     forecasts, computed = Maps(), Maps()  # by kind of step
+    tape, denoiser = session.few(CORRECTION_SAMPLES, CORRECTION_SAMPLES)[0], session.model.only
+    if any(sum(one.component == denoiser.name for one in step.calls) > 1 for step in tape.steps):
+        raise CacheError(
+            f"corrected: {type(tape.pipeline).__name__} calls {denoiser.name} more than once in a step, and a "
+            "correction is fitted to one call; leave corrected and corrected_quantization out"
+        )
     with (
-        reporter.bar("correction of the cached modules", session.rollout.num_steps) as advance,
-        cached(session.rollout.denoiser, plan.uncorrected, fitted) as controller,
+        reporter.bar("correction of the cached modules", session.num_steps) as advance,
+        cached(denoiser.network, plan.uncorrected, fitted) as controller,
     ):
-        given = (session, session.reference.first(CORRECTION_SAMPLES), plan, controller, forecasts, computed, advance)
+        given = (session, tape, plan, controller, forecasts, computed, advance)
         if plan.measured_on == "full_precision":
             _fit_as_published(*given)
         else:
@@ -88,7 +97,7 @@ def fit_correction(
     for name in channels:
         rows = [forecasts[name][t] for t in skipped] + [computed[name][t] for t in full]
         correction(name).copy_(torch.stack(rows))
-    return correction.to(session.reference.latents.device)
+    return correction.to(tape.state(0).latents[0].device)
 
 
 def ridge_of(plan: CachePlan) -> float:
@@ -97,7 +106,7 @@ def ridge_of(plan: CachePlan) -> float:
 
 def _fit_on_own_trajectory(
     session: Session,
-    reference: Reference,
+    tape: Tape,
     plan: CachePlan,
     controller: Controller,
     forecasts: Maps,
@@ -106,8 +115,7 @@ def _fit_on_own_trajectory(
     targets: Targets,
 ) -> None:
     """The model walks its own trajectory, quantized and cached and corrected so far."""
-    rollout, conditions, ridge = session.rollout, reference.conditions, ridge_of(plan)
-    x, predictions = {0: conditions.noise}, dict[int, Tensor]()
+    ridge, state = ridge_of(plan), tape.state(0)
     true: dict[str, Tensor] = {}
 
     def correct(module: str, output: Tensor, is_computed: bool) -> Tensor:
@@ -118,16 +126,15 @@ def _fit_on_own_trajectory(
         return apply_affine(found, output)
 
     controller.correct = correct
-    for i in range(rollout.num_steps):
-        true |= targets.at(session, controller, i, reference)
-        predictions[i] = rollout.predict(i, x[i], conditions)
-        x[i + 1] = rollout.solver.step(i, x, predictions)
+    for i in range(len(tape)):
+        true |= targets.at(session, controller, i, tape)
+        state = tape.step(i, state)
         advance("")
 
 
 def _fit_as_published(
     session: Session,
-    reference: Reference,
+    tape: Tape,
     plan: CachePlan,
     controller: Controller,
     forecasts: Maps,
@@ -135,14 +142,13 @@ def _fit_as_published(
     advance: Advance,
 ) -> None:
     """On the reference latents: forecasts of full precision's features, and quantized modules beside them."""
-    rollout, conditions, ridge = session.rollout, reference.conditions, ridge_of(plan)
-    memories: dict[str, Memory] = {}
-    for i in range(rollout.num_steps):
-        latents, timestep = reference.latents[i], float(rollout.timesteps[i])
-        controller.enter(None, timestep, latents)
-        true = features_at(session, controller, i, latents, conditions, full_precision=True)
+    ridge, memories = ridge_of(plan), dict[str, Memory]()
+    for i in range(len(tape)):
+        timestep = session.levels[i]
+        controller.enter(None, timestep, tape.state(i).latents[0])
+        true = features_at(session, controller, i, tape, full_precision=True)
         if controller.full and plan.corrected_quantization:
-            noisy = features_at(session, controller, i, latents, conditions, full_precision=False)
+            noisy = features_at(session, controller, i, tape, full_precision=False)
             for module, (_, output) in noisy.items():
                 computed.setdefault(module, {})[timestep] = fit_affine(output, true[module][1], ridge)
         for module, (input, output) in true.items():
@@ -158,16 +164,16 @@ def _fit_as_published(
 
 
 def features_at(
-    session: Session, controller: Controller, i: int, latents: Tensor, conditions: Conditions, full_precision: bool
+    session: Session, controller: Controller, i: int, tape: Tape, full_precision: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Features (input, output) at step i without the cache."""
+    """Features (input, output) at step i without the cache, on full precision's latents."""
     names = [*controller.modules, *controller.begins.values()]
     controller.paused = True
     with (
         session.full_precision() if full_precision else nullcontext(),
-        observed(session.rollout.denoiser, names) as seen,
+        observed(session.model.only.network, names) as seen,
     ):
-        session.rollout.predict(i, latents, conditions)
+        tape.step(i, tape.state(i))
     controller.paused = False
     return controller.features(seen)
 

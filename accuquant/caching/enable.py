@@ -11,10 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from accuquant.caching.search import CHOICE_SAMPLES, search_on_inputs
+from accuquant.caching.search import CHOICE_SAMPLES, search_on_rows
 from accuquant.errors import CacheError
-from accuquant.model.families import FAMILIES, family_of
-from accuquant.model.rollout import Rollout
+from accuquant.pipeline.recorder import Recorder
+from accuquant.pipeline.rows import Row, as_row
+from accuquant.pipeline.seams import takes, unwrapped
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import shipped_folder
@@ -43,7 +44,8 @@ def enable_cache(
         config: `FORAConfig`, `TaylorSeerConfig`, `RFCConfig`, or a recipe's `Cache`; or a plan, as this returns it.
         num_inference_steps, guidance_scale: by default the pipeline's own. A number of steps that is given is checked
             against the order and the schedule, also without a target.
-        inputs: class ids or prompts for the search; by default the model's classes or the shipped prompts.
+        inputs: for the search, rows such as ``{"prompt": "a fox", "height": 512}``, what the pipeline is called with; a
+            prompt or the number of a class stands for one. By default the model's classes, or shipped prompts.
         seed: of the search's noise.
         progress: show bars.
 
@@ -66,16 +68,14 @@ def enable_cache(
             raise CacheError("a target is searched by sampling: give enable_cache the whole pipeline, or set tau")
         if controller_of(denoiser) is not None:
             raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
-        if type(target).__name__ not in (known := [family.pipeline for family in FAMILIES]):
-            raise CacheError(
-                f"a target or auto can be searched for with {' and '.join(known)}, not for {type(target).__name__}; "
-                "set interval, tau or a list of steps as schedule"
-            )
-        usual = inspect.signature(type(target).__call__).parameters
+        usual = inspect.signature(unwrapped(target)).parameters
         steps = num_inference_steps or usual["num_inference_steps"].default
-        guidance = usual["guidance_scale"].default if guidance_scale is None else guidance_scale
-        rollout = Rollout(target, Sampling(num_inference_steps=steps, guidance_scale=float(guidance)))
-        config = search_on_inputs(rollout, inputs or known_inputs(target), seed, config, Reporter(quiet=not progress))
+        guidance = guidance_scale
+        if guidance is None:
+            guidance = usual["guidance_scale"].default if "guidance_scale" in usual else 1.0
+        recorder = Recorder(target, Sampling(num_inference_steps=steps, guidance_scale=float(guidance)))
+        rows = [as_row(value) for value in inputs] if inputs else known_rows(target)
+        config = search_on_rows(recorder, rows, seed, config, Reporter(quiet=not progress))
     return attach_cache(denoiser, config).plan
 
 
@@ -137,10 +137,20 @@ def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
     raise CacheError(f"{type(target).__name__} has neither a transformer nor a unet to cache")
 
 
-def known_inputs(pipeline: DiffusionPipeline) -> list[Any]:
-    """Classes the model was trained on, or shipped prompts."""
-    if family_of(pipeline).condition == "prompt":
-        lines = (shipped_folder("calib_data") / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["prompt"] for line in lines if line.strip()]
-    classes = sorted(set(pipeline.labels.values())) or list(range(int(pipeline.transformer.config.num_embeds_ada_norm)))
-    return random.Random(0).sample(classes, min(len(classes), CHOICE_SAMPLES))
+def known_rows(pipeline: DiffusionPipeline) -> list[Row]:
+    """Classes the model was trained on, or shipped prompts.
+
+    Raises:
+        CacheError: the pipeline takes neither.
+    """
+    if takes(pipeline, "class_labels"):
+        labels: Any = getattr(pipeline, "labels", {})
+        config: Any = denoiser_of_any(pipeline).config
+        classes = sorted(set(labels.values())) or list(range(int(config.num_embeds_ada_norm)))
+        return [{"class_labels": one} for one in random.Random(0).sample(classes, min(len(classes), CHOICE_SAMPLES))]
+    if not takes(pipeline, "prompt"):
+        raise CacheError(
+            f"{type(pipeline).__name__} takes no prompt: say what it is searched with, as inputs=[{{...}}]"
+        )
+    lines = (shipped_folder("calib_data") / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]

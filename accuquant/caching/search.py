@@ -22,14 +22,17 @@ import torch
 from torch import Tensor
 
 from accuquant.caching.noise import measure_noise
-from accuquant.calibration.session import Session
+from accuquant.caching.runs import Runs, errors_from
+from accuquant.calibration.session import Session, final_errors
 from accuquant.core.choice import log_error
 from accuquant.core.forecasts import FORECASTS
-from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import DIFFUSERS_OFFSET, ForecastErrors, best_steps, dps_steps, filled_interval_steps
 from accuquant.errors import CacheError
-from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import draw
+from accuquant.pipeline.denoisers import denoisers_of, step_levels
+from accuquant.pipeline.recorder import Recorder
+from accuquant.pipeline.rows import Row
+from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache
 from accuquant.runtime.cache.fitted import Fitted, Noise
@@ -45,14 +48,29 @@ DPS_SAMPLES = 2
 CHOICE_SAMPLES = 64  # between forecasts, half of them for validation: at four bits fewer take the wrong one (measured)
 
 
-def search_on_inputs(
-    rollout: Rollout, inputs: list[Any], first_seed: int, config: Cache, reporter: Reporter
+def search_on_rows(
+    recorder: Recorder, rows: list[Row], first_seed: int, config: Cache, reporter: Reporter
 ) -> CachePlan:
-    """`search_cache` by samples of these inputs, against the model as it is without a cache."""
-    samples = draw(inputs, CHOICE_SAMPLES if config.estimation == "auto" else samples_of(config), first_seed)
-    conditions = rollout.conditions(samples.inputs, samples.seeds)
-    reference = torch.cat([rollout.trajectory(part)[0] for part in conditions.batches(SEARCH_SAMPLES)], 1)
-    return search_cache(rollout, conditions, reference, config, reporter)
+    """`search_cache` by samples of these rows, against the pipeline as it is without a cache.
+
+    Raises:
+        CacheError: it has several denoisers, or the target cannot be met.
+    """
+    samples, kept = draw(rows, CHOICE_SAMPLES, first_seed), dict[tuple[int, int], list[Tape]]()
+
+    def few(count: int, batch_size: int) -> list[Tape]:
+        if (count, batch_size) not in kept:
+            given = (samples.first(count), batch_size, reporter, "without the cache")
+            kept[count, batch_size] = recorder.tapes(*given, images=True)
+        return kept[count, batch_size]
+
+    denoisers = denoisers_of(recorder.tape(samples.first(1), rehearsed=True))
+    if len(denoisers) > 1:
+        names = " and ".join(one.name for one in denoisers)
+        raise CacheError(f"a target can be searched for where there is one denoiser; here are {names}")
+    given = (few, lambda: few(CHOICE_SAMPLES, SEARCH_SAMPLES))
+    runs = Runs(denoisers[0].network, step_levels(denoisers), samples_of(config), *given)
+    return search_cache(runs, config, reporter)
 
 
 def samples_of(config: Cache, usual: int = SEARCH_SAMPLES) -> int:
@@ -60,19 +78,10 @@ def samples_of(config: Cache, usual: int = SEARCH_SAMPLES) -> int:
     return max(usual, config.dps_samples or DPS_SAMPLES) if config.schedule == "dps" else usual
 
 
-def search_cache(
-    rollout: Rollout,
-    conditions: Conditions,
-    reference: Tensor,
-    config: Cache,
-    reporter: Reporter,
-    fitted: Fitted | None = None,
-) -> CachePlan:
+def search_cache(runs: Runs, config: Cache, reporter: Reporter, fitted: Fitted | None = None) -> CachePlan:
     """The plan for what is asked, with a list of full timesteps or a tau in the place of the target.
 
     Args:
-        conditions: of B calibration samples.
-        reference: (T + 1, B, C, H, W), the latents to come near to: those of full precision without a cache.
         fitted: the noise that forecasts know, where they are to.
 
     Raises:
@@ -80,31 +89,19 @@ def search_cache(
     """
     if config.estimation == "auto":
         listed = config.changed(estimation="taylor")
-        if listed.searches:
-            few = torch.arange(min(len(conditions), SEARCH_SAMPLES), device=reference.device)
-            given = (conditions.take(few), reference[:, few])
-            plan = search_cache(rollout, *given, listed, reporter, fitted)
-        else:
-            plan = CachePlan.of(listed)
-        return _choose_forecast(rollout, conditions, reference, plan, reporter, fitted)
+        plan = search_cache(runs, listed, reporter, fitted) if listed.searches else CachePlan.of(listed)
+        return _choose_forecast(runs, plan, reporter, fitted)
     if config.schedule == "dps":
-        return _dps(rollout, conditions, config, reporter, fitted)
-    nfc = config.target_nfc or _nfc_of_seconds(rollout, conditions, config, fitted)
-    if nfc > rollout.num_steps:
-        raise CacheError(f"target_nfc: {nfc:g} is more than the {rollout.num_steps} steps there are")
+        return _dps(runs, config, reporter, fitted)
+    nfc = config.target_nfc or _nfc_of_seconds(runs, config, fitted)
+    if nfc > runs.num_steps:
+        raise CacheError(f"target_nfc: {nfc:g} is more than the {runs.num_steps} steps there are")
     if config.schedule == "rcs":
-        return _search_tau(rollout, conditions, config, nfc, reporter, fitted)
-    return _search_steps(rollout, conditions, reference, config, int(nfc), reporter, fitted)
+        return _search_tau(runs, config, nfc, reporter, fitted)
+    return _search_steps(runs, config, int(nfc), reporter, fitted)
 
 
-def _choose_forecast(
-    rollout: Rollout,
-    conditions: Conditions,
-    reference: Tensor,
-    plan: CachePlan,
-    reporter: Reporter,
-    fitted: Fitted | None,
-) -> CachePlan:
+def _choose_forecast(runs: Runs, plan: CachePlan, reporter: Reporter, fitted: Fitted | None) -> CachePlan:
     """The forecast whose final latent is nearest, at the same full steps.
 
     One that knows the noise has to be nearer than the best of the others by two standard errors of the difference:
@@ -120,13 +117,10 @@ def _choose_forecast(
             one = replace(plan, estimation=name, order=order, noise_aware=aware)
             words = f"{name} {order}{' noise-aware' if aware else ''}"
             try:
-                with cached(rollout.denoiser, one.uncorrected, fitted):
-                    parts = [rollout.trajectory(part)[0][-1] for part in conditions.batches(SEARCH_SAMPLES)]
-                    final = torch.cat(parts)
+                with cached(runs.denoiser, one.uncorrected, fitted):
+                    tried[words] = final_errors(runs.choice()), one
             except CacheError as error:  # a U-Net's blocks have no input for rfe
                 reporter.detail(f"{words}: {error}")
-            else:
-                tried[words] = relative_l2(final, reference[-1]), one
             advance(words)
     means = {words: float(error.mean()) for words, (error, _) in tried.items()}
     best = min((words for words, (_, one) in tried.items() if not one.noise_aware), key=means.__getitem__)
@@ -152,25 +146,18 @@ def search_calls(config: Cache, num_steps: int, batch_size: int) -> int:
     return round((config.target_nfc or num_steps) * samples / batch_size)
 
 
-def _search_steps(
-    rollout: Rollout,
-    conditions: Conditions,
-    reference: Tensor,
-    config: Cache,
-    nfc: int,
-    reporter: Reporter,
-    fitted: Fitted | None,
-) -> CachePlan:
+def _search_steps(runs: Runs, config: Cache, nfc: int, reporter: Reporter, fitted: Fitted | None) -> CachePlan:
     """The best list of ``nfc`` full steps that was found."""
-    num_steps, warmup = rollout.num_steps, min(config.warmup, rollout.num_steps)
+    num_steps, warmup, tapes = runs.num_steps, min(config.warmup, runs.num_steps), runs.usual()
     errors: dict[tuple[int, ...], float] = {}
-    images = rollout.decode(reference[-1])
+    images = [tape.images(tape.state(num_steps)) for tape in tapes]
 
     def error(steps: tuple[int, ...]) -> float:
-        with cached(rollout.denoiser, CachePlan.of(config, full_steps=steps).uncorrected, fitted):
-            final = rollout.trajectory(conditions)[0][-1]
-        both = relative_l2(final, reference[-1]), relative_l2(rollout.decode(final), images)
-        errors[steps] = math.exp(float(log_error(*both).mean()))
+        found = list[Tensor]()
+        with cached(runs.denoiser, CachePlan.of(config, full_steps=steps).uncorrected, fitted):
+            for tape, wanted in zip(tapes, images, strict=True):
+                found.append(log_error(*errors_from(tape, tape.rolled()[-1], wanted)))
+        errors[steps] = math.exp(float(torch.cat(found).mean()))
         return errors[steps]
 
     # proposals: the fixed interval that comes nearest from below, at both offsets, and dynamic programming
@@ -178,7 +165,7 @@ def _search_steps(
     longest = config.max_gap or max(
         8, math.ceil(4 * num_steps / nfc), math.ceil((num_steps - warmup + 1) / (nfc - warmup + 1))
     )
-    inputs, outputs = record_grams(rollout, conditions, config, fitted)
+    inputs, outputs = record_grams(runs, config, fitted)
     needs_input = FORECASTS[config.estimation].needs_input
     for emphasis in EMPHASES:
         table = ForecastErrors(inputs, outputs, config.forecast_order, needs_input, emphasis)
@@ -200,23 +187,21 @@ def _search_steps(
                 if error(tried) < errors[best]:
                     best, moved = tried, True
                 advance(f"{errors[best]:.4f}")
-    timesteps = tuple(float(rollout.timesteps[i]) for i in best)
+    timesteps = runs.timesteps(best)
     reporter.say(f"cache: {len(best)} full steps of {num_steps}, error {errors[best]:.4f} on calibration samples")
     return CachePlan.of(config, full_timesteps=timesteps, measured_nfc=(float(len(best)), 0.0))
 
 
-def _search_tau(
-    rollout: Rollout, conditions: Conditions, config: Cache, nfc: float, reporter: Reporter, fitted: Fitted | None
-) -> CachePlan:
+def _search_tau(runs: Runs, config: Cache, nfc: float, reporter: Reporter, fitted: Fitted | None) -> CachePlan:
     """RCS's threshold, by bisection; each sample is a trajectory of its own, as its NFC is."""
-    singles, low, high = conditions.batches(1), 1e-4, 100.0
+    singles, low, high = runs.few(runs.samples, 1), 1e-4, 100.0
     best: CachePlan | None = None
     with reporter.bar(f"searching tau for NFC {nfc:g}", TAU_TRIALS) as advance:
         for _ in range(TAU_TRIALS):
             tau, counts = math.sqrt(low * high), []
             for single in singles:
-                with cached(rollout.denoiser, CachePlan.of(config, tau=tau), fitted) as controller:
-                    rollout.trajectory(single)
+                with cached(runs.denoiser, CachePlan.of(config, tau=tau), fitted) as controller:
+                    single.rolled()
                     counts.append(float(controller.stats().nfc))
             mean, std = torch.tensor(counts).mean().item(), torch.tensor(counts).std(correction=0).item()
             if best is None or best.measured_nfc is None or abs(mean - nfc) < abs(best.measured_nfc[0] - nfc):
@@ -235,31 +220,27 @@ def _search_tau(
     return best
 
 
-def _dps(
-    rollout: Rollout, conditions: Conditions, config: Cache, reporter: Reporter, fitted: Fitted | None
-) -> CachePlan:
+def _dps(runs: Runs, config: Cache, reporter: Reporter, fitted: Fitted | None) -> CachePlan:
     """CacheQuant's list of full steps, from cached modules' outputs along a trajectory of the model as it is."""
-    distances = torch.zeros(rollout.num_steps, rollout.num_steps, dtype=torch.float64)
-    count = min(config.dps_samples or DPS_SAMPLES, len(conditions))
-    looked_at = conditions.take(torch.arange(count, device=conditions.noise.device))
-    for few in looked_at.batches(RECORDED_SAMPLES):  # the L1 distances of samples add up
-        for pairs in record_features(rollout, few, config, config.dps_feature or ".*", fitted).values():
+    distances = torch.zeros(runs.num_steps, runs.num_steps, dtype=torch.float64)
+    count = config.dps_samples or DPS_SAMPLES
+    for tape in runs.few(count, RECORDED_SAMPLES):  # the L1 distances of samples add up
+        for pairs in record_features(runs, tape, config, config.dps_feature or ".*", fitted).values():
             outputs = torch.stack([output.flatten() for _, output in pairs])
             distances += torch.cdist(outputs, outputs, p=1).double()
     try:
-        steps = dps_steps(distances, config.interval or rollout.num_steps / (config.target_nfc or 1))
+        steps = dps_steps(distances, config.interval or runs.num_steps / (config.target_nfc or 1))
     except ValueError as error:
         raise CacheError(f"cache.{'interval' if config.interval else 'target_nfc'}: {error}") from error
-    reporter.say(f"cache: {len(steps)} full steps of {rollout.num_steps}, by the features of {count} samples")
-    timesteps = tuple(float(rollout.timesteps[i]) for i in steps)
+    reporter.say(f"cache: {len(steps)} full steps of {runs.num_steps}, by the features of {count} samples")
+    timesteps = runs.timesteps(steps)
     return CachePlan.of(config, full_timesteps=timesteps, measured_nfc=(float(len(steps)), 0.0))
 
 
-def record_grams(
-    rollout: Rollout, conditions: Conditions, config: Cache, fitted: Fitted | None = None
-) -> tuple[Tensor, Tensor]:
+def record_grams(runs: Runs, config: Cache, fitted: Fitted | None = None) -> tuple[Tensor, Tensor]:
     """Inner products of the cached modules' inputs and outputs over one full trajectory, each (modules, B, T, T)."""
-    grams, kept = [], record_features(rollout, conditions, config, fitted=fitted)
+    tape = runs.few(RECORDED_SAMPLES, RECORDED_SAMPLES)[0]
+    grams, kept = [], record_features(runs, tape, config, fitted=fitted)
     for side in (0, 1):
         stacked = [torch.stack([pair[side] for pair in pairs]).double() for pairs in kept.values()]
         grams.append(torch.stack([torch.einsum("ibd,jbd->bij", x, x) for x in stacked]))
@@ -268,17 +249,16 @@ def record_grams(
 
 @torch.no_grad()
 def record_features(
-    rollout: Rollout, conditions: Conditions, config: Cache, pattern: str = ".*", fitted: Fitted | None = None
+    runs: Runs, tape: Tape, config: Cache, pattern: str = ".*", fitted: Fitted | None = None
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Input and output (B, ...) of cached modules at every step of one full trajectory, of `RECORDED_SAMPLES` at most.
+    """Input and output (B, ...) of cached modules at every step of one full trajectory, each call of a step apart.
 
     Raises:
         CacheError: ``pattern``, the config's dps_feature, matches no cached module.
     """
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    taken = conditions.take(torch.arange(min(RECORDED_SAMPLES, len(conditions)), device=conditions.noise.device))
-    probe = CachePlan.of(config, full_steps=tuple(range(rollout.num_steps))).uncorrected
-    with cached(rollout.denoiser, probe, fitted) as controller:
+    probe = CachePlan.of(config, full_steps=tuple(range(runs.num_steps))).uncorrected
+    with cached(runs.denoiser, probe, fitted) as controller:
         names, every = [n for n in controller.modules if re.fullmatch(pattern, n)], 0
         if not names:
             raise CacheError(f"dps_feature: {pattern!r} matches none of {', '.join(controller.modules)}")
@@ -287,40 +267,41 @@ def record_features(
             nonlocal every
             tensor = output[0] if isinstance(output, tuple) else output
             if every == 0:
-                each = 2 * rollout.num_steps * tensor.numel() * tensor.element_size()
+                each = 2 * runs.num_steps * tensor.numel() * tensor.element_size()
                 every = math.ceil(len(names) / max(1, RECORDED_BYTES // each))
             if module in names and names.index(module) % every == 0:
-                kept.setdefault(module, []).append((inputs[0].flatten(1).cpu(), tensor.flatten(1).cpu()))
+                pair = inputs[0].flatten(1).cpu(), tensor.flatten(1).cpu()
+                kept.setdefault(f"{controller.context} {module}", []).append(pair)
 
         controller.see = record
-        rollout.trajectory(taken)
+        tape.rolled()
     return kept
 
 
-def _nfc_of_seconds(rollout: Rollout, conditions: Conditions, config: Cache, fitted: Fitted | None) -> float:
+def _nfc_of_seconds(runs: Runs, config: Cache, fitted: Fitted | None) -> float:
     """NFC at which one trajectory takes the asked time, from the times of all steps full and of the fewest."""
-    fewest = min(rollout.num_steps, max(config.warmup, config.forecast_order + 1))
-    seconds = []
-    for full in (rollout.num_steps, fewest):
-        with cached(rollout.denoiser, CachePlan.of(config, full_steps=tuple(range(full))).uncorrected, fitted):
+    fewest = min(runs.num_steps, max(config.warmup, config.forecast_order + 1))
+    tape, seconds = runs.usual()[0], list[float]()
+    for full in (runs.num_steps, fewest):
+        with cached(runs.denoiser, CachePlan.of(config, full_steps=tuple(range(full))).uncorrected, fitted):
             times = []
             for _ in range(3):
                 started = time.perf_counter()
-                rollout.trajectory(conditions)
-                if conditions.noise.is_cuda:
+                tape.rolled()
+                if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - started)
         seconds.append(sorted(times)[1])
     assert config.target_seconds is not None
     if seconds[0] <= config.target_seconds:  # without skipping anything
-        return rollout.num_steps
+        return runs.num_steps
     if not seconds[1] < config.target_seconds:
         raise CacheError(
-            f"target_seconds: {config.target_seconds:g} s cannot be met; {len(conditions)} samples take "
+            f"target_seconds: {config.target_seconds:g} s cannot be met; {tape.num_samples} samples take "
             f"{seconds[1]:.2f} s with {fewest} full steps and {seconds[0]:.2f} s with all"
         )
     share = (config.target_seconds - seconds[1]) / max(seconds[0] - seconds[1], 1e-9)
-    return min(rollout.num_steps, fewest + math.floor(share * (rollout.num_steps - fewest)))
+    return min(runs.num_steps, fewest + math.floor(share * (runs.num_steps - fewest)))
 
 
 TYPICAL_NFC = 14  # for the gap that noise is measured over, where tau or a time leaves it open
@@ -338,7 +319,7 @@ def searched(
     Args:
         noise: if it was measured before.
     """
-    num_steps = session.rollout.num_steps
+    num_steps = session.num_steps
     if config.noise is not None:
         noise = {name: (out, into) for name, (out, into) in config.noise.items()}
     if config.noise_aware and noise is None:
@@ -349,12 +330,12 @@ def searched(
     if not config.searches:
         plan = CachePlan.of(config)
     else:
-        reference = session.reference.first(samples_of(config, samples))
-        published = config.measured_on == "full_precision"
-        if config.estimation == "auto":  # by samples too that the weights are not fitted to
-            half = CHOICE_SAMPLES // 2
-            reference = session.reference.first(half).join(session.validation.first(half))
-        given = (session.rollout, reference.conditions, reference.latents)
+        half, published = CHOICE_SAMPLES // 2, config.measured_on == "full_precision"
+
+        def choice() -> list[Tape]:  # by samples too that the weights are not fitted to
+            return [*session.reference.first(half), *session.validation.first(half)]
+
+        runs = Runs(session.model.only.network, session.levels, samples_of(config, samples), session.few, choice)
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():
-            plan = search_cache(*given, config, reporter, fitted)
+            plan = search_cache(runs, config, reporter, fitted)
     return plan, fitted

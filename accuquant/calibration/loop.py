@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from accuquant.calibration.reference import Draws, Reference
 from accuquant.core import rounding
 from accuquant.errors import RecipeError
 from accuquant.files import write_tensors
-from accuquant.model.rollout import Rollout
+from accuquant.pipeline.denoisers import Denoiser
 from accuquant.recipe import Objective
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
-from accuquant.runtime.clock import StepClock
 
 SAVE_EVERY_SECONDS = 20.0
 ROUNDING_WEIGHT = 0.01  # of AdaRound's regulariser against the normalised group loss
@@ -37,9 +36,10 @@ SAVED_AS = "calibration"  # metadata of the state's file
 
 
 class UpdateLoop:
-    """Calibrates the trainable layers of a rollout's denoiser against a reference.
+    """Calibrates the trainable layers of denoisers against a reference.
 
     Args:
+        timestep_groups: of each step.
         layers: those that are tuned.
         steps_per_group: M, decided.
         cache: on during the updates; groups then begin at its full steps, and only those count as evaluations.
@@ -52,8 +52,8 @@ class UpdateLoop:
 
     def __init__(
         self,
-        rollout: Rollout,
-        clock: StepClock,
+        denoisers: Sequence[Denoiser],
+        timestep_groups: list[int],
         layers: dict[str, TrainableLayer],
         reference: Reference,
         objective: Objective,
@@ -63,10 +63,11 @@ class UpdateLoop:
         fitted: Fitted | None = None,
     ) -> None:
         self.layers, self.objective, self.cache = layers, objective, cache
-        self.steps_per_group, self.device = steps_per_group, reference.latents.device
-        rollout.denoiser.requires_grad_(False)
-        draws = Draws(seed, len(reference.conditions), objective.batch_size, self.device)
-        of = Material(rollout, clock, reference, self._of_layers(), objective, steps_per_group, draws, cache, fitted)
+        self.steps_per_group, self.device = steps_per_group, reference.tapes[0].state(0).latents[0].device
+        for one in denoisers:
+            one.network.requires_grad_(False)
+        given = (reference, self._of_layers(), objective, steps_per_group, Draws(seed, len(reference.tapes)))
+        of = Material(denoisers, timestep_groups, *given, cache, fitted)
         self.source = (OBJECTIVES[objective.target] if cache is None else WITH_CACHE)(of)
         self.parameters = self.source.parameters
         for parameters in self.parameters.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,8 +59,11 @@ class PlannedModule:
         return self.macs * self.spec.weight_type.bits * activation
 
 
-def plan_modules(denoiser: nn.Module, rules: tuple[Rule, ...]) -> list[PlannedModule]:
+def plan_modules(denoiser: nn.Module, rules: tuple[Rule, ...], prefixes: Sequence[str] = ()) -> list[PlannedModule]:
     """Apply the rules to every Linear and Conv2d; the first rule whose pattern matches a name in full decides.
+
+    Args:
+        prefixes: that a pattern may leave out: names of several denoisers and a point.
 
     Raises:
         RecipeError: a pattern is no regular expression, a rule decides nothing, or a group size does not fit.
@@ -72,7 +75,7 @@ def plan_modules(denoiser: nn.Module, rules: tuple[Rule, ...]) -> list[PlannedMo
     decided = [0] * len(rules)
     planned = []
     for name, module in layers.items():
-        index = next((i for i, pattern in enumerate(patterns) if pattern.fullmatch(name)), None)
+        index = next((i for i, pattern in enumerate(patterns) if matches(pattern, name, prefixes)), None)
         spec, tune = None, False
         if index is not None:
             rule = rules[index]
@@ -92,10 +95,16 @@ def plan_modules(denoiser: nn.Module, rules: tuple[Rule, ...]) -> list[PlannedMo
     return planned
 
 
+def matches(pattern: str | re.Pattern[str], name: str, prefixes: Sequence[str] = ()) -> bool:
+    """Whether a rule's pattern is of this module, with or without the denoiser's name before it."""
+    names = [name, *(name.removeprefix(prefix) for prefix in prefixes)]
+    return any(re.fullmatch(pattern, one) for one in names)
+
+
 def count_macs(
     denoiser: nn.Module, planned: list[PlannedModule], run: Callable[[], object], batch: int
 ) -> list[PlannedModule]:
-    """Fill ``macs`` from one real call: ``run`` calls the denoiser once for ``batch`` samples."""
+    """Fill ``macs`` from one real step: ``run`` makes it for ``batch`` samples."""
     rows: dict[str, int] = {}
     outputs = {p.name: p.shape[0] for p in planned}
 

@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from accuquant.model.rollout import Conditions
+from accuquant.core.trajectory import State
+from accuquant.pipeline.tape import Tape
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reference:
-    """Full-precision trajectories of the calibration samples.
+    """Full-precision runs of samples, one tape for each batch of them."""
 
-    Attributes:
-        latents: (T + 1, B, C, H, W); predictions: (T, B, C, H, W).
-        conditions: their noise and conditioning.
-    """
+    tapes: Sequence[Tape]
 
-    latents: Tensor
-    predictions: Tensor
-    conditions: Conditions
+    @property
+    def num_samples(self) -> int:
+        return sum(tape.num_samples for tape in self.tapes)
 
     @cached_property
-    def variances(self) -> Tensor:
-        """(T + 1,) mean square of the latents, the marginal variance that `gradient: variance` scales by."""
-        return self.latents.double().square().flatten(1).mean(1)
+    def variances(self) -> list[Tensor]:
+        """For each latent of a state (T + 1,), its mean square over all tapes: what `gradient: variance` scales by."""
+        states = list(zip(*(states_of(tape) for tape in self.tapes), strict=True))
+        count = len(states[0][0].latents)
+        return [torch.tensor([_mean_square([s.latents[k] for s in step]) for step in states]) for k in range(count)]
 
-    def take(self, index: Tensor) -> Reference:
-        return Reference(self.latents[:, index], self.predictions[:, index], self.conditions.take(index))
+    def first(self, count: int) -> list[Tape]:
+        """As many tapes as hold the first ``count`` samples."""
+        found, held = list[Tape](), 0
+        for tape in self.tapes:
+            if held < count:
+                found.append(tape)
+            held += tape.num_samples
+        return found
 
-    def first(self, count: int) -> Reference:
-        """At most ``count`` samples."""
-        return self.take(torch.arange(min(count, len(self.conditions)), device=self.latents.device))
 
-    def join(self, other: Reference) -> Reference:
-        latents, predictions = (
-            torch.cat(pair, 1) for pair in ((self.latents, other.latents), (self.predictions, other.predictions))
-        )
-        return Reference(latents, predictions, Conditions.join([self.conditions, other.conditions]))
+def states_of(tape: Tape) -> list[State]:
+    """As recorded, T + 1 of them."""
+    return [tape.state(i) for i in range(len(tape) + 1)]
+
+
+def _mean_square(parts: Sequence[Tensor]) -> float:
+    return float(torch.stack([part.double().square().mean() for part in parts]).mean())
 
 
 @dataclass(frozen=True)
@@ -48,23 +54,20 @@ class Draws:
     """Everything random of a calibration, drawn from (seed, stream, number): a resumed run draws what it would have.
 
     Attributes:
-        total: samples there are; batch_size: of a draw.
+        tapes: how many there are.
     """
 
     seed: int
-    total: int
-    batch_size: int
-    device: torch.device
+    tapes: int
 
-    def batch(self, number: int, stream: int = 2) -> Tensor:
-        """Samples of the n-th batch, as an index on the device."""
-        chosen = torch.randperm(self.total, generator=self._generator(stream, number))[: self.batch_size]
-        return chosen.to(self.device)
+    def tape(self, number: int, stream: int = 2) -> int:
+        """Which tape the n-th update is of: in random order, each once before any comes again."""
+        return self.one_of(number, self.tapes, stream)
 
-    def one_of(self, number: int, count: int) -> int:
+    def one_of(self, number: int, count: int, stream: int = 1) -> int:
         """In random order, each once before any comes again."""
         epoch, position = divmod(number, count)
-        return int(torch.randperm(count, generator=self._generator(1, epoch))[position])
+        return int(torch.randperm(count, generator=self._generator(stream, epoch))[position])
 
     def _generator(self, stream: int, number: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 4 + stream) * 10_000_019 + number)

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from accuquant.calibration.layers import TrainableLayer, adopt_dynamic_scales, full_precision, quantize_model
 from accuquant.calibration.loop import UpdateLoop
 from accuquant.calibration.methods import METHODS
 from accuquant.calibration.methods.base import Method
-from accuquant.calibration.objectives import AUTO, OBJECTIVES
 from accuquant.calibration.objectives.base import Job
-from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
+from accuquant.calibration.opened import OpenedModel, planned_model
+from accuquant.calibration.plan import PlannedModule
 from accuquant.calibration.reference import Reference
 from accuquant.core.metrics import relative_l2
-from accuquant.errors import RecipeError, nearest
+from accuquant.errors import RecipeError
 from accuquant.files import KeptFiles
-from accuquant.model.families import load_pipeline, set_scheduler
-from accuquant.model.rollout import Conditions, Rollout
-from accuquant.pipeline.data import Split, calibration_samples, load_split, validation_samples
+from accuquant.pipeline.data import Samples, calibration_samples, validation_samples
+from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
-from accuquant.recipe import Data, Model, Objective, Quantization, Recipe, Sampling
-from accuquant.runtime.cache.features import cached_features
+from accuquant.recipe import Data, Objective, Quantization, Recipe
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
 
-REFERENCE = "reference.safetensors"
+REFERENCE = "reference"  # a folder of what full precision gave, a file for each tape
 OBSERVED_VALUES = 16384  # activations kept per module and timestep group for the scale search
 
 
@@ -43,23 +39,54 @@ class Session:
     """A model ready to be tuned: quantized in place, with initial scales and its full-precision reference.
 
     Attributes:
+        clocks: of each denoiser.
+        samples: that are calibrated on.
         seed: what batches and groups are drawn by.
     """
 
-    rollout: Rollout
-    clock: StepClock
+    model: OpenedModel
+    clocks: list[StepClock]
     planned: list[PlannedModule]
     layers: dict[str, TrainableLayer]
+    samples: Samples
     reference: Reference
     validation: Reference
     seed: int
+    recorded: dict[tuple[int, int], list[Tape]] = field(default_factory=dict)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model.network
+
+    @property
+    def levels(self) -> list[float]:
+        return self.model.levels
+
+    @property
+    def num_steps(self) -> int:
+        return self.model.num_steps
+
+    @property
+    def groups(self) -> list[int]:
+        """The timestep group of each step."""
+        return self.model.groups(self.clocks)
 
     def loop(
         self, objective: Objective, steps_per_group: int, cache: CachePlan | None = None, fitted: Fitted | None = None
     ) -> UpdateLoop:
         """Updates of the layers as they are now, none of them made yet."""
-        tuned, given = {p.name: self.layers[p.name] for p in self.planned if p.tune}, (steps_per_group, cache, fitted)
-        return UpdateLoop(self.rollout, self.clock, tuned, self.reference, objective, self.seed, *given)
+        tuned = {p.name: self.layers[p.name] for p in self.planned if p.tune}
+        given = (self.reference, objective, self.seed, steps_per_group, cache, fitted)
+        return UpdateLoop(self.model.denoisers, self.groups, tuned, *given)
+
+    def few(self, count: int, batch_size: int) -> list[Tape]:
+        """Full-precision tapes of the first calibration samples, with their images, for a search."""
+        key = (min(count, len(self.samples)), batch_size)
+        if key not in self.recorded:
+            with self.full_precision():
+                given = (self.samples.first(count), batch_size, Reporter(quiet=True), "")
+                self.recorded[key] = self.model.recorder.tapes(*given, images=True)
+        return self.recorded[key]
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Everything calibration may change."""
@@ -74,36 +101,37 @@ class Session:
     @cached_property
     def counted(self) -> list[PlannedModule]:
         """The planned modules with their multiply-adds."""
-        one = self.reference.first(1)
-        call = partial(self.rollout.predict, 0, one.latents[0], one.conditions)
-        return count_macs(self.rollout.denoiser, self.planned, call, 1)
+        return self.model.counted(self.planned)
 
     def job(self, objective: Objective) -> Job:
         """What the costs of updates depend on."""
-        return job_of(
-            objective, self.clock.groups(self.rollout.timesteps), self.counted, len(self.reference.conditions)
-        )
+        return job_of(objective, self.groups, self.counted, self.reference.num_samples)
 
     @contextmanager
     def hardened(self) -> Iterator[None]:
         """The layers are those of the export for as long as the block runs."""
         for name, layer in self.layers.items():
-            self.rollout.denoiser.set_submodule(name, layer.harden())
+            self.network.set_submodule(name, layer.harden())
         try:
             yield
         finally:
             for name, layer in self.layers.items():
-                self.rollout.denoiser.set_submodule(name, layer)
+                self.network.set_submodule(name, layer)
 
     def full_precision(self) -> AbstractContextManager[None]:
         """The layers compute in full precision for as long as the block runs."""
         return full_precision(self.layers.values())
 
 
+def final_errors(tapes: list[Tape]) -> Tensor:
+    """(B,) relative L2 of the final latents of each sample of the tapes, as the model is now."""
+    parts = [(tape.per_sample(tape.rolled()[-1]), tape.per_sample(tape.state(len(tape)))) for tape in tapes]
+    return torch.cat([relative_l2(*pair) for pair in parts])
+
+
 def validation_errors(session: Session) -> Tensor:
-    """(B,) relative L2 of the final latent of each validation sample, as the model is now."""
-    latents, _ = session.rollout.trajectory(session.validation.conditions)
-    return relative_l2(latents[-1], session.validation.latents[-1])
+    """(B,) relative L2 of the final latents of each validation sample, as the model is now."""
+    return final_errors(list(session.validation.tapes))
 
 
 def validation_error(session: Session) -> float:
@@ -121,61 +149,15 @@ def job_of(objective: Objective, timestep_groups: list[int], planned: list[Plann
     return Job(objective, steps, timestep_groups, planned, num_samples)
 
 
-def _check_name(key: str, name: str, known: list[str]) -> None:
-    if name not in known:
-        raise RecipeError(f"{key}: must be {' or '.join(map(repr, known))} (found {name!r}){nearest(name, known)}")
-
-
-def open_rollout(model: Model, sampling: Sampling) -> Rollout:
-    """The pipeline that a recipe names, with its scheduler, taken apart.
-
-    Raises:
-        RecipeError: see `load_pipeline`, `set_scheduler` and `Rollout`.
-    """
-    pipeline = load_pipeline(model)
-    set_scheduler(pipeline, sampling.scheduler)
-    return Rollout(pipeline, sampling)
-
-
-def load_inputs(rollout: Rollout, data: Data) -> Split:
-    """What the pipeline is conditioned on, to calibrate with and to judge by.
-
-    Raises:
-        RecipeError: see `load_split`; or there is a class that the model does not know.
-    """
-    split = load_split(data, rollout.family.condition)
-    if rollout.family.condition == "class_id":
-        highest, count = max(split.calibration + split.held_out), int(rollout.denoiser.config.num_embeds_ada_norm)  # type: ignore[union-attr, arg-type]
-        if highest >= count:
-            raise RecipeError(f"data.path: {data.path} has class_id {highest}; this model has 0 to {count - 1}")
-    return split
-
-
-def open_model(recipe: Recipe) -> tuple[Rollout, list[PlannedModule], Split]:
-    """Load pipeline and data names and apply the rules; whatever is wrong with a recipe shows here.
-
-    Raises:
-        RecipeError: see `open_rollout`, `plan_modules`, `cached_features` and `load_inputs`; or nothing has the name of
-            `objective.target` or `quantization.initialization`.
-    """
-    _check_name("objective.target", recipe.objective.target, [*OBJECTIVES, AUTO])
-    _check_name("quantization.initialization", recipe.quantization.initialization, list(METHODS))
-    rollout = open_rollout(recipe.model, recipe.sampling)
-    planned = plan_modules(rollout.denoiser, recipe.quantization.rules)
-    if recipe.cache is not None:
-        cached_features(rollout.denoiser, recipe.cache)
-    return rollout, planned, load_inputs(rollout, recipe.data)
-
-
 def open_session(recipe: Recipe, reporter: Reporter, kept: KeptFiles | None = None) -> Session:
     """All of a recipe up to the first update: its model opened, referred to, quantized and given its first scales.
 
     Args:
         kept: keeps the reference trajectories, so that they need not be sampled again.
     """
-    rollout, planned, split = open_model(recipe)
-    references = sample_references(rollout, split, recipe.data, recipe.objective.batch_size, reporter, kept)
-    session = quantize(rollout, planned, references, recipe.quantization, recipe.data.seed, reporter)
+    model, planned = planned_model(recipe)
+    references = sample_references(model, recipe, reporter, kept)
+    session = quantize(model, planned, references, recipe, reporter)
     if recipe.export.format == "torchao":
         adopt_dynamic_scales(session.layers.values())
     find_activation_scales(session, recipe.quantization, recipe.objective.batch_size, reporter)
@@ -184,101 +166,86 @@ def open_session(recipe: Recipe, reporter: Reporter, kept: KeptFiles | None = No
 
 def further_validation(
     session: Session,
-    split: Split,
     data: Data,
     span: tuple[int, int],
     batch_size: int,
     reporter: Reporter,
     kept: KeptFiles | None = None,
-) -> tuple[Conditions, Tensor]:
-    """Validation samples from the first of ``span`` up to the second, which go on from those that the session has.
+) -> list[Tape]:
+    """Full-precision tapes of the validation samples from the first of ``span`` up to the second.
 
     Args:
         kept: keeps what full precision makes of them, which then is sampled once.
-
-    Returns:
-        their noise and conditioning, and full precision's final latents (B, C, H, W).
     """
-    rollout, (first, last) = session.rollout, span
-    samples, name = validation_samples(split, data, last), f"validation-{first}-{last}.safetensors"
-    conditions = rollout.conditions(samples.inputs[first:], samples.seeds[first:])
-    found = None if kept is None else kept.read_tensors(name, str(conditions.noise.device))
-    if found is not None:
-        return conditions, found["latents"]
-    what = "further validation samples, full precision"
+    (first, last), samples = span, validation_samples(session.model.split, data, span[1])
     with session.full_precision():
-        parts = [latents[-1] for latents, _ in rollout.trajectories(conditions.batches(batch_size), reporter, what)]
-    final = torch.cat(parts)
-    if kept is not None:
-        kept.write_tensors(name, {"latents": final})
-    return conditions, final
+        return session.model.recorder.tapes(
+            Samples(samples.rows[first:], samples.seeds[first:]),
+            batch_size,
+            reporter,
+            "further validation samples, full precision",
+            images=True,
+            kept=None if kept is None else kept.inside(f"validation-{first}-{last}"),
+        )
 
 
 def sample_references(
-    rollout: Rollout, split: Split, data: Data, batch_size: int, reporter: Reporter, kept: KeptFiles | None = None
+    model: OpenedModel, recipe: Recipe, reporter: Reporter, kept: KeptFiles | None = None
 ) -> tuple[Reference, Reference]:
     """Full-precision trajectories of the calibration samples, and of those that choices are made by.
 
     Args:
         kept: keeps them in a file, so that a resumed run need not sample them again.
     """
-    samples, checked = calibration_samples(split, data), validation_samples(split, data, data.validation_samples)
-    conditions = rollout.conditions(samples.inputs + checked.inputs, samples.seeds + checked.seeds)
-    reference = None if kept is None else kept.read(REFERENCE, partial(_read_reference, conditions))
-    if reference is None:
-        reference = _sample_reference(rollout, conditions, batch_size, reporter)
-        if kept is not None:
-            kept.write_tensors(REFERENCE, {"latents": reference.latents, "predictions": reference.predictions})
-    index = torch.arange(len(conditions), device=reference.latents.device)
-    return reference.take(index[: len(samples)]), reference.take(index[len(samples) :])
-
-
-def _read_reference(conditions: Conditions, path: Path) -> Reference:
-    found = load_file(path, device=str(conditions.noise.device))
-    reference = Reference(found["latents"], found["predictions"], conditions)
-    if reference.latents.shape[1:] != conditions.noise.shape:
-        raise ValueError(f"latents of shape {tuple(reference.latents.shape)} for noise {tuple(conditions.noise.shape)}")
-    return reference
-
-
-def _sample_reference(rollout: Rollout, conditions: Conditions, batch_size: int, reporter: Reporter) -> Reference:
-    what = "sampling calibration set, full precision"
-    parts = list(rollout.trajectories(conditions.batches(batch_size), reporter, what))
-    latents, predictions = (torch.cat([p[k] for p in parts], 1) for k in (0, 1))
-    return Reference(latents, predictions, conditions)
+    data, size = recipe.data, recipe.objective.batch_size
+    calibration = calibration_samples(model.split, data)
+    validation = validation_samples(model.split, data, data.validation_samples)
+    folder = None if kept is None else kept.inside(REFERENCE)
+    tapes = [
+        model.recorder.tapes(
+            samples, size, reporter, f"{what}, full precision", images, folder and folder.inside(what.split()[0])
+        )
+        for samples, what, images in (
+            (calibration, "calibration set", False),
+            (validation, "validation set", recipe.tune is not None),
+        )
+    ]
+    return Reference(tapes[0]), Reference(tapes[1])
 
 
 def quantize(
-    rollout: Rollout,
+    model: OpenedModel,
     planned: list[PlannedModule],
     references: tuple[Reference, Reference],
-    quantization: Quantization,
-    seed: int,
+    recipe: Recipe,
     reporter: Reporter,
 ) -> Session:
     """Replace the planned modules in place by trainable ones, with initial scales of their weights.
 
     Args:
         references: of calibration and of validation, sampled before.
-        seed: what batches and groups will be drawn by.
     """
+    quantization = recipe.quantization
     specs = {p.name: p.spec for p in planned if p.spec is not None}
-    clock = StepClock.from_timesteps(rollout.timesteps, quantization.timestep_groups)
     reporter.detail(f"initial weight scales of {len(specs)} modules ({quantization.initialization})")
-    layers, method = (
-        quantize_model(rollout.denoiser, specs, clock, search=False),
-        METHODS[quantization.initialization](),
-    )
+    layers, method = dict[str, TrainableLayer](), METHODS[quantization.initialization]()
+    clocks = model.clocks(quantization.timestep_groups)
+    for one, clock in zip(model.denoisers, clocks, strict=True):
+        cut = len(one.prefix)
+        own = {name[cut:]: spec for name, spec in specs.items() if name.startswith(one.prefix)}
+        made = quantize_model(one.network, own, clock, search=False)
+        layers |= {one.prefix + name: layer for name, layer in made.items()}
     for layer in layers.values():
         method.weights(layer)
-    return Session(rollout, clock, planned, layers, *references, seed)
+    samples = calibration_samples(model.split, recipe.data)
+    return Session(model, clocks, planned, layers, samples, *references, recipe.data.seed)
 
 
 def find_activation_scales(session: Session, quantization: Quantization, batch_size: int, reporter: Reporter) -> None:
     """Static scales per timestep group, of the inputs that modules see in full precision; shared, if that is asked.
 
     Raises:
-        RecipeError: they are to be shared, and no two modules read the same tensor.
+        RecipeError: a module never runs; or they are to be shared, and no two modules read the same tensor.
     """
     method = METHODS[quantization.initialization]()
     _activation_scales(session, session.reference.first(batch_size), method, reporter)
@@ -287,28 +254,37 @@ def find_activation_scales(session: Session, quantization: Quantization, batch_s
 
 
 @torch.no_grad()
-def _activation_scales(session: Session, reference: Reference, method: Method, reporter: Reporter) -> None:
+def _activation_scales(session: Session, tapes: list[Tape], method: Method, reporter: Reporter) -> None:
     """Static scales per timestep group, from the inputs modules see along these full-precision trajectories."""
     observed = {n: layer for n, layer in session.layers.items() if layer.spec.static}
     if not observed:
         return
-    rollout, clock = session.rollout, session.clock
-    groups = torch.tensor(clock.groups(rollout.timesteps))
-    values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(clock.num_groups)] for n in observed}
+    values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(x.clock.num_groups)] for n, x in observed.items()}
+    names = {layer: name for name, layer in observed.items()}
+    shares = {}
+    for one, clock in zip(session.model.denoisers, session.clocks, strict=True):
+        of = clock.groups(one.levels.values())
+        shares[clock] = [max(1, OBSERVED_VALUES // (of.count(g) * len(tapes))) for g in range(clock.num_groups)]
 
     def observe(layer: TrainableLayer, tokens: Tensor) -> None:
-        share = OBSERVED_VALUES // int((groups == clock.group).sum())
-        flat = tokens.flatten()
+        flat, group = tokens.flatten(), layer.clock.group
+        share = shares[layer.clock][group]
         picked = torch.randint(len(flat), (share,), generator=torch.Generator().manual_seed(0)).to(flat.device)
         # the ends always belong to the sample: round-to-nearest covers the whole range
-        values[layer.name][clock.group].append(torch.cat([flat[picked], flat.min()[None], flat.max()[None]]))
+        values[names[layer]][group].append(torch.cat([flat[picked], flat.min()[None], flat.max()[None]]))
 
     for layer in observed.values():
         layer.observer = observe
-    with session.full_precision(), reporter.bar("activation scales", rollout.num_steps) as advance:
-        for i in range(rollout.num_steps):
-            rollout.predict(i, reference.latents[i], reference.conditions)
-            advance("")
+    with session.full_precision(), reporter.bar("activation scales", session.num_steps * len(tapes)) as advance:
+        for tape in tapes:
+            for i in range(len(tape)):
+                tape.step(i, tape.state(i))
+                advance("")
+    if idle := [name for name, groups in values.items() if not all(groups)]:
+        raise RecipeError(
+            f"quantization.rules: {idle[0]} does not run at every noise level, so nothing is known of its inputs; give "
+            "it weight: float in a rule before"
+        )
     for name, layer in observed.items():
         layer.observer = None
         method.activations(layer, [torch.cat(v) for v in values[name]])

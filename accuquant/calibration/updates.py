@@ -59,7 +59,7 @@ def calibrate_cached(
     """
     if not objective.cached_iterations:
         return None
-    how = cached_objective(objective, alone.steps_per_group, session.rollout.num_steps)
+    how = cached_objective(objective, alone.steps_per_group, session.num_steps)
     loop = session.loop(*how, plan, fitted)
     _update(loop, "calibrating with the cache on", kept, CACHED_STATE, reporter)
     if (forecasts := learned_forecasts(loop)) is not None:

@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from accuquant.errors import RecipeError, nearest
-from accuquant.export.load import load_export, recipe_of
-from accuquant.model.families import denoiser_of, family_of
-from accuquant.pipeline.data import load_split
+from accuquant.export.load import exported_networks, load_export, recipe_of
+from accuquant.pipeline.data import Samples, load_split
+from accuquant.pipeline.recorder import Recorder
+from accuquant.pipeline.rows import Row, asked_for, call_of
+from accuquant.pipeline.seams import takes
 from accuquant.progress import Reporter
 from accuquant.runtime.arithmetic import set_arithmetic
 
@@ -42,28 +43,25 @@ def generate(
         raise RecipeError(f"--output {target}: the grid is a PNG; give a file name that ends in .png")
     recipe = recipe_of(folder, overrides)
     pipeline = load_export(folder, recipe, reporter)
-    family = family_of(pipeline)
     if reference:
         if recipe.export.format == "torchao":
             raise RecipeError(
                 "--reference: is the arithmetic of accuquant's own format; this export computes in torchao"
             )
-        set_arithmetic(denoiser_of(pipeline), "reference")
-    conditions: list[Any] = list(inputs)
-    if family.condition == "class_id":
-        conditions = [_class_id(text, pipeline) for text in inputs]
-    if not conditions:
-        split = load_split(recipe.data, family.condition)
-        conditions = sorted(split.calibration + split.held_out)[:DEFAULT_IMAGES]
+        for network in exported_networks(pipeline).values():
+            set_arithmetic(network, "reference")
+    classes = takes(pipeline, "class_labels")
+    split = load_split(recipe.data, pipeline)
+    rows: list[Row] = [{"class_labels": _class_id(t, pipeline)} if classes else {"prompt": t} for t in inputs]
+    if not rows:
+        rows = sorted(split.calibration + split.held_out, key=lambda row: str(asked_for(row)))[:DEFAULT_IMAGES]
     target.parent.mkdir(parents=True, exist_ok=True)
-    reporter.say(f"sampling {len(conditions)} image(s), {recipe.sampling.num_inference_steps} steps")
+    reporter.say(f"sampling {len(rows)} image(s), {recipe.sampling.num_inference_steps} steps")
     pipeline.set_progress_bar_config(disable=reporter.quiet or None)  # None: on terminals only
-    images = pipeline(
-        conditions,
-        guidance_scale=recipe.sampling.guidance_scale,
-        num_inference_steps=recipe.sampling.num_inference_steps,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(conditions))],
-    ).images
+    setting = recipe.sampling.model_dump(include={"num_inference_steps", "guidance_scale"})
+    samples, images = Samples(rows, [seed + i for i in range(len(rows))]), list[Image.Image]()
+    for part in Recorder(pipeline, recipe.sampling, split.folder).batches(samples, len(samples)):
+        images += pipeline(**call_of(pipeline, part.rows, part.seeds, setting, split.folder)).images
     grid(images).save(target)
 
 

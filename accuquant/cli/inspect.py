@@ -9,13 +9,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from accuquant.errors import RecipeError
-from accuquant.export.load import exported_layers, load_export, recipe_of
+from accuquant.export.load import exported_layers, exported_networks, load_export, recipe_of
 from accuquant.export.torchao import stored_tensors
-from accuquant.model.families import denoiser_of
+from accuquant.pipeline.denoisers import joined
 from accuquant.runtime.arithmetic import arithmetic_used, describe_arithmetic, measure_paths
 from accuquant.runtime.cache.hooks import controller_of
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.layer import QuantizedLayer
+from accuquant.runtime.layer import QuantizedLayer, quantized_layers
 
 COLUMNS = (
     "module",
@@ -41,7 +41,8 @@ def contents(folder: Path, measure: bool = False) -> tuple[Table, list[str]]:
         RecipeError: the folder is no export, or there is nothing to measure in it.
         OSError: the user's cache folder cannot be written to.
     """
-    denoiser = denoiser_of(load_export(folder, recipe_of(folder, ["model.device=auto"])))
+    networks = exported_networks(load_export(folder, recipe_of(folder, ["model.device=auto"])))
+    denoiser = joined(networks)
     timed = _measure(denoiser, folder) if measure else []
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in COLUMNS:
@@ -54,16 +55,17 @@ def contents(folder: Path, measure: bool = False) -> tuple[Table, list[str]]:
         table.add_row(name, f"{layer.out_features}x{layer.in_features}", *cells, f"{size / 1e3:.1f}")
     rest = _bytes(denoiser) - total
     lines = [*timed, f"quantized layers {total / 1e6:.3f} MB, float rest {rest / 1e6:.3f} MB"]
-    clock = getattr(denoiser, "step_clock", None)
-    if isinstance(clock, StepClock):
-        lines.append(f"computed by {describe_arithmetic(arithmetic_used(denoiser))}")
+    if not quantized_layers(denoiser):
+        return table, [*lines, "format: torchao; diffusers and torchao load it without accuquant"]
+    lines.append(f"computed by {describe_arithmetic(arithmetic_used(denoiser))}")
+    for name, network in networks.items():
+        where, clock = f"{name}: " if len(networks) > 1 else "", getattr(network, "step_clock", None)
+        assert isinstance(clock, StepClock)
         edges = ", ".join(f"{e:g}" for e in clock.edges)
-        lines.append(f"timestep groups: {clock.num_groups}, edges at timesteps {edges or 'none'}")
-        controller = controller_of(denoiser)
+        lines.append(f"{where}timestep groups: {clock.num_groups}, edges at timesteps {edges or 'none'}")
+        controller = controller_of(network)
         given = controller.plan.to_dict() if controller else {}
-        lines.append(f"cache: {', '.join(f'{k} {v}' for k, v in given.items()) or 'none'}")
-    else:
-        lines.append("format: torchao; diffusers and torchao load it without accuquant")
+        lines.append(f"{where}cache: {', '.join(f'{k} {v}' for k, v in given.items()) or 'none'}")
     return table, lines
 
 

@@ -20,6 +20,7 @@ the latents' cotangent v_i:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -142,6 +143,15 @@ def group_errors(
 def groups(num_steps: int, steps_per_group: int) -> list[tuple[int, int]]:
     """Cut T steps into consecutive groups of M (start, stop); the last one is shorter when M does not divide T."""
     return [(s, min(s + steps_per_group, num_steps)) for s in range(0, num_steps, steps_per_group)]
+
+
+def cached_groups(full_steps: Sequence[int], num_steps: int, steps_per_group: int) -> list[tuple[int, int]]:
+    """Cut T steps into groups that begin at full steps and have at least M steps; the last one may be shorter."""
+    cuts = [0]
+    for full in full_steps[1:]:
+        if full - cuts[-1] >= steps_per_group:
+            cuts.append(full)
+    return list(itertools.pairwise((*cuts, num_steps)))
 
 
 def _shrink(variances: Tensor, i: int) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from accuquant.calibration.plan import PlannedModule
-from accuquant.model.rollout import Conditions, Rollout
+from accuquant.pipeline.tape import Components, Tape
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.features import in_cache
 from accuquant.runtime.cache.fitted import Fitted
@@ -55,28 +55,30 @@ class CallSeconds(NamedTuple):
 
 
 @torch.no_grad()
-def call_seconds(rollout: Rollout, conditions: Conditions) -> CallSeconds:
-    """Time of one call: the least of several after one that warms up, for other work comes and goes.
+def call_seconds(tape: Tape, step: int = 0) -> CallSeconds:
+    """Time of one step: the least of several after one that warms up, for other work comes and goes.
 
     Where it stays, no call is quiet, and threads that wait for each other's cores make each many times slower. So on a
     CPU calls of one thread are measured too, by the time that this thread had a core: free cores do not take longer.
     Not of a model so large that one thread would take `MOST_ALONE` seconds.
     """
+    state = tape.state(step)
+    is_cuda = state.latents[0].is_cuda
 
     def least(clock: Callable[[], float]) -> float:
-        rollout.predict(0, conditions.noise, conditions)
+        tape.step(step, state)
         found, begun = list[float](), time.perf_counter()
         while len(found) < LEAST_CALLS or (len(found) < MOST_CALLS and time.perf_counter() - begun < CALLS_SECONDS):
             started = clock()
-            rollout.predict(0, conditions.noise, conditions)
-            if conditions.noise.is_cuda:
+            tape.step(step, state)
+            if is_cuda:
                 torch.cuda.synchronize()
             found.append(clock() - started)
         return min(found)
 
     now = least(time.perf_counter)
     threads = torch.get_num_threads()
-    if conditions.noise.is_cuda or threads * now > MOST_ALONE:
+    if is_cuda or threads * now > MOST_ALONE:
         return CallSeconds(now, now)
     torch.set_num_threads(1)
     try:
@@ -86,16 +88,16 @@ def call_seconds(rollout: Rollout, conditions: Conditions) -> CallSeconds:
     return CallSeconds(min(now, alone), now)
 
 
-def step_seconds(rollout: Rollout, conditions: Conditions) -> list[float]:
-    """Wall time of each step of one trajectory of these samples."""
+def step_seconds(tape: Tape, components: Components | None = None) -> list[float]:
+    """Wall time of each step of one run of a tape."""
     marks = [time.perf_counter()]
 
     def mark() -> None:
-        if conditions.noise.is_cuda:
+        if tape.state(0).latents[0].is_cuda:
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
-    rollout.trajectory(conditions, mark)
+    tape.rolled(components, mark)
     return [b - a for a, b in itertools.pairwise(marks)]
 
 

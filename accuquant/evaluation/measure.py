@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accuquant.calibration.opened import OpenedModel
 from accuquant.core.metrics import trajectory_error
 from accuquant.core.schedule import RCS
+from accuquant.core.trajectory import State
 from accuquant.evaluation.metrics import Sides, measured
-from accuquant.model.rollout import Conditions, Rollout
-from accuquant.pipeline.data import held_out_samples, load_split
+from accuquant.pipeline.data import Samples, held_out_samples
+from accuquant.pipeline.rows import asked_for
+from accuquant.pipeline.tape import Components, Tape
 from accuquant.progress import Reporter
-from accuquant.recipe import Data, Evaluation
+from accuquant.recipe import Evaluation, Recipe
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.hooks import cached, controller_of, uncached
 from accuquant.runtime.clock import StepClock
@@ -26,21 +29,51 @@ MODULE_ERROR_STEPS = 10  # steps of the trajectory at which every module's own e
 MODULE_ERROR_SAMPLES = 8
 
 
-@dataclass
-class HeldOut:
-    """Full-precision side of the comparison: inputs, conditions and latents (T + 1, B, C, H, W)."""
+@dataclass(frozen=True)
+class Sampled:
+    """What a model made of samples.
 
-    inputs: list[Any]
-    conditions: Conditions
+    Attributes:
+        latents: (T + 1, B, N), all latents of each sample.
+        finals: the last state of each tape.
+    """
+
+    latents: Tensor
+    finals: list[State]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Full-precision side of the comparison: samples, their tapes, and what these hold."""
+
+    samples: Samples
+    tapes: list[Tape]
     latents: Tensor
 
+    @property
+    def inputs(self) -> list[Any]:
+        """What each sample was asked for."""
+        return [asked_for(row) for row in self.samples.rows]
 
-def held_out_reference(rollout: Rollout, data: Data, evaluation: Evaluation, reporter: Reporter) -> HeldOut:
+    @property
+    def finals(self) -> list[State]:
+        return [tape.state(len(tape)) for tape in self.tapes]
+
+    def images(self, finals: list[State]) -> Tensor | None:
+        """Images (B, C, H, W) in [0, 1] of the last states of a model, as the pipeline decodes them; None of none."""
+        parts = [tape.images(state) for tape, state in zip(self.tapes, finals, strict=True)]
+        found = [part for part in parts if part is not None]
+        return torch.cat(found).float() if len(found) == len(parts) else None
+
+
+def held_out_reference(model: OpenedModel, recipe: Recipe, reporter: Reporter) -> HeldOut:
     """Sample the held-out set in full precision."""
-    samples = held_out_samples(load_split(data, rollout.family.condition), data, evaluation.num_samples)
-    conditions = rollout.conditions(samples.inputs, samples.seeds)
-    latents = sample(rollout, conditions, evaluation.batch_size, reporter, "held-out, full precision")
-    return HeldOut(samples.inputs, conditions, latents)
+    samples, evaluation = held_out_samples(model.split, recipe.data, recipe.evaluation.num_samples), recipe.evaluation
+    # RCS decides for a batch; tau is for single samples
+    size = 1 if recipe.cache is not None and recipe.cache.decides_while_running else evaluation.batch_size
+    tapes = model.recorder.tapes(samples, size, reporter, "held-out, full precision", evaluation.reconstruct)
+    parts = [torch.stack([tape.per_sample(tape.state(i)) for i in range(len(tape) + 1)]) for tape in tapes]
+    return HeldOut(samples, tapes, torch.cat(parts, 1))
 
 
 def evaluation_calls(evaluation: Evaluation, cached: bool, num_steps: int) -> int:
@@ -52,21 +85,21 @@ def evaluation_calls(evaluation: Evaluation, cached: bool, num_steps: int) -> in
 
 
 def sample(
-    rollout: Rollout,
-    conditions: Conditions,
-    batch_size: int,
+    tapes: list[Tape],
     reporter: Reporter,
     what: str,
+    components: Components | None = None,
     after: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Latents (T + 1, B, C, H, W) of all samples, in batches; ``after`` is called when a batch is done."""
-    controller, parts = controller_of(rollout.denoiser), []
-    alone = controller is not None and controller.rcs is not None  # RCS decides for a batch; tau is for single samples
-    batches = conditions.batches(1 if alone else batch_size)
-    for latents, _ in rollout.trajectories(batches, reporter, f"sampling {what}"):
-        parts.append(latents)
-        after()
-    return torch.cat(parts, 1)
+) -> Sampled:
+    """Run all tapes by the networks as they are now, or by others; ``after`` is called when a batch is done."""
+    latents, finals = list[Tensor](), list[State]()
+    with reporter.bar(f"sampling {what}", sum(map(len, tapes))) as advance:
+        for tape in tapes:
+            states = tape.rolled(components, lambda: advance(""))
+            latents.append(torch.stack([tape.per_sample(state) for state in states]))
+            finals.append(states[-1])
+            after()
+    return Sampled(torch.cat(latents, 1), finals)
 
 
 def latent_metrics(latents: Tensor, reference: Tensor) -> dict[str, Any]:
@@ -81,12 +114,12 @@ def latent_metrics(latents: Tensor, reference: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def module_errors(
-    full: Rollout, layers: Mapping[str, nn.Module], clock: StepClock | None, held_out: HeldOut
+    full: OpenedModel, layers: Mapping[str, nn.Module], clocks: list[StepClock], held_out: HeldOut
 ) -> dict[str, float]:
     """Relative error of each quantized module's output on the inputs its float twin sees in full precision.
 
     Args:
-        layers: the quantized twins; ``clock`` says to them which step it is, where they ask.
+        layers: the quantized twins; ``clocks`` say to them which step it is, where they ask.
     """
     error, energy = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
 
@@ -94,55 +127,56 @@ def module_errors(
         error[name] += float((layers[name](call.input) - call.output).double().square().sum())
         energy[name] += float(call.output.double().square().sum())
 
-    count = min(MODULE_ERROR_SAMPLES, len(held_out.conditions))
-    chosen = torch.arange(count, device=held_out.latents.device)
-    conditions = held_out.conditions.take(chosen)
-    with observed(full.denoiser, layers, compare):
-        for i in range(0, full.num_steps, max(1, full.num_steps // MODULE_ERROR_STEPS)):
-            if clock is not None:
-                clock.set(float(full.timesteps[i]))
-            full.predict(i, held_out.latents[i][chosen], conditions)
+    tapes = held_out.tapes[: max(1, MODULE_ERROR_SAMPLES // held_out.tapes[0].num_samples)]
+    with observed(full.network, layers, compare):
+        for tape in tapes:
+            for i in range(0, len(tape), max(1, len(tape) // MODULE_ERROR_STEPS)):
+                for clock in clocks:
+                    clock.set(full.levels[i])
+                tape.step(i, tape.state(i))
     return {n: (error[n] / max(energy[n], 1e-30)) ** 0.5 for n in layers}
 
 
 def decompose(
-    full: Rollout, quantized: Rollout, both: Tensor, held_out: HeldOut, batch_size: int, reporter: Reporter
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    full: OpenedModel, quantized: nn.Module, both: Tensor, held_out: HeldOut, reporter: Reporter
+) -> tuple[dict[str, Any], dict[str, list[State]]]:
     """Where the error of a quantized model with a cache comes from: relative L2 against full precision, same noise.
 
     E_q: quantized only; E_c: cache only, without corrections and shares, which are for the quantized model; E_qc: both;
     interaction = E_qc - E_q - E_c, which holds what those take back; of the final latent, and per step.
 
     Args:
-        both: (T + 1, B, C, H, W), latents of the quantized model with its cache.
+        quantized: the denoiser; ``both``: (T + 1, B, N), latents that it gives with its cache.
 
     Returns:
-        the figures, and the final latents (B, C, H, W) of the model quantized only and cached only.
+        the figures, and the last states of the model quantized only and cached only.
     """
-    controller = controller_of(quantized.denoiser)
+    controller, name, tapes = controller_of(quantized), full.only.name, held_out.tapes
     assert controller is not None
-    with uncached(quantized.denoiser):
-        alone = sample(quantized, held_out.conditions, batch_size, reporter, "held-out, quantized without the cache")
-    with cached(full.denoiser, controller.plan.unfitted):
-        only = sample(full, held_out.conditions, batch_size, reporter, "held-out, full precision with the cache")
-    sides = (("E_q", alone), ("E_c", only), ("E_qc", both))
+    with uncached(quantized):
+        alone = sample(tapes, reporter, "held-out, quantized without the cache", {name: quantized})
+    with cached(full.only.network, controller.plan.unfitted):
+        only = sample(tapes, reporter, "held-out, full precision with the cache")
+    sides = (("E_q", alone.latents), ("E_c", only.latents), ("E_qc", both))
     curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}
     curves["interaction"] = curves["E_qc"] - curves["E_q"] - curves["E_c"]
     final: dict[str, Any] = {name: float(curve[-1]) for name, curve in curves.items()}
     figures = final | {"decomposition": {name: curve.tolist() for name, curve in curves.items()}}
-    return figures, {"quantized": alone[-1], "cached": only[-1]}
+    return figures, {"quantized": alone.finals, "cached": only.finals}
 
 
-def input_errors(full: Rollout, held_out: HeldOut, controller: Controller, full_steps: tuple[int, ...]) -> list[float]:
+def input_errors(
+    full: OpenedModel, held_out: HeldOut, controller: Controller, full_steps: tuple[int, ...]
+) -> list[float]:
     """RCS's e at each step of one trajectory: how far the first cached module's input is from its Taylor forecast."""
-    first, index = controller.modules[0], torch.arange(1, device=held_out.latents.device)
+    first, tape = controller.modules[0], full.recorder.tape(held_out.samples.first(1))
     rcs, found = RCS(math.inf, max(1, controller.plan.order), 1), list[float]()
 
     def watch(name: str, call: Call) -> None:
         rcs.is_full(len(found), call.input, forced=len(found) in full_steps)
         found.append(rcs.history[-1])
 
-    with torch.no_grad(), observed(full.denoiser, [first], watch):
-        for i in range(full.num_steps):
-            full.predict(i, held_out.latents[i][index], held_out.conditions.take(index))
+    with torch.no_grad(), observed(full.only.network, [first], watch):
+        for i in range(len(tape)):
+            tape.step(i, tape.state(i))
     return found

@@ -7,22 +7,18 @@ from typing import Literal
 import torch
 from torch import nn
 
+from accuquant.calibration.opened import OpenedModel
 from accuquant.calibration.plan import PlannedModule
 from accuquant.calibration.session import Session
 from accuquant.errors import AccuQuantError, RecipeError
 from accuquant.export.native import harden_model
 from accuquant.export.torchao import INSTALL_TORCHAO, convert_model, input_dimensions, torchao_installed
-from accuquant.model.rollout import Rollout
-from accuquant.pipeline.data import Samples
 
 Format = Literal["accuquant", "torchao"]
 
 
-def check_format(format: Format, rollout: Rollout, planned: list[PlannedModule], samples: Samples) -> dict[str, int]:
+def check_format(format: Format, model: OpenedModel, planned: list[PlannedModule]) -> dict[str, int]:
     """See to it before a long run that its result can be written.
-
-    Args:
-        samples: of which the first is looked at.
 
     Returns:
         for torchao, how many dimensions the inputs of modules with static scales have.
@@ -37,15 +33,14 @@ def check_format(format: Format, rollout: Rollout, planned: list[PlannedModule],
             f"export.format: torchao needs the package torchao, which is not installed: {INSTALL_TORCHAO}"
         )
     for p in planned:
-        if p.spec is not None and not isinstance(rollout.denoiser.get_submodule(p.name), nn.Linear):
+        if p.spec is not None and not isinstance(model.network.get_submodule(p.name), nn.Linear):
             raise RecipeError(
                 f"export.format: torchao holds Linear modules, and the rules quantize {p.name}, a {p.kind}; "
                 "give it weight: float in a rule before that one, or write export.format: accuquant, which holds it"
             )
     static = [p.name for p in planned if p.spec is not None and p.spec.static]
-    conditions = rollout.conditions(samples.inputs[:1], samples.seeds[:1])
     try:
-        return input_dimensions(rollout.denoiser, static, lambda: rollout.predict(0, conditions.noise, conditions))
+        return input_dimensions(model.network, static, model.step_once)
     except AccuQuantError as error:
         raise RecipeError(
             f"export.format: torchao: {error}; give it activation_scale: dynamic, or write export.format: accuquant"
@@ -59,7 +54,9 @@ def write_format(session: Session, format: Format, dimensions: dict[str, int], d
         dimensions: what `check_format` has found.
         dtype: of the model.
     """
-    if format == "torchao":
-        convert_model(session.rollout.denoiser, dimensions, dtype)
-    else:
-        harden_model(session.rollout.denoiser, session.clock)
+    for one, clock in zip(session.model.denoisers, session.clocks, strict=True):
+        if format == "torchao":
+            own = {n.removeprefix(one.prefix): d for n, d in dimensions.items() if n.startswith(one.prefix)}
+            convert_model(one.network, own, dtype)
+        else:
+            harden_model(one.network, clock)

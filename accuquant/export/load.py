@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from accuquant.caching.search import search_on_inputs
+from accuquant.caching.search import search_on_rows
 from accuquant.errors import CheckpointError, RecipeError
 from accuquant.export.torchao import INSTALL_TORCHAO, torchao_installed, torchao_layers
-from accuquant.model.families import denoiser_of, left_out, pick_device
-from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import load_split
+from accuquant.pipeline.loading import left_out, pick_device
+from accuquant.pipeline.recorder import Recorder
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Data, Recipe
+from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
 from accuquant.runtime.cache.plan import CachePlan
@@ -40,12 +41,17 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:  # diffusers' own
         raise RecipeError(f"{folder} cannot be loaded: {error}") from error
-    if not exported_layers(denoiser_of(pipeline)):
+    networks = exported_networks(pipeline)
+    if not networks:
         raise RecipeError(f"{folder} holds no quantized layer: it was not written by accuquant")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(pick_device(recipe.model.device))
     if recipe.cache != recipe_of(folder).cache:
-        denoiser = denoiser_of(pipeline)
+        if len(networks) > 1:
+            raise RecipeError(
+                f"cache: {folder} has several denoisers, {' and '.join(networks)}; enable a cache on each"
+            )
+        (denoiser,) = networks.values()
         if controller_of(denoiser) is not None:
             detach_cache(denoiser)
         if recipe.cache is not None:
@@ -57,10 +63,15 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
                 )
             plan: Cache | CachePlan = recipe.cache
             if recipe.cache.searches:
-                rollout = Rollout(pipeline, recipe.sampling)
-                plan = _searched(recipe.cache, rollout, recipe.data, reporter or Reporter(quiet=True))
+                plan = _searched(recipe.cache, pipeline, recipe, reporter or Reporter(quiet=True))
             attach_cache(denoiser, plan)
     return pipeline
+
+
+def exported_networks(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The components that hold quantized layers."""
+    parts: dict[str, Any] = pipeline.components
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module) and exported_layers(part)}
 
 
 def exported_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
@@ -68,10 +79,11 @@ def exported_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     return {**quantized_layers(denoiser), **torchao_layers(denoiser)}
 
 
-def _searched(config: Cache, rollout: Rollout, data: Data, reporter: Reporter) -> CachePlan:
+def _searched(config: Cache, pipeline: DiffusionPipeline, recipe: Recipe, reporter: Reporter) -> CachePlan:
     """A target given on the command line: searched on calibration samples, against the export without a cache."""
-    split = load_split(data, rollout.family.condition)
-    return search_on_inputs(rollout, split.calibration, data.seed * 100_000, config, reporter)
+    split = load_split(recipe.data, pipeline)
+    recorder = Recorder(pipeline, recipe.sampling, split.folder)
+    return search_on_rows(recorder, split.calibration, recipe.data.seed * 100_000, config, reporter)
 
 
 def recipe_of(folder: Path, overrides: list[str] | None = None) -> Recipe:

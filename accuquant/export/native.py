@@ -18,7 +18,8 @@ def harden_model(model: Any, clock: StepClock) -> None:
     for name, layer in trainable_layers(model).items():
         model.set_submodule(name, layer.harden())
     prepare_layers(model)
-    config = AccuQuantConfig({n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.edges)
+    specs, coordinate = {n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.coordinate
+    config = AccuQuantConfig(specs, clock.edges, coordinate.argument, coordinate.falls)
     model.hf_quantizer = AccuQuantQuantizer(config)
     model.is_quantized = True
     model.quantization_method = Method.ACCUQUANT

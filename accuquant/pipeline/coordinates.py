@@ -8,39 +8,15 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
+from accuquant.core.coordinate import USUAL, Coordinate
 from accuquant.pipeline.lowering import Invoke, TapeError
 from accuquant.pipeline.tape import Tape
-
-USUAL = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_labels")
-
-
-@dataclass(frozen=True)
-class Coordinate:
-    """How a denoiser's calls say how noisy their latents are.
-
-    Attributes:
-        argument: its name in the network's forward.
-        falls: whether it falls from step to step (a timestep) or rises (1 - sigma).
-    """
-
-    argument: str
-    falls: bool = True
-
-    def of(self, value: Any) -> float:
-        """From an argument's value: falling from step to step. The largest counts where it is given for each token.
-
-        Image-to-video models give frames that are known already the timestep 0.
-        """
-        given = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
-        oriented = given.double() if self.falls else -given.double()
-        return float(oriented.max())
 
 
 def arguments(one: Invoke, network: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from accuquant.core.trajectory import State
 from accuquant.pipeline.lowering import Advance, Apply, Instruction, Invoke, Lowering, Slot, TapeError, Template
-from accuquant.pipeline.tape import Step, Tail, Tape, run
+from accuquant.pipeline.tape import Step, Tail, Tape, run, same
 
 
 def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:
@@ -124,10 +124,6 @@ def _tail(code: list[Instruction], returned: Any, latents: tuple[int, ...]) -> t
 
 def _without_outputs(code: tuple[Apply | Invoke, ...]) -> tuple[Apply | Invoke, ...]:
     return tuple(replace(one, held=()) if isinstance(one, Invoke) else one for one in code)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or (a.shape == b.shape and bool(torch.isclose(a, b, 0, 0, equal_nan=True).all()))
 
 
 def _denoisers(code: list[Instruction]) -> set[str]:

@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from accuquant.pipeline.cut import cut, same
+from accuquant.pipeline.cut import cut
 from accuquant.pipeline.lowering import Lowering, TapeError
-from accuquant.pipeline.recording import Call, Place, Recording, write_down
+from accuquant.pipeline.recording import Call, Outputs, Place, Recording, write_down
 from accuquant.pipeline.seams import Seams, mapped, previous_sample, takes, unwrapped
-from accuquant.pipeline.tape import Tape, run
+from accuquant.pipeline.tape import Tape, run, same
 
 PERTURBED = 0.02  # of its spread, by which the self-check moves a network's output
 
@@ -28,7 +28,7 @@ def rehearse(pipeline: DiffusionPipeline, **call: Any) -> Tape:
     Raises:
         TapeError: see `record`.
     """
-    return _recorded(pipeline, call, rehearsed=True)
+    return recorded(pipeline, call, known={})[0]
 
 
 def record(pipeline: DiffusionPipeline, **call: Any) -> Tape:
@@ -41,23 +41,35 @@ def record(pipeline: DiffusionPipeline, **call: Any) -> Tape:
     Raises:
         TapeError: the pipeline steps no scheduler, or fewer than twice; or its tape does not compute what it computes.
     """
-    tape = _recorded(pipeline, call, rehearsed=False)
-    check_networks(pipeline, tape)
-    return tape
+    return recorded(pipeline, call)[0]
 
 
-def _recorded(pipeline: DiffusionPipeline, call: dict[str, Any], rehearsed: bool) -> Tape:
+def recorded(
+    pipeline: DiffusionPipeline,
+    call: dict[str, Any],
+    known: Outputs | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[Tape, Outputs]:
+    """`record`, with what the networks gave in its steps: given as ``known``, it makes the same tape again.
+
+    Raises:
+        TapeError: see `record`.
+        OtherOutputs: known outputs are of something else.
+    """
     if takes(pipeline, "output_type"):
         call = {"output_type": "latent"} | call
     with repeatable(call) as again:
-        recording = write_down(pipeline, again(), rehearsed)
-        if not any(isinstance(event, Call) for event in recording.events):
+        recording = write_down(pipeline, again(), known, progress)
+        calls = [event for event in recording.events if isinstance(event, Call)]
+        if not calls:
             raise TapeError(
                 f"{type(pipeline).__name__} calls no network of its own: record the pipelines inside it, one by one"
             )
         tape = cut(pipeline, Lowering(recording))
         self_check(pipeline, again(), recording, tape)
-    return tape
+    if known is None:
+        check_networks(pipeline, tape)
+    return tape, {k: one.held for k, one in enumerate(calls) if one.component in tape.looped}
 
 
 class _LoopEnded(Exception):

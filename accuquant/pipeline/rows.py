@@ -9,6 +9,7 @@ have to say the same.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from accuquant.errors import RecipeError, nearest
 from accuquant.pipeline.seams import unwrapped
 
 FORMER = {"class_id": "class_labels"}  # names of earlier versions
+FOR_PEOPLE = "label"  # what a row is of, in words, where its keys do not say it
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Row = dict[str, Any]
 
@@ -41,7 +43,7 @@ def call_of(
     """
     parameters = inspect.signature(unwrapped(pipeline)).parameters
     name = type(pipeline).__name__
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != FOR_PEOPLE]
     call: dict[str, Any] = {}
     for key in keys:
         argument = FORMER.get(key, key)
@@ -65,6 +67,71 @@ def call_of(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     call["generator"] = generators if one_each(parameters["generator"]) else generators[0]
     return call
+
+
+def as_row(value: Any) -> Row:
+    """A row; a prompt alone, or the number of a class, stands for one.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    if isinstance(value, str):
+        return {"prompt": value}
+    if type(value) is int:
+        return {"class_labels": value}
+    if not isinstance(value, dict):
+        raise RecipeError(f"data: a row is what the pipeline is called with, such as {{'prompt': 'a fox'}} ({value!r})")
+    return value
+
+
+def check_row(pipeline: DiffusionPipeline, row: Row) -> None:
+    """Whether the pipeline can be called with a row, as far as that can be told without doing it.
+
+    Raises:
+        RecipeError: a key is no argument of its call, or its value cannot be one.
+    """
+    parameters = inspect.signature(unwrapped(pipeline)).parameters
+    for key, value in row.items():
+        argument = FORMER.get(key, key)
+        if key == FOR_PEOPLE:
+            continue
+        if argument not in parameters:
+            takes = ", ".join(name for name in parameters if name != "self")
+            name = type(pipeline).__name__
+            raise RecipeError(f"{name} takes no {key!r}{nearest(key, parameters)}; its call takes {takes}")
+        if argument == "prompt" and not isinstance(value, str):
+            raise RecipeError(f"{key} must be text")
+        if argument == "class_labels":
+            classes = _number_of_classes(pipeline)
+            if type(value) is not int or not 0 <= value < (classes or 2**31):
+                known = f"one of this model's classes, 0 to {classes - 1}" if classes else "a whole number from 0 on"
+                raise RecipeError(f"{key} must be {known}")
+    if not set(row) - {FOR_PEOPLE}:
+        raise RecipeError("it says nothing that the pipeline could be called with")
+
+
+def _number_of_classes(pipeline: DiffusionPipeline) -> int | None:
+    """Of a class-conditional transformer or U-Net, where its config says it."""
+    for component in pipeline.components.values():
+        config = getattr(component, "config", None)
+        for key in ("num_embeds_ada_norm", "num_class_embeds"):
+            if isinstance(found := getattr(config, key, None), int):
+                return found
+    return None
+
+
+def asked_for(row: Row) -> Any:
+    """What a row asks for, as reports name it: its only value, or all it says."""
+    values = [value for key, value in row.items() if key != FOR_PEOPLE]
+    return values[0] if len(values) == 1 else json.dumps(row, sort_keys=True)
+
+
+def needs_single_calls(pipeline: DiffusionPipeline, rows: Sequence[Row]) -> bool:
+    """Whether rows differ in something that the pipeline takes one of for a whole call."""
+    parameters = inspect.signature(unwrapped(pipeline)).parameters
+    keys = {key for row in rows for key in row} - {FOR_PEOPLE}
+    single = [key for key in keys if (p := parameters.get(FORMER.get(key, key))) is not None and not one_each(p)]
+    return any(row.get(key) != rows[0].get(key) for key in single for row in rows)
 
 
 def one_each(parameter: inspect.Parameter) -> bool:

@@ -70,7 +70,10 @@ class Tape:
         denoisers: names of the components whose output reaches the latents without passing through another one.
         looped: names of all components that are called in steps.
         tail: from the last state to what was returned, where torch can follow it.
+        num_samples: rows of data that the run was of.
     """
+
+    num_samples = 1
 
     def __init__(
         self,
@@ -103,6 +106,29 @@ class Tape:
         run(step.code, values, partial(self._call, values, components or {}))
         return State(tuple(values[n] for n in step.latents_out), tuple(values[n] for n in step.history_out))
 
+    @torch.no_grad()
+    def rolled(self, components: Components | None = None, progress: Callable[[], None] = lambda: None) -> list[State]:
+        """All states from the first on, by the networks as they are now, without gradient."""
+        states = [self.state(0)]
+        for i in range(len(self)):
+            states.append(self.step(i, states[i], components))
+            progress()
+        return states
+
+    def per_sample(self, state: State) -> Tensor:
+        """(B, N) all that the latents of a state hold of each of the B samples.
+
+        Of halves that guidance keeps equal (DiT steps both) the first counts.
+        """
+        parts = []
+        for latents in state.latents:
+            half, odd = divmod(len(latents), 2) if latents.dim() else (0, 1)
+            if half and not odd and half % self.num_samples == 0 and same(latents[:half], latents[half:]):
+                latents = latents[:half]
+            parts.append(latents.reshape(self.num_samples, -1))
+        return torch.cat(parts, 1)
+
+    @torch.no_grad()
     def images(self, state: State) -> Tensor | None:
         """Images (B, C, H, W), or films (B, F, C, H, W), in [0, 1] of the last state; None of a run that made none."""
         if self.tail is None or not self.tail.decodes:
@@ -119,10 +145,11 @@ class Tape:
         return values[self.tail.output]
 
     def _call(self, values: dict[int, Tensor], given: Components, one: Invoke) -> Sequence[Tensor]:
-        network = given.get(one.component) or _component(self.pipeline, one.component)
+        component, _, method = one.component.partition(".")
+        owner = given.get(component) or getattr(self.pipeline, component)
         args, kwargs = one.given.filled(values)
-        with called_as(one, self.pipeline):
-            return tensors_of(network(*args, **kwargs))
+        with called_as(one, owner):
+            return tensors_of((getattr(owner, method) if method else owner)(*args, **kwargs))
 
     @property
     def nbytes(self) -> int:
@@ -152,17 +179,16 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 @contextmanager
-def called_as(one: Invoke, pipeline: DiffusionPipeline) -> Iterator[None]:
+def called_as(one: Invoke, network: Any) -> Iterator[None]:
     """The mixed precision and the cache context that a network was recorded with."""
     with ExitStack() as stack:
         for mode in one.autocast:
             stack.enter_context(torch.autocast(mode.device_type, mode.dtype, mode.enabled))
         if one.context is not None:
-            stack.enter_context(getattr(pipeline, one.component).cache_context(one.context))
+            stack.enter_context(network.cache_context(one.context))
         yield
 
 
-def _component(pipeline: DiffusionPipeline, name: str) -> Callable[..., Any]:
-    component, _, method = name.partition(".")
-    network: Callable[..., Any] = getattr(pipeline, component)
-    return getattr(network, method) if method else network
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal in every element, NaN with NaN."""
+    return torch.equal(a, b) or (a.shape == b.shape and bool(torch.isclose(a, b, 0, 0, equal_nan=True).all()))

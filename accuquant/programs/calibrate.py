@@ -21,7 +21,8 @@ from accuquant.caching.search import searched
 from accuquant.calibration.choice import Trial
 from accuquant.calibration.layers import adopt_dynamic_scales
 from accuquant.calibration.loop import UpdateLoop
-from accuquant.calibration.session import Session, find_activation_scales, open_model, quantize, sample_references
+from accuquant.calibration.opened import planned_model
+from accuquant.calibration.session import Session, find_activation_scales, quantize, sample_references
 from accuquant.calibration.updates import (
     CACHED_STATE,
     calibrate_alone,
@@ -36,8 +37,7 @@ from accuquant.export.formats import check_format, write_format
 from accuquant.export.native import store_cache
 from accuquant.export.run_folder import RECIPE, RunFolder
 from accuquant.files import KeptFiles
-from accuquant.pipeline.data import calibration_samples
-from accuquant.programs.evaluate import NAIVE_LATENTS, evaluate
+from accuquant.programs.evaluate import NAIVE_IMAGES, evaluate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Evaluation, Objective, Recipe
 from accuquant.recipe.file import dump_recipe
@@ -72,30 +72,30 @@ def calibrate(
     if resume and run.finish():
         return run.output
     with run.opened(recipe, resume, overwrite):
-        rollout, planned, split = open_model(recipe)
-        dimensions = check_format(recipe.export.format, rollout, planned, calibration_samples(split, recipe.data))
+        model, planned = planned_model(recipe)
+        dimensions = check_format(recipe.export.format, model, planned)
         run.begin(recipe, resume)
 
         # full precision, of samples to judge by and of those to calibrate on
-        held_out = held_out_reference(rollout, recipe.data, recipe.evaluation, reporter)
-        references = sample_references(rollout, split, recipe.data, batch_size, reporter, run.kept)
+        held_out = held_out_reference(model, recipe, reporter)
+        references = sample_references(model, recipe, reporter, run.kept)
 
         # quantization: first scales, then updates
-        session = quantize(rollout, planned, references, recipe.quantization, recipe.data.seed, reporter)
+        session = quantize(model, planned, references, recipe, reporter)
         if recipe.export.format == "torchao":
             adopt_dynamic_scales(session.layers.values())
         find_activation_scales(session, recipe.quantization, batch_size, reporter)
-        initial = run.kept.json(INITIAL, lambda: measure_initial(session, held_out, recipe.evaluation, reporter))
+        initial = run.kept.json(INITIAL, lambda: measure_initial(held_out, reporter))
         alone, trials = calibrate_alone(session, objective, run.kept, reporter)
 
         # the cache: where to compute in full, updates with it on, and last a correction, to the weights as they end up
-        history, plan, fitted, naive, latents = alone.history, None, Fitted(), None, None
+        history, plan, fitted, naive, images = alone.history, None, Fitted(), None, None
         if recipe.cache is not None:
             plan, fitted = find_plan(recipe.cache, session, run.kept, reporter)
             stacked = (plan.uncorrected, fitted)
             if tuning and tuning["naive"]:
                 stacked = CachePlan.from_dict(tuning["naive"]), Fitted()
-            naive, latents = stack_naively(session, *stacked, held_out, recipe.evaluation, run.kept, reporter)
+            naive, images = stack_naively(session, *stacked, held_out, recipe.evaluation, run.kept, reporter)
             further = calibrate_cached(session, objective, plan.uncorrected, fitted, alone, run.kept, reporter)
             if further is not None:
                 history = history + counted_on(further.history, alone)
@@ -107,13 +107,13 @@ def calibrate(
         # the export, judged as it will be loaded
         write_format(session, recipe.export.format, dimensions, getattr(torch, recipe.model.dtype))
         if plan is not None:
-            store_cache(rollout.denoiser, plan, fitted)
-        export = run.stage(rollout.pipeline, recipe.export.max_shard_size)
+            store_cache(model.only.network, plan, fitted)
+        export = run.stage(model.recorder.pipeline, recipe.export.max_shard_size)
         export.write_text(RECIPE, dump_recipe(recipe))
         made = calibration_record(history, objective, alone, trials)
         export.write_json("calibration.json", {"initial": initial, "naive": naive, "calibration": made}, indent=1)
-        if latents is not None:
-            export.write_tensors(NAIVE_LATENTS, {"latents": latents})
+        if images is not None:
+            export.write_tensors(NAIVE_IMAGES, {"images": images})
         if tuning is not None:
             export.write_json("tuning.json", tuning, indent=1)
         reporter.detail(f"tuned and saved after {time.monotonic() - started:.0f} s; evaluating what was saved")
@@ -124,7 +124,7 @@ def calibrate(
 
 def run_folder(recipe: Recipe, reporter: Reporter) -> RunFolder:
     """Where the recipe's run writes; what hangs on the cache is made again where that has changed."""
-    return RunFolder(Path(recipe.export.output), reporter, of_cache=(CACHE, NAIVE, NAIVE_LATENTS, CACHED_STATE))
+    return RunFolder(Path(recipe.export.output), reporter, of_cache=(CACHE, NAIVE, NAIVE_IMAGES, CACHED_STATE))
 
 
 def check_sections(recipe: Recipe) -> None:
@@ -155,11 +155,9 @@ def _read_plan(path: Path) -> tuple[CachePlan, Fitted]:
     return CachePlan.from_dict(stored), Fitted.from_dict(stored)
 
 
-def measure_initial(session: Session, held_out: HeldOut, evaluation: Evaluation, reporter: Reporter) -> dict[str, Any]:
+def measure_initial(held_out: HeldOut, reporter: Reporter) -> dict[str, Any]:
     """Held-out error of the model as it is before any update."""
-    what = "held-out, before calibration"
-    latents = sample(session.rollout, held_out.conditions, evaluation.batch_size, reporter, what)
-    return latent_metrics(latents, held_out.latents)
+    return latent_metrics(sample(held_out.tapes, reporter, "held-out, before calibration").latents, held_out.latents)
 
 
 def stack_naively(
@@ -170,18 +168,19 @@ def stack_naively(
     evaluation: Evaluation,
     kept: KeptFiles,
     reporter: Reporter,
-) -> tuple[dict[str, Any], Tensor]:
-    """Held-out error of the model calibrated alone, with the cache put on it; final latents of the images shown."""
-    error, latents = kept.read_json(NAIVE), kept.read_tensors(NAIVE_LATENTS)
-    if error is not None and latents is not None:
-        return error, latents["latents"]
-    with cached(session.rollout.denoiser, plan, fitted):
-        what = "held-out, naive stacking"
-        whole = sample(session.rollout, held_out.conditions, evaluation.batch_size, reporter, what)
-    error, shown = latent_metrics(whole, held_out.latents), whole[-1][: evaluation.num_images]
-    kept.write_tensors(NAIVE_LATENTS, {"latents": shown})
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Held-out error of the model calibrated alone, with the cache put on it; the images that are shown of it."""
+    error, shown = kept.read_json(NAIVE), kept.read_tensors(NAIVE_IMAGES)
+    if error is not None and shown is not None:
+        return error, shown.get("images")
+    with cached(session.model.only.network, plan, fitted):
+        made = sample(held_out.tapes, reporter, "held-out, naive stacking")
+    error, images = latent_metrics(made.latents, held_out.latents), None
+    if evaluation.reconstruct and (images := held_out.images(made.finals)) is not None:
+        images = images[: evaluation.num_images].cpu()
+    kept.write_tensors(NAIVE_IMAGES, {} if images is None else {"images": images})
     kept.write_json(NAIVE, error)
-    return error, shown
+    return error, images
 
 
 def calibration_record(

@@ -7,8 +7,9 @@ from typing import Any
 from accuquant.caching.correct import fit_calls
 from accuquant.caching.search import search_calls
 from accuquant.calibration.choice import search_cost, trial_budgets
-from accuquant.calibration.plan import PlannedModule, count_macs
-from accuquant.calibration.session import job_of, open_model
+from accuquant.calibration.opened import planned_model
+from accuquant.calibration.plan import PlannedModule
+from accuquant.calibration.session import job_of
 from accuquant.calibration.updates import cached_cost
 from accuquant.evaluation.costs import call_seconds
 from accuquant.evaluation.measure import evaluation_calls
@@ -16,7 +17,6 @@ from accuquant.export.formats import check_format
 from accuquant.pipeline.data import calibration_samples
 from accuquant.programs.calibrate import check_sections
 from accuquant.recipe import Recipe
-from accuquant.runtime.clock import StepClock
 
 
 def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
@@ -26,17 +26,16 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     longer a call takes now than it would, were the machine free.
     """
     check_sections(recipe)
-    rollout, planned, split = open_model(recipe)
-    objective, data, cache, steps = recipe.objective, recipe.data, recipe.cache, rollout.num_steps
-    batch = min(objective.batch_size, data.num_samples)
-    samples = calibration_samples(split, data.model_copy(update={"num_samples": batch}))
-    check_format(recipe.export.format, rollout, planned, samples)
-    conditions = rollout.conditions(samples.inputs, samples.seeds)
-    planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, conditions.noise, conditions), batch)
-    call = call_seconds(rollout, conditions)
+    model, planned = planned_model(recipe)
+    objective, data, cache, steps = recipe.objective, recipe.data, recipe.cache, model.num_steps
+    check_format(recipe.export.format, model, planned)
+    planned = model.counted(planned)
+    # one batch of them; a pipeline may take single samples only
+    samples = model.recorder.batches(calibration_samples(model.split, data), objective.batch_size)[0]
+    tape, batch = model.recorder.tape(samples, rehearsed=True), len(samples)
+    call = call_seconds(tape)
 
-    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
-    job = job_of(objective, clock.groups(rollout.timesteps), planned, data.num_samples)
+    job = job_of(objective, model.groups(model.clocks(recipe.quantization.timestep_groups)), planned, data.num_samples)
     alone = search_cost(job)
     tuning, kept = alone.evaluations, alone.kept_bytes
     if cache is not None and objective.cached_iterations:
@@ -48,10 +47,10 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     sampling += fit_calls(cache, steps, batch) if cache else 0
 
     trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
-    latents = (referred + recipe.evaluation.num_samples) * conditions.noise[0].numel()
+    kept += round(tape.nbytes / batch * (referred + recipe.evaluation.num_samples))
     return planned, {
         "network_evaluations": {"tuning": tuning, "sampling": sampling},
         "seconds": call.free * (sampling + 3.5 * tuning),  # gradients and fake quantization cost about 2.5 calls
         "slowdown": call.slowdown,
-        "memory_bytes": 4 * (5 * trainable + 2 * steps * latents) + kept,
+        "memory_bytes": 4 * 5 * trainable + kept,
     }

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accuquant.calibration.plan import count_macs, plan_modules
+from accuquant.calibration.opened import opened
 from accuquant.evaluation.costs import cache_metrics, cost_metrics, module_row, step_seconds
 from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.evaluation.images import image_metrics
@@ -27,8 +27,8 @@ from accuquant.evaluation.report import write_report
 from accuquant.export.load import exported_layers, load_export, recipe_of
 from accuquant.export.torchao import stored_tensors
 from accuquant.files import write_json
-from accuquant.model.families import load_pipeline, pick_device, resolve
-from accuquant.model.rollout import Rollout
+from accuquant.pipeline.denoisers import joined
+from accuquant.pipeline.loading import load_pipeline, resolve
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.runtime.arithmetic import arithmetic_used
@@ -37,7 +37,7 @@ from accuquant.runtime.cache.stats import CacheStats
 from accuquant.runtime.layer import quantized_layers
 from accuquant.version import __version__
 
-NAIVE_LATENTS = "naive.safetensors"
+NAIVE_IMAGES = "naive.safetensors"
 
 
 def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut | None = None) -> dict[str, Any]:
@@ -53,28 +53,25 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     quantized_pipeline = load_export(folder, recipe, reporter)
     # the export carries the scheduler it was calibrated for; both sides use it
     full_pipeline.register_modules(scheduler=quantized_pipeline.scheduler)
-    full, quantized = Rollout(full_pipeline, recipe.sampling), Rollout(quantized_pipeline, recipe.sampling)
-    held_out = held_out or held_out_reference(full, recipe.data, recipe.evaluation, reporter)
-    controller, traces = controller_of(quantized.denoiser), list[CacheStats]()
-    latents = sample(
-        quantized,
-        held_out.conditions,
-        recipe.evaluation.batch_size,
+    full = opened(full_pipeline, recipe)
+    quantized = {one.name: getattr(quantized_pipeline, one.name) for one in full.denoisers}
+    network = joined(quantized)
+    held_out = held_out or held_out_reference(full, recipe, reporter)
+    controller, traces = controller_of(network), list[CacheStats]()
+    made = sample(
+        held_out.tapes,
         reporter,
         f"held-out, quantized{' and cached' if controller else ''}",
+        quantized,
         lambda: traces.append(controller.stats()) if controller else None,
     )
+    latents = made.latents
 
-    first = held_out.conditions.batches(recipe.evaluation.batch_size)[0]
-    planned = count_macs(
-        full.denoiser,
-        plan_modules(full.denoiser, recipe.quantization.rules),
-        lambda: full.predict(0, first.noise, first),
-        len(first),
-    )
-    with uncached(quantized.denoiser):  # a pattern may cache the very layers that are looked at
-        layers = exported_layers(quantized.denoiser)
-        errors = module_errors(full, layers, getattr(quantized.denoiser, "step_clock", None), held_out)
+    planned = full.counted(full.plan(recipe.quantization.rules))
+    with uncached(network):  # a pattern may cache the very layers that are looked at
+        layers = exported_layers(network)
+        clocks = [clock for one in quantized.values() if (clock := getattr(one, "step_clock", None)) is not None]
+        errors = module_errors(full, layers, clocks, held_out)
     sizes = {name: sum(t.numel() * t.element_size() for t in stored_tensors(layer)) for name, layer in layers.items()}
     metrics: dict[str, Any] = {
         "accuquant": __version__,
@@ -83,41 +80,39 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "num_inference_steps": recipe.sampling.num_inference_steps,
         "guidance_scale": recipe.sampling.guidance_scale,
         "num_samples": len(held_out.inputs),
-        "held_out": sorted(set(held_out.inputs)),
+        "held_out": sorted(set(held_out.inputs), key=str),
         **latent_metrics(latents, held_out.latents),
-        **cost_metrics(planned, full.denoiser, sizes),
+        **cost_metrics(planned, full.network, sizes),
         "modules": [module_row(p, errors.get(p.name), sizes.get(p.name)) for p in planned],
     }
-    if quantized_layers(quantized.denoiser):
-        metrics["arithmetic"] = arithmetic_used(quantized.denoiser)
+    if quantized_layers(network):
+        metrics["arithmetic"] = arithmetic_used(network)
     if controller:
         # RCS has kept those that it decided by
         errors_of_input = list(traces[0].input_errors) or input_errors(full, held_out, controller, traces[0].full_steps)
         learned = controller.fitted if controller.plan.learned else None
-        metrics |= cache_metrics(controller, traces, planned, step_seconds(quantized, first), errors_of_input, learned)
+        seconds = step_seconds(held_out.tapes[0], quantized)
+        metrics |= cache_metrics(controller, traces, planned, seconds, errors_of_input, learned)
     full_images, quantized_images = None, None
     if recipe.evaluation.reconstruct:
-        full_images, quantized_images = (
-            torch.cat([full.decode(part) for part in final.split(recipe.evaluation.batch_size)])
-            for final in (held_out.latents[-1], latents[-1])
-        )
+        full_images, quantized_images = held_out.images(held_out.finals), held_out.images(made.finals)
+    if full_images is not None and quantized_images is not None:
         with torch.no_grad():
             metrics |= image_metrics(
                 quantized_images, full_images, held_out.inputs, _classifier(recipe.model.id, full_images.device)
             )
-    rows, others, made = recipe.evaluation.num_images, dict[str, Tensor](), recipe_of(folder)
+    rows, others, first = recipe.evaluation.num_images, dict[str, Tensor](), recipe_of(folder)
     # what was measured when the export was made counts only for the same trajectories
-    same_samples = (recipe.sampling, recipe.evaluation.num_samples) == (made.sampling, made.evaluation.num_samples)
-    same_cache = recipe.cache == made.cache
+    same_samples = (recipe.sampling, recipe.evaluation.num_samples) == (first.sampling, first.evaluation.num_samples)
+    same_cache = recipe.cache == first.cache
     if controller:
-        figures, finals = decompose(full, quantized, latents, held_out, recipe.evaluation.batch_size, reporter)
+        figures, finals = decompose(full, network, latents, held_out, reporter)
         metrics |= figures
-        if same_samples and same_cache and (folder / NAIVE_LATENTS).is_file():
-            kept = load_file(folder / NAIVE_LATENTS, device=str(pick_device(recipe.model.device)))
-            finals["naive both"] = kept["latents"]
-        others = (
-            {name: full.decode(final[:rows]).cpu() for name, final in finals.items()} if full_images is not None else {}
-        )
+        if full_images is not None:
+            found = {name: held_out.images(states) for name, states in finals.items()}
+            others = {name: images[:rows].cpu() for name, images in found.items() if images is not None}
+            if same_samples and same_cache and (folder / NAIVE_IMAGES).is_file():
+                others["naive both"] = load_file(folder / NAIVE_IMAGES)["images"][:rows]
     calibration = folder / "calibration.json"
     if calibration.is_file():
         record = json.loads(calibration.read_text(encoding="utf-8"))

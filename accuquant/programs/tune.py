@@ -146,7 +146,7 @@ def explore(place: Place, alone: UpdateLoop, nfc: int, folder: KeptFiles) -> Non
 def learn(place: Place, alone: UpdateLoop, nfc: int, folder: KeptFiles) -> None:
     """Calibrate with the best cache on, its forecasts or weights or both, and confirm and correct what comes out."""
     best = place.best_uncorrected(nfc)
-    if not place.combination.recipe.objective.cached_iterations or best.nfc == place.session.rollout.num_steps:
+    if not place.combination.recipe.objective.cached_iterations or best.nfc == place.session.num_steps:
         return
     for what in place.section.learning:
         place.restore()

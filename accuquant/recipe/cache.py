@@ -143,6 +143,11 @@ class Cache(Section):
         wanted = self.schedule == "dps" or self.target_nfc is not None or self.target_seconds is not None
         return (wanted and self.full_timesteps is None and self.tau is None) or self.estimation == "auto"
 
+    @property
+    def decides_while_running(self) -> bool:
+        """Whether what is computed in full depends on the samples (RCS)."""
+        return self.schedule == "rcs" or self.tau is not None
+
     @model_validator(mode="after")
     def _consistent(self) -> Cache:
         keys, targets = ("interval", "tau", "target_nfc", "target_seconds"), (self.target_nfc, self.target_seconds)
@@ -155,7 +160,7 @@ class Cache(Section):
             raise ValueError("schedule interval needs interval, for example interval: 4")
         if self.schedule == "dps" and self.interval is None and self.target_nfc is None:
             raise ValueError("schedule dps needs interval or target_nfc, for example interval: 4")
-        rcs = self.schedule == "rcs" or self.tau is not None
+        rcs = self.decides_while_running
         if self.fits and rcs:
             key = "corrected" if self.corrected else "corrected_quantization"
             raise ValueError(f"{key}: steps that RCS skips differ from sample to sample; use interval or target_nfc")

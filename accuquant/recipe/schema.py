@@ -45,7 +45,7 @@ class Sampling(Section):
 
 
 class Data(Section):
-    """Calibration data: JSON lines with a `class_id` (or a `prompt`) each."""
+    """Calibration data: JSON lines, each what a person would call the pipeline with: `{"prompt": "a fox"}`."""
 
     path: str = Field(min_length=1, description="JSON-lines file: beside the recipe, absolute, or a shipped one")
     num_samples: int = Field(32, ge=1, description="samples calibrated on, each with its own noise")
@@ -176,8 +176,7 @@ class Recipe(Section):
             known = self.cache.num_inference_steps
             if known is not None and known != steps:
                 raise ValueError(f"cache.num_inference_steps is {known}, sampling.num_inference_steps {steps}")
-            rcs = self.cache.schedule == "rcs" or self.cache.tau is not None
-            if rcs and "forecast" in (self.objective.cached_learn or ()):
+            if self.cache.decides_while_running and "forecast" in (self.objective.cached_learn or ()):
                 raise ValueError(
                     "objective.cached_learn: 'forecast' is learned of each skipped step, and those that RCS skips "
                     "differ from sample to sample; use cache.interval or cache.target_nfc"

@@ -15,6 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from accuquant.core.coordinate import Coordinate
 from accuquant.errors import AccuQuantError, CacheError, CheckpointError, nearest
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import FITTED, attach_cache
@@ -25,6 +26,7 @@ from accuquant.runtime.checks import (
     check_plain,
     check_tensors,
     checked_cache,
+    checked_coordinate,
     checked_edges,
     checked_layers,
     shown,
@@ -33,7 +35,7 @@ from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import GRID, QuantizedLayer, quantized_layers
 from accuquant.runtime.spec import Conv, LayerSpec, keep_float32, share_grids
 
-KEYS = ("quant_method", "version", "timestep_edges", "layers", "cache")
+KEYS = ("quant_method", "version", "timestep_edges", "timestep_argument", "timestep_falls", "layers", "cache")
 
 
 class Method(StrEnum):
@@ -47,7 +49,9 @@ class AccuQuantConfig(QuantizationConfigMixin):
 
     Args:
         layers: module name -> fields of `LayerSpec`.
-        timestep_edges: descending timestep values between groups of activation scales.
+        timestep_edges: descending noise levels between groups of activation scales.
+        timestep_argument: of the denoiser, says the level; timestep_falls: whether it falls from step to step, as a
+            timestep does; one that rises is negated.
         cache: of the feature cache that loading puts on the model, its `CachePlan` and what was `Fitted` to it; None
             loads it without.
         version: of the file format.
@@ -60,6 +64,8 @@ class AccuQuantConfig(QuantizationConfigMixin):
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         timestep_edges: list[float] | None = None,
+        timestep_argument: str = "timestep",
+        timestep_falls: bool = True,
         cache: dict[str, Any] | None = None,
         version: int = FORMAT_VERSION,
         quant_method: str = Method.ACCUQUANT.value,
@@ -81,6 +87,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
         self.quant_method = Method.ACCUQUANT
         self.version = version
         self.timestep_edges = checked_edges(timestep_edges)
+        self.coordinate = checked_coordinate(timestep_argument, timestep_falls)
         self._specs = checked_layers(layers)
         self.layers = layers
         self.cache, self.fitted = checked_cache(cache)
@@ -96,12 +103,14 @@ class AccuQuantConfig(QuantizationConfigMixin):
         return self._specs
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "quant_method": self.quant_method.value,
-            "version": self.version,
-            "timestep_edges": self.timestep_edges,
-            "layers": self.layers,
-        } | ({} if self.cache is None else {"cache": self.cache.to_dict() | self.fitted.to_dict(self.cache)})
+        stored: dict[str, Any] = {"quant_method": self.quant_method.value, "version": self.version}
+        stored["timestep_edges"] = self.timestep_edges
+        if self.coordinate != Coordinate():  # of most models
+            stored["timestep_argument"], stored["timestep_falls"] = self.coordinate.argument, self.coordinate.falls
+        stored["layers"] = self.layers
+        if self.cache is not None:
+            stored["cache"] = self.cache.to_dict() | self.fitted.to_dict(self.cache)
+        return stored
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -112,7 +121,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config: AccuQuantConfig = self.quantization_config
-        clock = StepClock(list(config.timestep_edges))
+        clock = StepClock(list(config.timestep_edges), config.coordinate)
         modules = dict(model.named_modules())
         for name, spec in config.specs().items():
             module = modules.get(name)
@@ -140,7 +149,10 @@ class AccuQuantQuantizer(DiffusersQuantizer):
                 layer.weight = nn.Parameter(self.files.tensor(key), requires_grad=False)
             layer.prepare()
         share_grids(quantized_layers(model).values(), *GRID)
-        self.clock.attach(model)
+        try:
+            self.clock.attach(model)
+        except AccuQuantError as error:
+            raise CheckpointError(f"config.json: quantization_config.timestep_argument: {error}") from error
         keep_float32(model, [*self.quantization_config.layers, FITTED])
         if self.quantization_config.cache is not None:
             try:

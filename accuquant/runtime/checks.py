@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from accuquant.core.coordinate import Coordinate
 from accuquant.core.numerics import QType
 from accuquant.errors import AccuQuantError, CheckpointError, nearest
 from accuquant.recipe import Cache
@@ -77,6 +78,19 @@ def checked_edges(edges: Any, key: str = "quantization_config.timestep_edges") -
     if any(a <= b for a, b in itertools.pairwise(edges)):
         raise refuse(key, f"must descend strictly (found {', '.join(f'{e:g}' for e in edges[:8])})")
     return [float(edge) for edge in edges]
+
+
+def checked_coordinate(argument: Any, falls: Any, key: str = "quantization_config.timestep") -> Coordinate:
+    """The argument that says a denoiser's noise level, and whether it falls.
+
+    Raises:
+        CheckpointError: they are no name and no boolean.
+    """
+    if not (isinstance(argument, str) and argument.isidentifier()):
+        raise refuse(f"{key}_argument", f"must be the name of an argument (found {shown(argument)})")
+    if type(falls) is not bool:
+        raise refuse(f"{key}_falls", f"must be true or false (found {shown(falls)})")
+    return Coordinate(argument, falls)
 
 
 def checked_layers(layers: Any, key: str = "quantization_config.layers") -> dict[str, LayerSpec]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accuquant.errors import AccuQuantError
+from accuquant.core.coordinate import Coordinate
+from accuquant.errors import AccuQuantError, nearest
 
 
 class LastInput:
@@ -49,19 +51,20 @@ def _versions(*found: Any) -> tuple[int, ...]:
 
 
 class StepClock:
-    """Maps the timestep a denoiser is called with to a group of static activation scales.
+    """Maps the noise level a denoiser is called at to a group of static activation scales.
 
-    Groups are keyed by the timestep's *value* (sigma for flow models), not by its index, so that sampling with another
+    Groups are keyed by the level's *value* (a timestep, a sigma), not by its index, so that sampling with another
     number of steps than calibration still finds the scales measured at that noise level.
 
     Args:
-        edges: descending timestep values between neighbouring groups; ``len(edges) + 1`` groups.
+        edges: descending levels between neighbouring groups; ``len(edges) + 1`` groups.
+        coordinate: the argument of the denoiser that says its level.
     """
 
-    def __init__(self, edges: list[float]) -> None:
+    def __init__(self, edges: list[float], coordinate: Coordinate | None = None) -> None:
         if any(a <= b for a, b in itertools.pairwise(edges)):
             raise AccuQuantError(f"timestep edges must descend strictly, found {edges}")
-        self.edges = edges
+        self.edges, self.coordinate = edges, coordinate or Coordinate()
         self.position = 0
         # the current group: a tensor, so that one graph serves all groups
         self.index = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -69,11 +72,17 @@ class StepClock:
         self.last_input = LastInput()
 
     @classmethod
-    def from_timesteps(cls, timesteps: Tensor, num_groups: int) -> StepClock:
-        """Cut a descending schedule of T timesteps into ``num_groups`` runs of nearly equal length."""
+    def from_timesteps(
+        cls, timesteps: Iterable[Any], num_groups: int, coordinate: Coordinate | None = None
+    ) -> StepClock:
+        """Cut a descending schedule of T levels into ``num_groups`` runs of nearly equal length.
+
+        Levels that are equal (two steps may round to one value in bfloat16) are of one group; there may be fewer then.
+        """
         values = [float(t) for t in timesteps]
         starts = [round(k * len(values) / num_groups) for k in range(1, num_groups)]
-        return cls([(values[s - 1] + values[s]) / 2 for s in starts])
+        edges = [(values[s - 1] + values[s]) / 2 for s in starts if values[s - 1] > values[s]]
+        return cls(edges, coordinate)
 
     @property
     def num_groups(self) -> int:
@@ -82,8 +91,8 @@ class StepClock:
     def group_of(self, timestep: float) -> int:
         return sum(timestep < edge for edge in self.edges)
 
-    def groups(self, timesteps: Tensor) -> list[int]:
-        """Of each step of a schedule (T,)."""
+    def groups(self, timesteps: Iterable[Any]) -> list[int]:
+        """Of each step of a schedule of T levels."""
         return [self.group_of(float(t)) for t in timesteps]
 
     @property
@@ -93,29 +102,36 @@ class StepClock:
         return self._group
 
     def set(self, timestep: float | Tensor) -> None:
-        """Of a tensor the first value counts. Nothing is read back from its device, so this also runs in a graph."""
+        """Have the level be this one; the largest, where there is one for each sample or token.
+
+        Nothing is read back from a tensor's device, so this also runs in a graph.
+        """
         device = timestep.device if isinstance(timestep, Tensor) else "cpu"  # whatever the default device is
-        value = torch.as_tensor(timestep, dtype=torch.float64, device=device).flatten()[:1]
+        value = torch.as_tensor(timestep, dtype=torch.float64, device=device).flatten().amax(0, keepdim=True)
         edges = torch.tensor(self.edges, dtype=torch.float64, device=value.device)
         self.index, self._group = (value < edges).sum(0, keepdim=True), None
 
     def attach(self, denoiser: nn.Module) -> None:
-        """Follow the denoiser's calls: the argument named ``timestep`` is read before each forward pass.
+        """Follow the denoiser's calls: the argument that says the level is read before each forward pass.
 
         The clock becomes ``denoiser.step_clock``; a deep copy of the denoiser has, and follows, a clock of its own.
 
         Raises:
             AccuQuantError: the denoiser's forward has no such argument.
         """
-        parameters = list(inspect.signature(denoiser.forward).parameters)
-        if "timestep" not in parameters:
-            raise AccuQuantError(f"{type(denoiser).__name__}.forward has no argument 'timestep': it cannot be followed")
-        self.position = parameters.index("timestep")
+        parameters, argument = list(inspect.signature(denoiser.forward).parameters), self.coordinate.argument
+        if argument not in parameters:
+            raise AccuQuantError(
+                f"{type(denoiser).__name__}.forward has no argument {argument!r}{nearest(argument, parameters)}: it "
+                "cannot be followed"
+            )
+        self.position = parameters.index(argument)
         denoiser.step_clock = self  # type: ignore[assignment]
         denoiser.register_forward_pre_hook(_follow, with_kwargs=True)
 
 
 def _follow(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     clock: StepClock = denoiser.step_clock
-    timestep = kwargs["timestep"] if "timestep" in kwargs else args[clock.position]
-    clock.set(timestep)
+    argument = clock.coordinate.argument
+    given = kwargs[argument] if argument in kwargs else args[clock.position]
+    clock.set(given if clock.coordinate.falls else -given)

@@ -58,22 +58,26 @@ def observed(
         yield seen
 
 
-def run_until(module: nn.Module, run: Callable[[], object]) -> Call:
-    """The module's first call in ``run``; what comes after it is not computed.
+def run_until(module: nn.Module, run: Callable[[], object], times: int = 0) -> Call:
+    """The module's call in ``run`` after so many others; what comes after it is not computed.
 
     Raises:
-        LookupError: ``run`` ended without calling it.
+        LookupError: ``run`` ended before it.
     """
+    made = 0
 
     def stop(name: str, call: Call) -> None:
-        raise _Reached(call)
+        nonlocal made
+        made += 1
+        if made > times:
+            raise _Reached(call)
 
     try:
         with observed(module, [""], stop):
             run()
     except _Reached as reached:
         return reached.call
-    raise LookupError(f"no {type(module).__name__} was called before the model had run to its end")
+    raise LookupError(f"{type(module).__name__} was called {made} times before the model had run to its end")
 
 
 class _Reached(Exception):

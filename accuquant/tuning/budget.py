@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from accuquant.calibration.choice import search_cost
-from accuquant.calibration.plan import count_macs, plan_modules
-from accuquant.calibration.session import Session, job_of, open_model, open_session, validation_error
+from accuquant.calibration.opened import planned_model
+from accuquant.calibration.session import Session, job_of, open_session, validation_error
 from accuquant.core.forecasts import FORECASTS
 from accuquant.core.schedule import filled_interval_steps
 from accuquant.errors import RecipeError
@@ -22,7 +22,6 @@ from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache, Recipe, Rule, Tune
 from accuquant.runtime.cache.features import in_cache
 from accuquant.runtime.cache.hooks import cached
-from accuquant.runtime.clock import StepClock
 
 LEAST_NFC = 3
 TIMED_SAMPLES = 8
@@ -88,18 +87,17 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     """
     assert recipe.tune is not None
     plain, found = recipe.model_copy(update={"tune": None}), list[Combination]()
-    rollout, planned, split = open_model(plain)
-    one = rollout.conditions(split.calibration[:1], [0])
-    planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, one.noise, one), 1)
+    model, planned = planned_model(plain)
+    planned = model.counted(planned)
     macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
-    with cached(rollout.denoiser, Cache(**base_settings(recipe.cache), estimation="reuse", interval=1)) as controller:
+    with cached(model.only.network, Cache(**base_settings(recipe.cache), estimation="reuse", interval=1)) as controller:
         skipped = (*controller.modules, *controller.bypassed)
     for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
         chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
         rules = (*chosen, *recipe.quantization.rules)
         deciding = {next((i for i, rule in enumerate(rules) if matches(rule, p.name)), None) for p in planned}
         kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in deciding)  # the rest is outdone
-        modules = [replace(p, macs=macs[p.name]) for p in plan_modules(rollout.denoiser, kept)]
+        modules = [replace(p, macs=macs[p.name]) for p in model.plan(kept)]
         operations = {p.name: p.bit_operations / float32 for p in modules}
         quantization, objective = recipe.quantization.model_copy(update={"rules": kept}), recipe.objective
         if not any(rule.tune and rule.activation != "float" for rule in kept):  # no such scale is there to be learned
@@ -156,12 +154,12 @@ def error_tables(section: Tune, combinations: list[Combination], kept: KeptFiles
             for name, layer in session.layers.items():
                 layer.quantized = matches(each.choose[0], name)
             types[i][picks[i]] = validation_error(session)
-    steps, cache = session.rollout.num_steps, list[tuple[int, float]]()
+    steps, cache = session.num_steps, list[tuple[int, float]]()
     settings = base_settings(combinations[0].recipe.cache)
     for nfc in [n for n in TABLE_NFC if n < steps] or [steps]:
         full_steps = filled_interval_steps(steps, nfc, 2)
         config = Cache(**(settings | {"warmup": 2}), estimation="taylor", order=1, schedule=full_steps)
-        with session.full_precision(), cached(session.rollout.denoiser, config) as controller:
+        with session.full_precision(), cached(session.model.only.network, config) as controller:
             error = validation_error(session)
             cache.append((controller.stats().nfc, error))
     return {"types": types, "cache": cache}
@@ -178,12 +176,12 @@ def step_times(session: Session, settings: dict[str, Any], section: Tune) -> tup
     blocks_only = settings.get("feature") == "blocks"
     kinds = [kind for kind in ESTIMATIONS if not (blocks_only and FORECASTS[kind].needs_input)]
     dearest = next((kind for kind in kinds if kind in section.estimations), "reuse")
-    order = min(ESTIMATIONS[dearest][1], max(section.orders), (session.rollout.num_steps - 1) // 2)
+    order = min(ESTIMATIONS[dearest][1], max(section.orders), (session.num_steps - 1) // 2)
     config = Cache(**settings, estimation=dearest, order=order, interval=2)
-    eight = session.reference.conditions.batches(TIMED_SAMPLES)[0]
-    with session.hardened(), cached(session.rollout.denoiser, config) as controller:
-        session.rollout.trajectory(eight)
-        times = step_seconds(session.rollout, eight)
+    eight = session.few(TIMED_SAMPLES, TIMED_SAMPLES)[0]
+    with session.hardened(), cached(session.model.only.network, config) as controller:
+        eight.rolled()
+        times = step_seconds(eight)
         full_steps = set(controller.stats().full_steps)
     full, skipped = ([t for i, t in enumerate(times) if (i in full_steps) == side] for side in (True, False))
     return statistics.median(full), statistics.median(skipped)
@@ -216,10 +214,10 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     combinations = type_combinations(recipe)
     affordable(section, combinations)
     rows = [(c.name, n := c.full_steps(section), c.bit_operations(n)) for c in combinations]
-    rollout, planned, split = open_model(recipe)
-    samples = draw(split.calibration, recipe.data.validation_samples, 0)
-    conditions = rollout.conditions(samples.inputs, samples.seeds)
-    call = call_seconds(rollout, conditions)
+    model, planned = planned_model(recipe)
+    samples = draw(model.split.calibration, recipe.data.validation_samples, 0)
+    tape = model.recorder.tape(model.recorder.batches(samples, len(samples))[0], rehearsed=True)
+    call = call_seconds(tape)
     steps = recipe.sampling.num_inference_steps
     paid = [n for _, n, _ in rows if n >= LEAST_NFC]
     tried, nfc = min(section.combinations, len(paid)), statistics.mean(paid)
@@ -236,8 +234,8 @@ def describe_tuning(recipe: Recipe) -> tuple[list[tuple[str, int, float]], dict[
     m = 1 if objective.steps_per_group == "auto" else objective.steps_per_group
     # forecasts learn from whole trajectories
     whole = 2 * nfc if {"forecast", "both"} & set(section.learning) else 2 * m
-    clock = StepClock.from_timesteps(rollout.timesteps, recipe.quantization.timestep_groups)
-    job = job_of(objective, clock.groups(rollout.timesteps), planned, recipe.data.num_samples)
+    groups = model.groups(model.clocks(recipe.quantization.timestep_groups))
+    job = job_of(objective, groups, planned, recipe.data.num_samples)
     alone = search_cost(job).evaluations
     updates = tried * (alone + stages * objective.cached_iterations * whole)
     sampling = 3 * recipe.evaluation.num_samples * steps / recipe.data.validation_samples

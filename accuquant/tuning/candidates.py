@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,14 +18,13 @@ from torch import Tensor
 
 from accuquant.caching.correct import Targets, fit_correction
 from accuquant.caching.noise import measure_noise
+from accuquant.caching.runs import errors_from
 from accuquant.caching.search import TAU_TOLERANCE, searched
 from accuquant.calibration.session import Session, further_validation
-from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import DIFFUSERS_OFFSET, filled_interval_steps
 from accuquant.errors import CacheError
 from accuquant.files import KeptFiles
-from accuquant.model.rollout import Conditions
-from accuquant.pipeline.data import load_split
+from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache, Tune
 from accuquant.runtime.cache.features import cached_features
@@ -40,15 +39,18 @@ TUNING_SAMPLES = 16  # that full steps are searched on; fewer do not carry over 
 
 @dataclass(frozen=True)
 class Checked:
-    """Validation samples and what full precision makes of them.
+    """Validation samples: what full precision makes of them.
 
     Attributes:
-        latents: (B, C, H, W), the final ones; images: (B, C', H', W').
+        images: of each tape (B, C, H, W); None where the pipeline makes none.
     """
 
-    conditions: Conditions
-    latents: Tensor
-    images: Tensor
+    tapes: list[Tape]
+    images: list[Tensor | None]
+
+    @classmethod
+    def of(cls, tapes: Sequence[Tape]) -> Checked:
+        return cls(list(tapes), [tape.images(tape.state(len(tape))) for tape in tapes])
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Place:
     noises: dict[tuple[str, int], Noise] = field(default_factory=dict)  # as calibrated, by gap
     targets: Targets = field(default_factory=Targets)
     fitted: dict[str, Fitted] = field(default_factory=dict)  # to candidates that get more samples
-    further: dict[tuple[int, int], Checked] = field(default_factory=dict)
+    further: dict[tuple[int, int, int], Checked] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._start = self.session.snapshot()
@@ -87,12 +89,11 @@ class Place:
     @property
     def samples(self) -> int:
         """Validation samples that every candidate gets."""
-        return len(self.session.validation.conditions)
+        return self.session.validation.num_samples
 
     @cached_property
     def checked(self) -> Checked:
-        final = self.session.validation.latents[-1]
-        return Checked(self.session.validation.conditions, final, self.session.rollout.decode(final))
+        return Checked.of(self.session.validation.tapes)
 
     def try_forecasts(self, nfc: int) -> None:
         """Every forecast under every schedule, with lists of full steps as they are found without refining."""
@@ -142,9 +143,9 @@ class Place:
         if (known := next(found, None)) is not None:
             return known
         published = self.cache(forecast, "interval", nfc)
-        rollout, both = self.session.rollout, list[Candidate]()
-        steps = filled_interval_steps(rollout.num_steps, nfc, published.warmup, DIFFUSERS_OFFSET)
-        offset = published.changed(full_timesteps=tuple(float(rollout.timesteps[i]) for i in steps))
+        session, both = self.session, list[Candidate]()
+        steps = filled_interval_steps(session.num_steps, nfc, published.warmup, DIFFUSERS_OFFSET)
+        offset = published.changed(full_timesteps=tuple(session.levels[i] for i in steps))
         for name, config in (("interval", published), (f"offset-{DIFFUSERS_OFFSET} interval", offset)):
             made = CachePlan.of(config), Fitted()
             one = self.confirm(forecast, name, "none", nfc, lambda made=made: made)  # type: ignore[misc]
@@ -169,7 +170,7 @@ class Place:
 
     def same_cost(self, other: Cache, nfc: int) -> int:
         """The most full steps with which a cache of other modules takes no more bit-operations than ours with nfc."""
-        modules, _, bypassed, _ = cached_features(self.session.rollout.denoiser, other)
+        modules, _, bypassed, _ = cached_features(self.session.model.only.network, other)
         counts, budget = range(nfc, 0, -1), self.combination.bit_operations(nfc) * (1 + 1e-9)
         return next((n for n in counts if self.combination.bit_operations(n, (*modules, *bypassed)) <= budget), 0)
 
@@ -212,7 +213,7 @@ class Place:
                 asked_nfc=nfc,
                 nfc=mean,
                 bit_operations=self.combination.bit_operations(mean, skipped_by),
-                seconds=mean * full + (self.session.rollout.num_steps - mean) * skipped,
+                seconds=mean * full + (self.session.num_steps - mean) * skipped,
                 latent_errors=latents,
                 image_errors=images,
                 calibrated=calibrated,
@@ -227,15 +228,32 @@ class Place:
         self, plan: CachePlan, fitted: Fitted, checked: Checked
     ) -> tuple[tuple[float, ...], tuple[float, ...], list[int], tuple[str, ...]]:
         """Latent and image error of each sample, full computations of each batch, and names of what was skipped."""
-        rollout, finals, counts = self.session.rollout, list[Tensor](), list[int]()
-        size = 1 if plan.tau else self.combination.recipe.evaluation.batch_size
-        with cached(rollout.denoiser, plan, fitted) as controller:
-            for batch in checked.conditions.batches(size):
-                finals.append(rollout.trajectory(batch)[0][-1])
+        latents, images, counts = list[Tensor](), list[Tensor](), list[int]()
+        if plan.tau and any(tape.num_samples > 1 for tape in checked.tapes):
+            checked = self.singles(checked)
+        with cached(self.session.model.only.network, plan, fitted) as controller:
+            for tape, wanted in zip(checked.tapes, checked.images, strict=True):
+                errors = errors_from(tape, tape.rolled()[-1], wanted)
+                latents.append(errors[0])
+                images.append(errors[-1])  # of the latents once more, where there are no images
                 counts.append(controller.stats().nfc)
-        final = torch.cat(finals)
-        latents, images = relative_l2(final, checked.latents), relative_l2(rollout.decode(final), checked.images)
-        return tuple(latents.tolist()), tuple(images.tolist()), counts, (*controller.modules, *controller.bypassed)
+        found = tuple(tuple(torch.cat(errors).tolist()) for errors in (latents, images))
+        return found[0], found[1], counts, (*controller.modules, *controller.bypassed)
+
+    def singles(self, checked: Checked) -> Checked:
+        """The same samples, one in each tape: RCS decides for a batch, and tau is for single samples."""
+        first = 0 if checked is self.checked else next(k for k, one in self.further.items() if one is checked)[0]
+        span = (first, first + sum(tape.num_samples for tape in checked.tapes))
+        return self.validated(span, 1)
+
+    def validated(self, span: tuple[int, int], batch_size: int) -> Checked:
+        """Validation samples from the first of ``span`` up to the second."""
+        if (*span, batch_size) not in self.further:
+            data, quiet = self.combination.recipe.data, Reporter(quiet=True)
+            kept = None if batch_size == 1 else self.kept
+            tapes = further_validation(self.session, data, span, batch_size, quiet, kept)
+            self.further[(*span, batch_size)] = Checked.of(tapes)
+        return self.further[(*span, batch_size)]
 
     def extended(self, candidate: Candidate, samples: int) -> Candidate:
         """The candidate on this many validation samples; the model has to be as it was tried with."""
@@ -247,13 +265,9 @@ class Place:
             if candidate.plan.fits:
                 fitted = fit_correction(self.session, candidate.plan, quiet, fitted, self.targets)
             self.fitted[candidate.key] = fitted
-        if span not in self.further:
-            recipe, condition = self.combination.recipe, self.session.rollout.family.condition
-            split, size = load_split(recipe.data, condition), recipe.evaluation.batch_size
-            quiet = Reporter(quiet=True)
-            conditions, final = further_validation(self.session, split, recipe.data, span, size, quiet, self.kept)
-            self.further[span] = Checked(conditions, final, self.session.rollout.decode(final))
-        latents, images, *_ = self.rolled_out(candidate.plan, self.fitted[candidate.key], self.further[span])
+        size = self.combination.recipe.evaluation.batch_size
+        checked = self.validated(span, 1 if candidate.plan.tau else size)
+        latents, images, *_ = self.rolled_out(candidate.plan, self.fitted[candidate.key], checked)
         more = replace(
             candidate,
             latent_errors=candidate.latent_errors + latents,
@@ -266,7 +280,7 @@ class Place:
         quiet, noise = Reporter(quiet=True), None
         if config.noise_aware and config.noise is None:
             full_steps = config.target_nfc or len(config.full_steps or config.full_timesteps or ())
-            gap = max(1, round(self.session.rollout.num_steps / full_steps))
+            gap = max(1, round(self.session.num_steps / full_steps))
             if (self.calibrated, gap) not in self.noises:
                 self.noises[self.calibrated, gap] = measure_noise(self.session, gap, quiet, config.modules)
             noise = self.noises[self.calibrated, gap]
@@ -289,9 +303,8 @@ class Place:
         settings = base_settings(self.combination.recipe.cache)
         given: dict[str, Any] = {"estimation": estimation, "order": order, "noise_aware": noise_aware, **more}
         if schedule == "interval":  # by timestep, as lists that are searched: at any number of steps they mean the same
-            rollout = self.session.rollout
-            steps = filled_interval_steps(rollout.num_steps, nfc, settings.get("warmup", 2))
-            given["full_timesteps"] = tuple(float(rollout.timesteps[i]) for i in steps)
+            steps = filled_interval_steps(self.session.num_steps, nfc, settings.get("warmup", 2))
+            given["full_timesteps"] = tuple(self.session.levels[i] for i in steps)
         else:
             given |= {"schedule": schedule, "target_nfc": nfc}
         return Cache(**(settings | given))

@@ -21,7 +21,7 @@ from accuquant.core.metrics import relative_l2
 from accuquant.errors import CacheError, RecipeError
 from accuquant.evaluation.measure import held_out_reference
 from accuquant.export.load import load_export, recipe_of
-from accuquant.model.families import denoiser_of, load_pipeline
+from accuquant.pipeline.loading import denoiser_of, load_pipeline
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter

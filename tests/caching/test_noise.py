@@ -21,7 +21,7 @@ from accuquant.core.forecasts import RFE, Forecast, Memory, NoiseAware, Reuse, T
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import CacheError, RecipeError
 from accuquant.export.load import load_export, recipe_of
-from accuquant.model.families import denoiser_of
+from accuquant.pipeline.loading import denoiser_of
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, RFCConfig

@@ -25,7 +25,7 @@ from accuquant.core.metrics import relative_l2
 from accuquant.errors import CacheError, RecipeError
 from accuquant.export.load import load_export, recipe_of
 from accuquant.files import KeptFiles
-from accuquant.model.families import denoiser_of
+from accuquant.pipeline.loading import denoiser_of
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter

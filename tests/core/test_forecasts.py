@@ -14,7 +14,7 @@ from helpers import recipe_tree
 from accuquant.core.forecasts import FORECASTS, Forecast
 from accuquant.errors import CheckpointError, RecipeError
 from accuquant.export.load import load_export, recipe_of
-from accuquant.model.families import denoiser_of
+from accuquant.pipeline.loading import denoiser_of
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from accuquant.calibration.layers import quantize_model
 from accuquant.core.objective import Gradient, Loss, full_gradient, group_gradient, groups
-from accuquant.model.families import set_scheduler
+from accuquant.pipeline.loading import set_scheduler
 from accuquant.model.rollout import Rollout
 from accuquant.recipe import Sampling
 from accuquant.runtime.clock import StepClock

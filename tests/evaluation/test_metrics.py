@@ -71,7 +71,7 @@ def test_names_are_told_apart() -> None:
 def test_nearer_is_better(metric: Metric) -> None:
     """Its figure moves the way that it says when one side comes nearer to the other."""
     from accuquant.evaluation.digit_classifier import DigitClassifier
-    from accuquant.model.families import resolve
+    from accuquant.pipeline.loading import resolve
 
     generator = torch.Generator().manual_seed(0)
     full = torch.nn.functional.interpolate(torch.rand(24, 1, 4, 4, generator=generator), 32, mode="bilinear")

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from zoo.images import stable_diffusion_3
 
 from accuquant.errors import RecipeError
-from accuquant.model.families import BUNDLED, left_out, load_pipeline
+from accuquant.pipeline.loading import BUNDLED, left_out, load_pipeline
 from accuquant.recipe import Model
 
 

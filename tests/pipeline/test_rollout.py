@@ -8,7 +8,7 @@ from helpers import decoder_input
 from pipelines import make_pipeline, make_pixart
 
 from accuquant.errors import RecipeError
-from accuquant.model.families import set_scheduler
+from accuquant.pipeline.loading import set_scheduler
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.recipe import Sampling
 

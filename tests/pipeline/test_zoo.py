@@ -17,7 +17,7 @@ from zoo.images import IMAGES, Example
 from zoo.others import OTHERS
 from zoo.videos import VIDEOS
 
-from accuquant.model.families import left_out
+from accuquant.pipeline.loading import left_out
 from accuquant.pipeline.coordinates import noise_levels
 from accuquant.pipeline.record import record, rehearse
 from accuquant.pipeline.rows import call_of

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 from diffusers import DiTPipeline
-from helpers import as_allocated, assert_same_weights, importable, recipe_tree
+from helpers import as_allocated, assert_same_weights, finals, importable, recipe_tree, recorded_finals
 
-from accuquant.calibration.session import open_model, open_session
+from accuquant.calibration.opened import open_model
+from accuquant.calibration.session import open_session
 from accuquant.errors import RecipeError
-from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
@@ -74,21 +74,19 @@ def test_loaded_model_equals_the_one_before_saving(model_folder: Path, tmp_path:
 
     recipe = make_recipe(model_folder, tmp_path / "out")
     session = open_session(recipe, QUIET)
-    rollout = session.rollout
-    as_allocated(rollout.denoiser)
+    network, tapes = session.network, session.validation.tapes
+    as_allocated(network)
     session.loop(recipe.objective, 2).run()
-    conditions = session.validation.conditions
-    calibrated, _ = rollout.trajectory(conditions)
-    harden_model(rollout.denoiser, session.clock)
-    set_arithmetic(rollout.denoiser, "reference")
-    hardened, _ = rollout.trajectory(conditions)
-    rollout.pipeline.save_pretrained(tmp_path / "saved")
-    loaded_pipeline = DiTPipeline.from_pretrained(tmp_path / "saved")
-    as_allocated(loaded_pipeline.transformer)
-    loaded_rollout = Rollout(loaded_pipeline, recipe.sampling)
-    integers, _ = loaded_rollout.trajectory(conditions)
-    set_arithmetic(loaded_pipeline.transformer, "reference")
-    loaded, _ = loaded_rollout.trajectory(conditions)
+    calibrated = finals(tapes)
+    harden_model(network, session.clocks[0])
+    set_arithmetic(network, "reference")
+    hardened = finals(tapes)
+    session.model.recorder.pipeline.save_pretrained(tmp_path / "saved")
+    loaded_network = DiTPipeline.from_pretrained(tmp_path / "saved").transformer
+    as_allocated(loaded_network)
+    integers = finals(tapes, {"transformer": loaded_network})
+    set_arithmetic(loaded_network, "reference")
+    loaded = finals(tapes, {"transformer": loaded_network})
     assert torch.equal(calibrated, hardened)
     assert torch.equal(hardened, loaded)
     # integers round at other places than float32 does, and a value on the edge may fall to the next step
@@ -214,15 +212,14 @@ def test_full_precision_is_the_original_model_also_after_calibration(model_folde
     learn = ["weight", "weight_scale", "bias"]
     objective = {"iterations": 3, "batch_size": 2, "learn": learn, "learning_rates": {"weight": 0.1, "bias": 0.1}}
     recipe = parse_recipe(recipe_tree(model_folder, tmp_path / "out", objective=objective), "test")
-    original, session = open_model(recipe)[0], open_session(recipe, Reporter(quiet=True))
-    for rollout in (original, session.rollout):
-        as_allocated(rollout.denoiser)
-    expected, _ = original.trajectory(session.validation.conditions)
-    before, _ = session.rollout.trajectory(session.validation.conditions)
+    original, session = open_model(recipe), open_session(recipe, Reporter(quiet=True))
+    for network in (original.network, session.network):
+        as_allocated(network)
+    tapes = session.validation.tapes
+    expected, before = finals(tapes, {"transformer": original.network}), finals(tapes)
     session.loop(recipe.objective, 1).run()
-    after, _ = session.rollout.trajectory(session.validation.conditions)
-    assert not torch.equal(before, after)
+    assert not torch.equal(before, finals(tapes))
     with session.full_precision():
-        found, _ = session.rollout.trajectory(session.validation.conditions)
+        found = finals(tapes)
     assert torch.equal(found, expected)
-    torch.testing.assert_close(found, session.validation.latents, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, recorded_finals(tapes), rtol=1e-3, atol=1e-4)

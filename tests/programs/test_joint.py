@@ -19,7 +19,7 @@ from accuquant.errors import RecipeError
 from accuquant.evaluation.measure import held_out_reference
 from accuquant.evaluation.report import percent
 from accuquant.export.load import load_export, recipe_of
-from accuquant.model.families import denoiser_of, load_pipeline
+from accuquant.pipeline.loading import denoiser_of, load_pipeline
 from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.programs.evaluate import evaluate

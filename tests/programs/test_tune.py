@@ -19,7 +19,7 @@ from accuquant.core.schedule import DIFFUSERS_OFFSET, filled_interval_steps
 from accuquant.errors import RecipeError
 from accuquant.export.run_folder import RunFolder
 from accuquant.files import KeptFiles
-from accuquant.model.families import load_pipeline
+from accuquant.pipeline.loading import load_pipeline
 from accuquant.model.rollout import Rollout
 from accuquant.programs import tune as tuning
 from accuquant.programs.calibrate import calibrate

@@ -7,19 +7,21 @@ To add one, write a file with a final subclass of `GradientSource` and a line in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from accuquant.calibration.plan import PlannedModule
 from accuquant.calibration.reference import Draws, Reference
-from accuquant.model.rollout import Rollout
+from accuquant.pipeline.denoisers import Denoiser, joined, step_levels
+from accuquant.pipeline.tape import Tape
 from accuquant.recipe import Cache, Objective
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
-from accuquant.runtime.clock import StepClock
 
 Parameters = dict[str, dict[str, nn.Parameter]]
 """Kind, as `objective.learn` calls it -> name of the layer -> what it learns."""
@@ -30,14 +32,15 @@ class Material:
     """What a source of gradients works on.
 
     Attributes:
+        denoisers: whose layers learn; timestep_groups: the group of each step.
         parameters: of the tuned layers; everything else is frozen.
         objective: the recipe's section.
         steps_per_group: M, decided.
         cache: on during the updates; fitted: what its forecasts know.
     """
 
-    rollout: Rollout
-    clock: StepClock
+    denoisers: Sequence[Denoiser]
+    timestep_groups: list[int]
     reference: Reference
     parameters: Parameters
     objective: Objective
@@ -45,6 +48,24 @@ class Material:
     draws: Draws
     cache: CachePlan | None = None
     fitted: Fitted | None = None
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The denoiser; of several, one module that holds them."""
+        return joined({one.name: one.network for one in self.denoisers})
+
+    @cached_property
+    def levels(self) -> list[float]:
+        """The noise level of each step."""
+        return step_levels(self.denoisers)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timestep_groups)
+
+    def tape(self, update: int) -> Tape:
+        """The batch that an update is of."""
+        return self.reference.tapes[self.draws.tape(update)]
 
 
 @dataclass(frozen=True)

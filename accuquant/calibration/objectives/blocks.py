@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, final
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from accuquant.calibration.layers import TrainableLayer, full_precision, trainable_layers
 from accuquant.calibration.objectives.base import Cost, GradientSource, Job, Material
 from accuquant.core.rounding import decided
-from accuquant.model.rollout import Conditions
+from accuquant.pipeline.denoisers import Denoiser
 from accuquant.runtime.observe import run_until
 
 # of a transformer, or of one inside a U-Net, and a U-Net's residual blocks
@@ -96,7 +97,7 @@ class Blocks(GradientSource):
 
     Attributes:
         blocks: their names, in order.
-        steps: at which a block's inputs are taken.
+        steps: at which each block's inputs are taken: its denoiser may not work in all.
         gathered: number of the block whose ``calls`` are kept.
     """
 
@@ -104,8 +105,8 @@ class Blocks(GradientSource):
 
     def __init__(self, material: Material) -> None:
         super().__init__(material)
-        rollout, self.iterations = material.rollout, material.objective.iterations
-        self.layers = trainable_layers(rollout.denoiser)
+        self.iterations = material.objective.iterations
+        self.layers = trainable_layers(material.network)
         learning: dict[str, list[nn.Parameter]] = {}
         for parameters in self.parameters.values():
             for name, parameter in parameters.items():
@@ -115,7 +116,7 @@ class Blocks(GradientSource):
         self.learning = {
             b: [p for name in learning if block_of(name) == b for p in learning[name]] for b in self.blocks
         }
-        self.steps = spread_calls(material.clock.groups(rollout.timesteps), self.iterations)
+        self.steps = {block: self._spread(block) for block in self.blocks}
         self.gathered: int | None = None
         self.calls: list[BlockCall] = []
 
@@ -154,7 +155,8 @@ class Blocks(GradientSource):
         if index != self.gathered:
             self.gather(index)
         call = self.calls[self.material.draws.one_of(position, len(self.calls))]
-        self.material.clock.set(self.material.rollout.timesteps[call.step])
+        for clock in {layer.clock for layer in self.layers.values()}:
+            clock.set(self.material.levels[call.step])
         outputs = _tensors(self._module(index)(*call.args, **call.kwargs))
         known = zip(outputs, call.targets, call.scales, strict=True)
         loss = torch.stack([(o - t).float().square().mean() / scale for o, t, scale in known]).mean()
@@ -165,11 +167,12 @@ class Blocks(GradientSource):
                 parameter.grad /= count
         if update == self.updates - 1:
             self.calls, self.gathered = [], None
-        self.network_evaluations = evaluations_made(update + 1, self.iterations, len(self.steps), self.parts.values())
+        calls = max(map(len, self.steps.values()))
+        self.network_evaluations = evaluations_made(update + 1, self.iterations, calls, self.parts.values())
         return float(loss.detach()), {"block": self.blocks[index]}
 
     def _module(self, index: int) -> nn.Module:
-        return self.material.rollout.denoiser.get_submodule(self.blocks[index])
+        return self.material.network.get_submodule(self.blocks[index])
 
     @torch.no_grad()
     def gather(self, index: int) -> None:
@@ -181,18 +184,16 @@ class Blocks(GradientSource):
         for block, parameters in self.learning.items():
             for parameter in parameters:
                 parameter.requires_grad_(block == self.blocks[index])
-        module, calls, reference = self._module(index), [], self.material.reference
-        self.calls = []
-        for k, step in enumerate(self.steps):
-            samples = self.material.draws.batch(index * len(self.steps) + k, stream=INPUTS)
-            given = (step, reference.latents[step, samples], reference.conditions.take(samples))
-
-            def run(given: tuple[int, Tensor, Conditions] = given) -> None:
-                self.material.rollout.predict(*given)
-
+        block, module, of, calls = self.blocks[index], self._module(index), self.material, list[BlockCall]()
+        denoiser, self.calls = self._denoiser(block), []
+        for k, step in enumerate(self.steps[block]):
+            tape = of.reference.tapes[of.draws.tape(index * len(self.steps[block]) + k, stream=INPUTS)]
+            # guidance may call the network more than once in a step: each call in its turn
+            times = k % max(1, sum(one.component == denoiser.name for one in tape.steps[step].calls))
+            run = partial(tape.step, step, tape.state(step))
             with full_precision(self.layers.values()):
-                targets = _tensors(run_until(module, run).returned)
-            call = run_until(module, run)
+                targets = _tensors(run_until(module, run, times).returned)
+            call = run_until(module, run, times)
             entered = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), None)
             scales = [_displacement(module, entered, target) for target in targets]
             calls.append(BlockCall(step, call.args, call.kwargs, targets, scales))
@@ -201,20 +202,31 @@ class Blocks(GradientSource):
     @torch.no_grad()
     def _macs(self) -> dict[str, int]:
         """Of each quantized layer, in the order in which they run; a U-Net's modules are listed in another."""
-        found: dict[str, int] = {}
+        found, names = dict[str, int](), {layer: name for name, layer in self.layers.items()}
 
         def count(layer: TrainableLayer, tokens: Tensor) -> None:
-            found[layer.name] = found.get(layer.name, 0) + tokens.numel() * layer.out_features
+            name = names[layer]
+            found[name] = found.get(name, 0) + tokens.numel() * layer.out_features
 
         for layer in self.layers.values():
             layer.observer = count
         try:
-            reference = self.material.reference.first(1)
-            self.material.rollout.predict(0, reference.latents[0], reference.conditions)
+            tape = self.material.tape(0)
+            for step in sorted({min(one.levels) for one in self.material.denoisers}):
+                tape.step(step, tape.state(step))
         finally:
             for layer in self.layers.values():
                 layer.observer = None
         return found
+
+    def _denoiser(self, block: str) -> Denoiser:
+        """Whose block it is."""
+        return next(one for one in self.material.denoisers if block.startswith(one.prefix))
+
+    def _spread(self, block: str) -> list[int]:
+        """Steps of its denoiser, the same number of each timestep group."""
+        steps, groups = sorted(self._denoiser(block).levels), self.material.timestep_groups
+        return [steps[k] for k in spread_calls([groups[i] for i in steps], self.iterations)]
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from accuquant.calibration.objectives.base import Cost, GradientSource, Job, Material
 from accuquant.calibration.objectives.cached_steps import CachedSteps
-from accuquant.core.cached_objective import cached_group_gradient, cached_groups
+from accuquant.calibration.reference import states_of
+from accuquant.core.trajectory import cached_groups, group_gradient
 from accuquant.errors import RecipeError
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import cached
@@ -23,7 +24,7 @@ USUAL_INTERVAL = 4  # of full steps, where a dry run does not know them
 
 @final
 class CachedTrajectory(GradientSource):
-    """Gradients of `core.cached_objective`; only full steps count as evaluations.
+    """Gradients of `core.trajectory`, features and all; only full steps count as evaluations.
 
     Attributes:
         cache: the material's; it uses weights for its forecasts where these learn.
@@ -44,9 +45,9 @@ class CachedTrajectory(GradientSource):
             lengths.setdefault(controller.timestep, {})[module] = min(max(relative, LEAST_UNIT), 1.0)
             return forecast
 
-        with cached(material.rollout.denoiser, self.cache, material.fitted) as controller:
+        with cached(material.network, self.cache, material.fitted) as controller:
             controller.weigh = note
-            material.rollout.trajectory(material.reference.conditions.take(material.draws.batch(0)))
+            material.tape(0).rolled()
             self.full_steps = controller.stats().full_steps
         if forecasts:
             self.learned = self._forecast_weights(controller.modules, lengths)
@@ -64,19 +65,17 @@ class CachedTrajectory(GradientSource):
 
     def gradient(self, update: int) -> tuple[float, dict[str, Any]]:
         of, (start, stop) = self.material, self._group(update)
-        reference = of.reference.take(of.draws.batch(update))
-        steps = CachedSteps(of.rollout, self.controller, reference.conditions, self.full_steps)
-        loss = cached_group_gradient(
+        tape = of.tape(update)
+        steps, reference = CachedSteps(tape, self.controller, of.levels, self.full_steps), states_of(tape)
+        loss = group_gradient(
             steps,
-            of.rollout.solver,
-            reference.latents,
-            reference.predictions,
+            reference,
             start,
             stop,
-            self.full_steps,
             gradient=of.objective.gradient,
             loss=of.objective.loss,
-            variances=of.reference.variances,
+            variances=of.reference.variances if of.objective.gradient == "variance" else None,
+            initial=steps.before(start, reference),
         )
         self.network_evaluations += steps.full_evaluations
         return loss, {"steps_per_group": stop - start}
@@ -88,14 +87,14 @@ class CachedTrajectory(GradientSource):
     @contextmanager
     def running(self) -> Iterator[None]:
         fitted = self.learned or self.material.fitted
-        with cached(self.material.rollout.denoiser, self.cache, fitted) as self.controller:
+        with cached(self.material.network, self.cache, fitted) as self.controller:
             yield
 
     def _group(self, update: int) -> tuple[int, int]:
         """Groups in random order, each once before any comes again; M = 1 during the warm-up."""
         of = self.material
         warm = update < of.objective.warmup_fraction * of.objective.iterations
-        cut = cached_groups(self.full_steps, of.rollout.num_steps, 1 if warm else of.steps_per_group)
+        cut = cached_groups(self.full_steps, of.num_steps, 1 if warm else of.steps_per_group)
         return cut[of.draws.one_of(update, len(cut))]
 
     def _forecast_weights(self, modules: tuple[str, ...], lengths: dict[float, dict[str, float]]) -> Fitted:
@@ -105,10 +104,10 @@ class CachedTrajectory(GradientSource):
             lengths: timestep -> module -> how far its forecast is from the last output, relative to that.
         """
         of = self.material
-        skipped = [i for i in range(of.rollout.num_steps) if i not in self.full_steps]
+        skipped = [i for i in range(of.num_steps) if i not in self.full_steps]
         if not skipped:
             raise RecipeError("objective.cached_learn: 'forecast' is learned at skipped steps, and all are full")
-        timesteps = [float(of.rollout.timesteps[i]) for i in skipped]
+        timesteps = [of.levels[i] for i in skipped]
         noise = of.fitted.noise if of.fitted is not None else None
         learned = Fitted(learned_timesteps=timesteps, learned_modules=modules, noise=noise)
         for k in range(1, len(skipped)):  # those of a gap learn as one: fewer numbers, and less noise in each
@@ -116,6 +115,6 @@ class CachedTrajectory(GradientSource):
                 learned.learned[k] = learned.learned[k - 1]
         # a share of the last output weighs as many times more than one of its change as the output is longer
         units = torch.tensor([[lengths[t][module] for module in modules] for t in timesteps])
-        device = of.reference.latents.device
+        device = of.tape(0).state(0).latents[0].device
         learned.units = list(units.to(device))
         return learned.to(device)

@@ -1,66 +1,97 @@
-"""Single steps of a rollout under its cache, with the cache's state as tensors that can be differentiated."""
+"""Steps of a tape under a feature cache, whose features are part of the state and can be differentiated."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
-from accuquant.core.cached_objective import State
 from accuquant.core.forecasts import Memory
-from accuquant.model.rollout import Conditions, Rollout
+from accuquant.core.trajectory import State
+from accuquant.pipeline.tape import Tape
 from accuquant.runtime.cache.controller import Controller
 
-ALONE = "driven"  # the one context there is: guidance halves are in one batch
+Memories = dict[tuple[str, str], tuple[Memory | None, ...]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forecast's memory is made of, beside its tensors."""
+
+    steps: tuple[int, ...]
+    factors: int
+    has_input: bool
+    has_ratio: bool
+
+    def memory(self, tensors: list[Tensor]) -> Memory:
+        """Takes its own off the front of ``tensors``."""
+        factors = tuple(tensors.pop(0) for _ in range(self.factors))
+        input, ratio = (tensors.pop(0) if there else None for there in (self.has_input, self.has_ratio))
+        return Memory(self.steps, factors, input, ratio)
+
+
+Layout = dict[tuple[str, str], tuple[Kept | None, ...]]
 
 
 class CachedSteps:
-    """The `CachedDenoiser` of `core.cached_objective`: a rollout whose denoiser has a cache on it.
+    """The step function of a tape whose denoiser has a cache on: `core.trajectory` follows its features as well.
 
     Args:
-        full_steps: of the trajectory; they decide which gaps the forecasts bridge.
+        levels: the noise level of each step, as the cache's stored timesteps are.
+        full_steps: that are computed in full; each step before the first one would have nothing to forecast from.
     """
 
-    def __init__(
-        self, rollout: Rollout, controller: Controller, conditions: Conditions, full_steps: tuple[int, ...]
-    ) -> None:
-        self.rollout, self.controller, self.conditions = rollout, controller, conditions
-        self.full_steps, self.history = full_steps, controller.plan.highest_order
+    def __init__(self, tape: Tape, controller: Controller, levels: Sequence[float], full_steps: Sequence[int]) -> None:
+        self.tape, self.controller, self.levels = tape, controller, levels
+        self.full_steps = frozenset(full_steps)
+        self.layouts: dict[int, Layout] = {}  # of the features before a step
         self.full_evaluations = 0
 
-    def full(self, i: int, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Guided prediction (B, C, H, W) of step i, and the cache's state after it."""
-        self.full_evaluations += 1
-        self.controller.drive(ALONE, i, float(self.rollout.timesteps[i]), True, self._memories(i, state))
-        prediction = self.rollout.predict(i, x, self.conditions)
-        return prediction, _state(self.controller)
+    def __call__(self, i: int, state: State) -> State:
+        full = i in self.full_steps
+        self.full_evaluations += full
+        layout = self.layouts[i] if state.features else Layout()
+        self.controller.drive(None, i, self.levels[i], full, memories_of(layout, state.features))
+        after = self.tape.step(i, State(state.latents, state.history))
+        features = state.features
+        if full:
+            layout, features = taken_apart(self.controller.memories)
+        self.layouts[i + 1] = layout
+        return State(after.latents, after.history, features)
 
-    def skipped(self, i: int, x: Tensor, state: State) -> Tensor:
-        """Guided prediction (B, C, H, W) of step i, its cached modules forecast."""
-        self.controller.drive(ALONE, i, float(self.rollout.timesteps[i]), False, self._memories(i, state))
-        return self.rollout.predict(i, x, self.conditions)
+    @torch.no_grad()
+    def before(self, i: int, states: Sequence[State]) -> State:
+        """The state before full step ``i``, with what the cache has kept of the full steps before it.
 
-    def _memories(self, step: int, state: State) -> dict[tuple[str, str], tuple[Memory | None, ...]]:
-        """The modules' memories, as they were after the last full step before ``step``."""
-        steps = tuple(reversed([i for i in self.full_steps if i < step]))
-        parts: dict[str, dict[int, dict[str, Tensor]]] = {}
-        for (module, output, role), tensor in state.items():
-            parts.setdefault(module, {}).setdefault(int(output), {})[role] = tensor
-        memories: dict[tuple[str, str], tuple[Memory | None, ...]] = {}
-        for module, outputs in parts.items():
-            found: list[Memory | None] = [None] * (max(outputs) + 1)
-            for index, roles in outputs.items():
-                factors = tuple(roles[f"factor {j}"] for j in range(sum(role.startswith("factor") for role in roles)))
-                found[index] = Memory(steps[: len(factors)], factors, roles.get("input"), roles.get("ratio"))
-            memories[ALONE, module] = tuple(found)
-        return memories
+        Args:
+            states: of the trajectory up to there, without features.
+        """
+        history = self.controller.plan.highest_order
+        earlier = sorted(step for step in self.full_steps if step < i)[-history:] if history else []
+        features: tuple[Tensor, ...] = ()
+        for step in earlier:
+            found = states[step]
+            features = self(step, State(found.latents, found.history, features)).features
+            for between in range(step + 1, i + 1):
+                self.layouts[between] = self.layouts[step + 1]
+        return State(states[i].latents, states[i].history, features)
 
 
-def _state(controller: Controller) -> State:
-    state: State = {}
-    for (_, module), memories in controller.memories.items():
-        for index, memory in enumerate(memories):
-            if memory is None:
-                continue
-            named = {f"factor {j}": factor for j, factor in enumerate(memory.factors)}
-            named |= {k: t for k, t in (("input", memory.input), ("ratio", memory.ratio)) if t is not None}
-            state |= {(module, str(index), role): tensor for role, tensor in named.items()}
-    return state
+def taken_apart(memories: Memories) -> tuple[Layout, tuple[Tensor, ...]]:
+    """The tensors of all memories, and how to put them together again."""
+    layout: Layout = {}
+    tensors: list[Tensor] = []
+    for key, found in memories.items():
+        layout[key] = tuple(
+            None if m is None else Kept(m.steps, len(m.factors), m.input is not None, m.ratio is not None)
+            for m in found
+        )
+        tensors += [t for m in found if m is not None for t in m.tensors()]
+    return layout, tuple(tensors)
+
+
+def memories_of(layout: Layout, tensors: tuple[Tensor, ...]) -> Memories:
+    left = list(tensors)
+    return {key: tuple(None if k is None else k.memory(left) for k in kept) for key, kept in layout.items()}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, final
 
-import torch
 from torch import Tensor
 
 from accuquant.calibration.objectives.base import Cost, GradientSource, Job, Material
-from accuquant.core.objective import group_gradient, groups
+from accuquant.calibration.reference import states_of
+from accuquant.core.trajectory import State, group_gradient, groups
 
 REFRESHES = 3  # how often inputs from the quantized trajectory are sampled anew
 
 
 @final
 class Trajectory(GradientSource):
-    """Gradients of `core.objective`, one group of steps an update; M = 1 during the warm-up.
+    """Gradients of `core.trajectory`, one group of steps an update; M = 1 during the warm-up.
 
     With ``inputs: quantized`` groups start from latents that the quantized model was at, sampled again now and then.
     """
@@ -25,7 +25,7 @@ class Trajectory(GradientSource):
 
     def __init__(self, material: Material) -> None:
         super().__init__(material)
-        self.drifted: Tensor | None = None  # (T + 1, B, C, H, W) of the quantized trajectory
+        self.drifted: list[list[State]] = []  # of each tape, along the quantized trajectory
 
     @classmethod
     def cost(cls, job: Job) -> Cost:
@@ -43,26 +43,23 @@ class Trajectory(GradientSource):
 
     def gradient(self, update: int) -> tuple[float, dict[str, Any]]:
         of, (start, stop) = self.material, self._group(update)
-        batch = of.draws.batch(update)
+        tape = of.tape(update)
         if of.objective.inputs == "quantized":
             self._refresh(update)
-        reference = of.reference.take(batch)
 
-        def denoise(i: int, x: Tensor) -> Tensor:
+        def step(i: int, state: State) -> State:
             self.network_evaluations += 1
-            return of.rollout.predict(i, x, reference.conditions)
+            return tape.step(i, state)
 
         loss = group_gradient(
-            denoise,
-            of.rollout.solver,
-            reference.latents,
-            reference.predictions,
+            step,
+            states_of(tape),
             start,
             stop,
             gradient=of.objective.gradient,
             loss=of.objective.loss,
-            variances=of.reference.variances,
-            initial=None if self.drifted is None else self.drifted[start][batch],
+            variances=of.reference.variances if of.objective.gradient == "variance" else None,
+            initial=self.drifted[of.draws.tape(update)][start] if self.drifted else None,
         )
         return loss, {"steps_per_group": stop - start}
 
@@ -71,26 +68,38 @@ class Trajectory(GradientSource):
         return f"steps {start} to {stop - 1}"
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.drifted is None else {"drifted": self.drifted}
+        found = dict[str, Tensor]()
+        for k, states in enumerate(self.drifted):
+            for i, state in enumerate(states):
+                found |= {f"drifted/{k}/{i}/{n}": tensor for n, tensor in enumerate(state.tensors)}
+        return found
 
     def resume(self, update: int, network_evaluations: int, state: dict[str, Tensor]) -> None:
         super().resume(update, network_evaluations, state)
-        self.drifted = state.get("drifted")
+        if state:
+            self.drifted = [
+                [
+                    State(*(tuple(state[f"drifted/{k}/{i}/{n}"] for n in numbers) for numbers in _numbers(recorded)))
+                    for i, recorded in enumerate(states_of(tape))
+                ]
+                for k, tape in enumerate(self.material.reference.tapes)
+            ]
 
     def _group(self, update: int) -> tuple[int, int]:
         """Groups in random order, each once before any comes again."""
         of = self.material
         warm = update < of.objective.warmup_fraction * of.objective.iterations
-        cut = groups(of.rollout.num_steps, 1 if warm else of.steps_per_group)
+        cut = groups(of.num_steps, 1 if warm else of.steps_per_group)
         return cut[of.draws.one_of(update, len(cut))]
 
     def _refresh(self, update: int) -> None:
         """Sample the calibration set with the model as it is now."""
         of = self.material
-        if self.drifted is None or update % max(1, of.objective.iterations // REFRESHES) == 0:
-            parts = []
-            for conditions in of.reference.conditions.batches(of.objective.batch_size):
-                parts.append(of.rollout.trajectory(conditions)[0])
-            # a batch's step costs what an update's evaluation costs
-            self.network_evaluations += of.rollout.num_steps * len(parts)
-            self.drifted = torch.cat(parts, 1)
+        if not self.drifted or update % max(1, of.objective.iterations // REFRESHES) == 0:
+            self.drifted = [tape.rolled() for tape in of.reference.tapes]
+            self.network_evaluations += of.num_steps * len(self.drifted)
+
+
+def _numbers(state: State) -> tuple[range, range]:
+    """Where latents and history are among a state's tensors."""
+    return range(len(state.latents)), range(len(state.latents), len(state.tensors))

@@ -36,7 +36,7 @@ from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import DIFFUSERS_OFFSET, RCS, filled_interval_steps, interval_steps
 from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.evaluation.images import image_metrics
-from accuquant.model.families import resolve
+from accuquant.pipeline.loading import resolve
 from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import calibration_samples, held_out_samples
 from accuquant.progress import Reporter

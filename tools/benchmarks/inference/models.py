@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, FluxTransformer2DMod
 from torch import Tensor, nn
 
 from accuquant.calibration.plan import plan_modules
-from accuquant.model.families import resolve
+from accuquant.pipeline.loading import resolve
 from accuquant.recipe import Rule
 from accuquant.recipe.file import load_recipe
 from accuquant.runtime.spec import LayerSpec

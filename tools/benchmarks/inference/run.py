@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from accuquant.model.families import pick_device
+from accuquant.pipeline.loading import pick_device
 from accuquant.progress import Reporter
 from tools.benchmarks.inference.gemm import INT_MM, OURS
 from tools.benchmarks.inference.hosts import HOSTS

@@ -18,7 +18,7 @@ from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.evaluation.images import image_metrics
 from accuquant.evaluation.measure import HeldOut, held_out_reference
 from accuquant.files import KeptFiles
-from accuquant.model.families import resolve
+from accuquant.pipeline.loading import resolve
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe

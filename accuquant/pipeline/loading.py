@@ -1,10 +1,9 @@
-"""One row per pipeline family, and the loading of a pipeline a recipe names. A new family is a row."""
+"""The loading of the pipeline that a recipe names."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import hf_hub_download
-from torch import nn
 
 from accuquant.errors import RecipeError, nearest
 from accuquant.recipe import Model
 
 INDEX = "model_index.json"
 BUNDLED = Path(__file__).parent.parent / "bundled"
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one diffusers pipeline drives its denoiser.
-
-    Attributes:
-        pipeline: class name in diffusers.
-        denoiser: attribute that holds the denoising network.
-        condition: what a sample is conditioned on, ``class_id`` or ``prompt``; a key of the calibration data.
-        conditional_first: in the guidance batch the conditional half comes first.
-        steps_scaled_input: the solver's update starts from ``scale_model_input(x)`` and not from x.
-    """
-
-    pipeline: str
-    denoiser: str
-    condition: str
-    conditional_first: bool
-    steps_scaled_input: bool
-
-
-FAMILIES = (
-    # DiTPipeline overwrites its latent with the scaled model input: no difference for DDIM and DPM-Solver++, but with
-    # EulerDiscreteScheduler its images are not what the sampler means. We calibrate what the pipeline really runs.
-    Family("DiTPipeline", "transformer", "class_id", conditional_first=True, steps_scaled_input=True),
-    Family("PixArtAlphaPipeline", "transformer", "prompt", conditional_first=False, steps_scaled_input=False),
-    Family("StableDiffusionPipeline", "unet", "prompt", conditional_first=False, steps_scaled_input=False),
-)
-
-
-def family_of(pipeline: DiffusionPipeline) -> Family:
-    """The row of a pipeline.
-
-    Raises:
-        RecipeError: no row; the message lists the supported pipelines.
-    """
-    name = type(pipeline).__name__
-    for family in FAMILIES:
-        if family.pipeline == name:
-            return family
-    raise RecipeError(
-        f"model.id: {name} is not supported; supported pipelines: {', '.join(f.pipeline for f in FAMILIES)}"
-    )
-
-
-def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
-    module: nn.Module = getattr(pipeline, family_of(pipeline).denoiser)
-    return module
 
 
 def load_pipeline(model: Model) -> DiffusionPipeline:
@@ -95,7 +45,6 @@ def load_pipeline(model: Model) -> DiffusionPipeline:
             f"model.id: no local folder is called {model.id!r}, and the model hub cannot be reached or has no such "
             f"model. Download it where there is a network and give its folder ({_first_line(error)[:160]} ...)"
         ) from error
-    family_of(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     _keep_labels(pipeline)
     return pipeline

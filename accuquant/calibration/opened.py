@@ -1,0 +1,142 @@
+"""A pipeline opened: sampled once in rehearsal, its denoisers found, and what the rules make of their modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from accuquant.calibration.methods import METHODS
+from accuquant.calibration.objectives import AUTO, OBJECTIVES
+from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
+from accuquant.errors import RecipeError, nearest
+from accuquant.pipeline.data import Samples, Split, load_split
+from accuquant.pipeline.denoisers import Denoiser, denoisers_of, joined, step_levels
+from accuquant.pipeline.loading import load_pipeline, set_scheduler
+from accuquant.pipeline.recorder import Recorder
+from accuquant.pipeline.tape import Tape
+from accuquant.recipe import Recipe, Rule
+from accuquant.runtime.cache.features import cached_features
+from accuquant.runtime.clock import StepClock
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A pipeline opened: how it is sampled, and what it denoises with.
+
+    Attributes:
+        rehearsal: a tape of one sample whose values mean nothing: its steps, calls and shapes are those of any.
+    """
+
+    recorder: Recorder
+    split: Split
+    rehearsal: Tape
+
+    @cached_property
+    def denoisers(self) -> list[Denoiser]:
+        return denoisers_of(self.rehearsal)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The denoiser; of several, one module that holds them."""
+        return joined({one.name: one.network for one in self.denoisers})
+
+    @cached_property
+    def levels(self) -> list[float]:
+        """The noise level of each step."""
+        return step_levels(self.denoisers)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.rehearsal)
+
+    @property
+    def only(self) -> Denoiser:
+        """The denoiser of a pipeline that has one.
+
+        Raises:
+            RecipeError: it has several.
+        """
+        if len(self.denoisers) > 1:
+            names = " and ".join(one.name for one in self.denoisers)
+            raise RecipeError(
+                f"cache: {type(self.recorder.pipeline).__name__} has several denoisers, {names}; leave the section out "
+                "and enable a cache on each of them apart"
+            )
+        return self.denoisers[0]
+
+    def plan(self, rules: tuple[Rule, ...]) -> list[PlannedModule]:
+        """What the rules make of the denoisers' modules, see `plan_modules`."""
+        return plan_modules(self.network, rules, [one.prefix for one in self.denoisers if one.prefix])
+
+    def counted(self, planned: list[PlannedModule]) -> list[PlannedModule]:
+        """The planned modules with their multiply-adds, per sample and step of their denoiser."""
+        return count_macs(self.network, planned, self.step_once, self.rehearsal.num_samples)
+
+    def step_once(self) -> None:
+        """Have every denoiser make its first step, of one sample."""
+        for i in sorted({min(one.levels) for one in self.denoisers}):
+            self.rehearsal.step(i, self.rehearsal.state(i))
+
+    def clocks(self, timestep_groups: int) -> list[StepClock]:
+        """Of each denoiser; a group of the run's steps is one of the denoiser's that works in it."""
+        found = list[StepClock]()
+        for one in self.denoisers:
+            own = max(1, round(timestep_groups * len(one.levels) / self.num_steps))
+            found.append(StepClock.from_timesteps(one.levels.values(), own, one.coordinate))
+        return found
+
+    def groups(self, clocks: list[StepClock]) -> list[int]:
+        """The timestep group of each step, counted on from denoiser to denoiser."""
+        found, before = dict[int, int](), 0
+        for one, clock in zip(self.denoisers, clocks, strict=True):
+            found = {i: before + clock.group_of(level) for i, level in one.levels.items()} | found
+            before += clock.num_groups
+        return [found[i] for i in sorted(found)]
+
+
+def _check_name(key: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        raise RecipeError(f"{key}: must be {' or '.join(map(repr, known))} (found {name!r}){nearest(name, known)}")
+
+
+def open_model(recipe: Recipe) -> OpenedModel:
+    """The pipeline that a recipe names, with its scheduler and its data, rehearsed with a sample.
+
+    Raises:
+        RecipeError: see `load_pipeline`, `set_scheduler` and `load_split`.
+        AccuQuantError: see `Recorder.tape`.
+    """
+    pipeline = load_pipeline(recipe.model)
+    set_scheduler(pipeline, recipe.sampling.scheduler)
+    return opened(pipeline, recipe)
+
+
+def opened(pipeline: DiffusionPipeline, recipe: Recipe) -> OpenedModel:
+    """`open_model` of a pipeline that is loaded already."""
+    split = load_split(recipe.data, pipeline)
+    recorder = Recorder(pipeline, recipe.sampling, split.folder)
+    return OpenedModel(recorder, split, recorder.tape(Samples(split.calibration[:1], [0]), rehearsed=True))
+
+
+def planned_model(recipe: Recipe) -> tuple[OpenedModel, list[PlannedModule]]:
+    """The model with what the rules make of it; whatever is wrong with a recipe shows here.
+
+    Raises:
+        RecipeError: see `open_model`, `plan_modules` and `cached_features`; or nothing has the name of
+            `objective.target` or `quantization.initialization`.
+    """
+    _check_name("objective.target", recipe.objective.target, [*OBJECTIVES, AUTO])
+    _check_name("quantization.initialization", recipe.quantization.initialization, list(METHODS))
+    model = open_model(recipe)
+    planned = model.plan(recipe.quantization.rules)
+    if recipe.cache is not None:
+        cached_features(model.only.network, recipe.cache)
+    if recipe.objective.steps_per_group != "auto" and recipe.objective.steps_per_group > model.num_steps:
+        raise RecipeError(
+            f"objective.steps_per_group is {recipe.objective.steps_per_group} but the pipeline makes only "
+            f"{model.num_steps} steps of sampling.num_inference_steps {recipe.sampling.num_inference_steps}"
+        )
+    return model, planned

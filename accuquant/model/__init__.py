@@ -1,1 +1,0 @@
-"""Modules and diffusers: what turns the mathematics of `accuquant.core` into a model that runs."""

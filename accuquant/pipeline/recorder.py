@@ -1,0 +1,125 @@
+"""A pipeline at one sampling setting: samples go in, tapes come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from accuquant.errors import AccuQuantError, RecipeError
+from accuquant.files import KeptFiles
+from accuquant.pipeline.data import Samples
+from accuquant.pipeline.record import recorded
+from accuquant.pipeline.recording import OtherOutputs, Outputs
+from accuquant.pipeline.rows import call_of, needs_single_calls
+from accuquant.pipeline.seams import takes
+from accuquant.pipeline.tape import Tape
+from accuquant.progress import Reporter
+from accuquant.recipe import Sampling
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Makes tapes of samples: one call of the pipeline each.
+
+    Attributes:
+        folder: that pictures of the data are relative to.
+    """
+
+    pipeline: DiffusionPipeline
+    sampling: Sampling
+    folder: Path = Path()
+
+    def tapes(
+        self,
+        samples: Samples,
+        batch_size: int,
+        reporter: Reporter,
+        what: str,
+        images: bool = False,
+        kept: KeptFiles | None = None,
+    ) -> list[Tape]:
+        """One for each batch of samples.
+
+        Args:
+            what: is said to be sampled.
+            images: decode too, so that a tape knows how images are made of its last latents.
+            kept: a folder that keeps what the networks gave: a resumed run does not evaluate them again.
+
+        Raises:
+            AccuQuantError: see `tape`.
+        """
+        batches, found = self.batches(samples, batch_size), list[Tape]()
+        with reporter.bar(f"sampling {what}", self.sampling.num_inference_steps * len(batches)) as advance:
+            for k, batch in enumerate(batches):
+                given, name = (batch, images, lambda: advance("")), f"{k}.safetensors"
+                tape = None if kept is None else kept.read(name, lambda file, given=given: self._again(file, *given))  # type: ignore[misc]
+                if tape is None:
+                    tape, outputs = self._recorded(*given)
+                    if kept is not None:
+                        kept.write_tensors(name, {f"{c}.{i}": t for c, ts in outputs.items() for i, t in enumerate(ts)})
+                found.append(tape)
+        return found
+
+    def batches(self, samples: Samples, batch_size: int) -> list[Samples]:
+        """As large as asked, where the pipeline takes lists of what differs between samples; else single ones."""
+        return samples.batches(1 if needs_single_calls(self.pipeline, samples.rows) else batch_size)
+
+    def tape(self, samples: Samples, images: bool = False, rehearsed: bool = False) -> Tape:
+        """One call of the pipeline for all of these samples.
+
+        Args:
+            rehearsed: evaluate each network once only: all of the tape but its values.
+
+        Raises:
+            AccuQuantError: the pipeline does not take such rows, fails, or cannot be recorded; it says why.
+        """
+        return self._recorded(samples, images, known={} if rehearsed else None)[0]
+
+    def _again(self, file: Path, samples: Samples, images: bool, progress: Callable[[], None]) -> Tape:
+        """The tape of which ``file`` keeps what the networks gave.
+
+        Raises:
+            ValueError: the file is of something else.
+        """
+        known: dict[int, list[tuple[int, str]]] = {}
+        tensors = load_file(file, device=str(self.pipeline.device))
+        for key in tensors:
+            call, _, position = key.partition(".")
+            known.setdefault(int(call), []).append((int(position), key))
+        try:
+            return self._recorded(
+                samples, images, progress, {c: [tensors[key] for _, key in sorted(keys)] for c, keys in known.items()}
+            )[0]
+        except OtherOutputs as error:
+            raise ValueError(str(error)) from error
+
+    def _recorded(
+        self,
+        samples: Samples,
+        images: bool,
+        progress: Callable[[], None] = lambda: None,
+        known: Outputs | None = None,
+    ) -> tuple[Tape, Outputs]:
+        pipeline = self.pipeline
+        setting = {
+            "num_inference_steps": self.sampling.num_inference_steps,
+            "guidance_scale": self.sampling.guidance_scale,
+        }
+        call = call_of(pipeline, samples.rows, samples.seeds, setting, self.folder)
+        if images and takes(pipeline, "output_type"):
+            call["output_type"] = "pt"
+        try:
+            tape, outputs = recorded(pipeline, call, known, progress)
+        except (AccuQuantError, OtherOutputs):
+            raise
+        except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, NotImplementedError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RecipeError(
+                f"{type(pipeline).__name__} cannot be run with {samples.rows[0]} at {setting}: {reason}"
+            ) from error
+        tape.num_samples = len(samples)
+        return tape, outputs
