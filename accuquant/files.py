@@ -131,7 +131,12 @@ class KeptFiles:
         write_tensors(self.path(name), tensors)
 
     def copy(self, path: Path) -> None:
-        """A file of another folder, under the same name."""
+        """A file of another folder, or a folder with all that is in it, under the same name."""
+        if path.is_dir():
+            inside = self.inside(path.name)
+            for each in path.iterdir():
+                inside.copy(each)
+            return
         with whole(self.path(path.name)) as temporary:
             shutil.copyfile(path, temporary)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
+from accuquant.caching.runs import Runs
 from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.session import Session
 from accuquant.pipeline.data import Samples
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.tape import Tape
@@ -24,6 +27,7 @@ from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe, Sampling
 from accuquant.recipe.file import parse_recipe
+from accuquant.runtime.observe import observed
 
 
 def recipe_tree(model: Path | str, output: Path | str, **changes: Any) -> dict[str, Any]:
@@ -85,6 +89,35 @@ def finals(tapes: Sequence[Tape], components: dict[str, Any] | None = None) -> T
 def recorded_finals(tapes: Sequence[Tape]) -> Tensor:
     """(B, N) last latents that the tapes were recorded with."""
     return torch.cat([tape.per_sample(tape.state(len(tape))) for tape in tapes])
+
+
+def trajectory(tape: Tape, components: dict[str, Any] | None = None) -> Tensor:
+    """(T + 1, B, N) all latents of a tape's samples, by the pipeline's networks as they are now, or by others."""
+    return torch.stack([tape.per_sample(state) for state in tape.rolled(components)])
+
+
+@torch.no_grad()
+def output_at(session: Session, module: str, i: int) -> Tensor:
+    """What a module gives at step i, as it is now, on full precision's latents of all calibration samples."""
+    found = list[Tensor]()
+    for tape in session.reference.tapes:
+        with observed(session.network, [module]) as seen:
+            tape.step(i, tape.state(i))
+        found.append(seen[module].output)
+    return torch.cat(found)
+
+
+def runs_of(pipeline: Any, steps: int, labels: Sequence[int]) -> Runs:
+    """What a search for a class-conditional pipeline's cache compares with, made when it is first asked for."""
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+
+    @cache
+    def few(count: int, batch_size: int) -> list[Tape]:
+        return dit_tapes(pipeline, steps, labels=labels[:count], batch_size=batch_size, images=True)
+
+    levels = [float(t) for t in scheduler.timesteps]
+    return Runs(pipeline.transformer, levels, len(labels), few, lambda: few(len(labels), len(labels)))
 
 
 def dit_tapes(

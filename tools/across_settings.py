@@ -2,7 +2,7 @@
 
 A program, for the variables that choose instruction sets are read once, when torch is loaded:
 
-    across_settings.py make FOLDER [bundled]      calibrates FOLDER/export, and keeps noise and classes beside it
+    across_settings.py make FOLDER [bundled]      calibrates FOLDER/export, and keeps a noise beside it
     across_settings.py sample FOLDER OUT          final latents from that noise, in both arithmetics and full precision
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from accuquant.pipeline.data import Samples
 from accuquant.pipeline.loading import BUNDLED
-from accuquant.model.rollout import Conditions, Rollout
+from accuquant.pipeline.recorder import Recorder
+from accuquant.pipeline.tape import Tape
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Sampling
@@ -35,6 +38,7 @@ from pipelines import make_pipeline  # noqa: E402
 
 MKL = {"default": "SSE4_2", "avx2": "AVX2", "avx512": "AVX512"}  # its products follow torch's other operations
 SAMPLING = Sampling(num_inference_steps=6, guidance_scale=1.5)
+SAMPLES = Samples([{"class_labels": k} for k in (1, 2, 3)], [5, 6, 7])
 
 # Relative L2 of final latents between any two settings. Full precision differs by the order of its sums. A value that
 # such a difference carries over the edge of a rounding is a whole step off, with quantized activations in either
@@ -72,22 +76,29 @@ def make(folder: Path, bundled: bool = False) -> None:
         tree["quantization"]["rules"][0] |= {"weight": "int8", "granularity": "channel"}
         del tree["quantization"]["rules"][0]["group_size"]
     calibrate(parse_recipe(tree, "across settings"), Reporter(quiet=True))
-    rollout = Rollout(DiTPipeline.from_pretrained(model), SAMPLING)
-    save_file({"noise": rollout.conditions([1, 2, 3], [5, 6, 7]).noise}, folder / "noise.safetensors")
+    (noise,) = rehearsed(model).state(0).latents
+    save_file({"noise": noise.contiguous()}, folder / "noise.safetensors")
     (folder / "model.txt").write_text(str(model))
 
 
+def rehearsed(model: Path) -> Tape:
+    """The steps of a pipeline from the samples' noise; of its states only the first means anything."""
+    return Recorder(DiTPipeline.from_pretrained(model), SAMPLING).tape(SAMPLES, rehearsed=True)
+
+
+@torch.no_grad()
 def sample(folder: Path, out: Path) -> None:
     noise, found = load_file(folder / "noise.safetensors")["noise"], dict[str, Tensor]()
     for kind in BOUNDS:
         full = kind == "full precision"
-        pipeline = DiTPipeline.from_pretrained((folder / "model.txt").read_text() if full else folder / "export")
+        tape = rehearsed(Path((folder / "model.txt").read_text()) if full else folder / "export")
         if not full:
-            set_arithmetic(pipeline.transformer, kind)
-        rollout = Rollout(pipeline, SAMPLING)
+            set_arithmetic(tape.pipeline.transformer, kind)
         # the noise of a seed, too, has other last bits elsewhere
-        conditions = Conditions(noise, rollout.conditions([1, 2, 3], [5, 6, 7]).kwargs)
-        found[kind] = rollout.trajectory(conditions)[0][-1].contiguous()
+        state = replace(tape.state(0), latents=(noise,))
+        for i in range(len(tape)):
+            state = tape.step(i, state)
+        found[kind] = tape.per_sample(state).contiguous()
     save_file(found, out)
 
 

@@ -29,8 +29,8 @@ from typing import NamedTuple
 from tools.across_settings import BOUNDS, ROOT, apart, environment, run
 
 QUICK = ["numerics", "layers", "paths", "checkpoint"]
-FILES = [*QUICK, "packing", "fp8", "shared_input", "calibrate", "blocks", "objective", "rollout"]
-FILES += ["cached_objective", "cachequant", "correction", "learned", "joint", "noise", "predictors", "caching"]
+FILES = [*QUICK, "packing", "fp8", "shared_input", "calibrate", "blocks", "trajectory", "tape"]
+FILES += ["cached_steps", "cachequant", "correction", "learned", "joint", "noise", "predictors", "caching"]
 LEFT_OUT = "interrupted or resume or refused or named"  # programs and messages, which no instruction changes
 WIDE = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 NEEDS = {

@@ -112,13 +112,14 @@ def _choose_forecast(runs: Runs, plan: CachePlan, reporter: Reporter, fitted: Fi
     others = [name for name, (_, highest) in reversed(ESTIMATIONS.items()) if highest]
     for aware in (False, True) if fitted is not None and fitted.noise else (False,):
         kinds += [(name, i, aware) for i in range(1, plan.order + 1) for name in others if i <= ESTIMATIONS[name][1]]
+    tapes = runs.choice()  # before a cache is on: it may sample them now
     with reporter.bar("choosing the forecast", len(kinds)) as advance:
         for name, order, aware in kinds:
             one = replace(plan, estimation=name, order=order, noise_aware=aware)
             words = f"{name} {order}{' noise-aware' if aware else ''}"
             try:
                 with cached(runs.denoiser, one.uncorrected, fitted):
-                    tried[words] = final_errors(runs.choice()), one
+                    tried[words] = final_errors(tapes), one
             except CacheError as error:  # a U-Net's blocks have no input for rfe
                 reporter.detail(f"{words}: {error}")
             advance(words)

@@ -38,10 +38,15 @@ class OpenedModel:
     def denoisers(self) -> list[Denoiser]:
         return denoisers_of(self.rehearsal)
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The denoisers by the names of their components."""
+        return {one.name: one.network for one in self.denoisers}
+
     @cached_property
     def network(self) -> nn.Module:
         """The denoiser; of several, one module that holds them."""
-        return joined({one.name: one.network for one in self.denoisers})
+        return joined(self.networks)
 
     @cached_property
     def levels(self) -> list[float]:

@@ -133,7 +133,7 @@ def module_errors(
             for i in range(0, len(tape), max(1, len(tape) // MODULE_ERROR_STEPS)):
                 for clock in clocks:
                     clock.set(full.levels[i])
-                tape.step(i, tape.state(i))
+                tape.step(i, tape.state(i), full.networks)  # the pipeline that was recorded may be quantized by now
     return {n: (error[n] / max(energy[n], 1e-30)) ** 0.5 for n in layers}
 
 
@@ -156,7 +156,7 @@ def decompose(
     with uncached(quantized):
         alone = sample(tapes, reporter, "held-out, quantized without the cache", {name: quantized})
     with cached(full.only.network, controller.plan.unfitted):
-        only = sample(tapes, reporter, "held-out, full precision with the cache")
+        only = sample(tapes, reporter, "held-out, full precision with the cache", full.networks)
     sides = (("E_q", alone.latents), ("E_c", only.latents), ("E_qc", both))
     curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}
     curves["interaction"] = curves["E_qc"] - curves["E_q"] - curves["E_c"]

@@ -10,21 +10,23 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline, UNet2DConditionModel
-from helpers import recipe_tree
+from helpers import dit_tapes, finals, output_at, recipe_tree, recorded_finals, runs_of, trajectory
 from pipelines import make_pipeline, make_unet
 from torch import Tensor, nn
 
 from accuquant.caching.correct import fit_correction
+from accuquant.caching.runs import Runs
 from accuquant.caching.search import record_features, samples_of, search_cache, searched
-from accuquant.calibration.session import Session, open_model, open_session
+from accuquant.calibration.opened import planned_model
+from accuquant.calibration.session import Session, open_session
 from accuquant.core.correction import fit_affine
 from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import dps_steps
 from accuquant.errors import CacheError, RecipeError
-from accuquant.model.rollout import Rollout
+from accuquant.pipeline.tape import Tape
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Sampling
+from accuquant.recipe import Cache
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.cache.features import in_cache
 from accuquant.runtime.cache.hooks import attach_cache, cached, detach_cache
@@ -45,9 +47,11 @@ def session(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ses
     return make_session(model_folder, tmp_path_factory.mktemp("cachequant") / "out")
 
 
-def dit(layers: int = 4, steps: int = 6) -> tuple[Rollout, Any]:
-    rollout = Rollout(make_pipeline(layers=layers), Sampling(num_inference_steps=steps, guidance_scale=1.5))
-    return rollout, rollout.conditions([1, 2], [3, 4])
+def dit() -> tuple[nn.Module, Tape]:
+    """A denoiser of four blocks, and six steps that it makes."""
+    pipeline = make_pipeline(layers=4)
+    (tape,) = dit_tapes(pipeline, 6)
+    return pipeline.transformer, tape
 
 
 class Count:
@@ -65,15 +69,15 @@ class Count:
 
 
 def test_the_deviation_is_what_the_blocks_add() -> None:
-    rollout, conditions = dit()
-    with cached(rollout.denoiser, Cache(**BLOCKS, interval=3, blocks=[1, 2])) as controller:
+    denoiser, tape = dit()
+    with cached(denoiser, Cache(**BLOCKS, interval=3, blocks=[1, 2])) as controller:
         assert controller.modules == ("transformer_blocks.2",)
         assert controller.bypassed == ("transformer_blocks.1",)
         controller.paused = True
-        with observed(rollout.denoiser, ["transformer_blocks.1", "transformer_blocks.2"]) as seen:
-            rollout.predict(0, conditions.noise, conditions)
+        with observed(denoiser, ["transformer_blocks.1", "transformer_blocks.2"]) as seen:
+            tape.step(0, tape.state(0))
         controller.paused = False
-        rollout.predict(0, conditions.noise, conditions)
+        tape.step(0, tape.state(0))
         ((memory,),) = controller.memories.values()
         expected = seen["transformer_blocks.2"].output - seen["transformer_blocks.1"].input
         assert memory is not None
@@ -82,11 +86,11 @@ def test_the_deviation_is_what_the_blocks_add() -> None:
 
 
 def test_skipped_steps_add_the_last_deviation_and_run_nothing_inside() -> None:
-    rollout, conditions = dit()
+    denoiser, tape = dit()
     inside, outside = [f"transformer_blocks.{i}.ff" for i in (1, 2)], [f"transformer_blocks.{i}.ff" for i in (0, 3)]
-    count = Count(rollout.denoiser, inside + outside)
-    with cached(rollout.denoiser, Cache(**BLOCKS, schedule=[0, 3])) as controller:
-        found, _ = rollout.trajectory(conditions)
+    count = Count(denoiser, inside + outside)
+    with cached(denoiser, Cache(**BLOCKS, schedule=[0, 3])) as controller:
+        found = tape.rolled()
         assert controller.stats().full_steps == (0, 3)
     assert [count.calls[n] for n in inside] == [2, 2]
     assert [count.calls[n] for n in outside] == [6, 6]
@@ -103,47 +107,45 @@ def test_skipped_steps_add_the_last_deviation_and_run_nothing_inside() -> None:
             return output
         return kept["in"] + kept["deviation"]
 
-    rollout.denoiser.get_submodule("transformer_blocks.1").register_forward_pre_hook(begin)
-    rollout.denoiser.get_submodule("transformer_blocks.2").register_forward_hook(end)
-    x, predictions = {0: conditions.noise}, dict[int, Tensor]()
+    denoiser.get_submodule("transformer_blocks.1").register_forward_pre_hook(begin)
+    denoiser.get_submodule("transformer_blocks.2").register_forward_hook(end)
+    state = tape.state(0)
     for step in range(6):
         with torch.no_grad():
-            predictions[step] = rollout.predict(step, x[step], conditions)
-        x[step + 1] = rollout.solver.step(step, x, predictions)
-    torch.testing.assert_close(found[-1], x[6], rtol=1e-5, atol=1e-5)
+            state = tape.step(step, state)
+    torch.testing.assert_close(found[-1].latents, state.latents, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("blocks", [None, [0, 3], [2, 2]])
 def test_all_steps_full_is_no_cache(blocks: list[int] | None) -> None:
-    rollout, conditions = dit()
-    plain, _ = rollout.trajectory(conditions)
-    with cached(rollout.denoiser, Cache(**BLOCKS, schedule=list(range(6)), blocks=blocks)):
-        found, _ = rollout.trajectory(conditions)
+    denoiser, tape = dit()
+    plain = trajectory(tape)
+    with cached(denoiser, Cache(**BLOCKS, schedule=list(range(6)), blocks=blocks)):
+        found = trajectory(tape)
     assert torch.equal(found, plain)
-    after, _ = rollout.trajectory(conditions)
-    assert torch.equal(after, plain)
+    assert torch.equal(trajectory(tape), plain)
 
 
 @pytest.mark.parametrize("estimation", ["reuse", "taylor", "rfe"])
 def test_every_forecast_takes_the_deviation(estimation: Any) -> None:
-    rollout, conditions = dit()
-    plain, _ = rollout.trajectory(conditions)
+    denoiser, tape = dit()
+    plain = finals([tape])
     order = 0 if estimation == "reuse" else 1
-    with cached(rollout.denoiser, Cache(feature="blocks", estimation=estimation, interval=2, order=order)):
-        found, _ = rollout.trajectory(conditions)
-    assert 0 < float(relative_l2(found[-1], plain[-1]).max()) < 1
+    with cached(denoiser, Cache(feature="blocks", estimation=estimation, interval=2, order=order)):
+        found = finals([tape])
+    assert 0 < float(relative_l2(found, plain).max()) < 1
 
 
 def test_a_block_that_gives_two_outputs_is_refused(tmp_path: Path) -> None:
-    rollout, conditions = dit()
-    block = rollout.denoiser.get_submodule("transformer_blocks.2")
+    denoiser, tape = dit()
+    block = denoiser.get_submodule("transformer_blocks.2")
     forward = block.forward
     block.forward = lambda *args, **kwargs: (forward(*args, **kwargs), None)  # type: ignore[method-assign, assignment]
     with (
-        cached(rollout.denoiser, Cache(**BLOCKS, interval=2)),
+        cached(denoiser, Cache(**BLOCKS, interval=2)),
         pytest.raises(CacheError, match=r"transformer_blocks\.2 gives tuple; use feature: modules"),
     ):
-        rollout.trajectory(conditions)
+        tape.rolled()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_contradictions_are_named(tmp_path: Path, cache: dict[str, Any], message
 def test_blocks_that_do_not_exist_are_refused_before_any_work(model_folder: Path, tmp_path: Path) -> None:
     recipe = recipe_tree(model_folder, tmp_path / "o", cache=BLOCKS | {"interval": 2, "blocks": [0, 2]})
     with pytest.raises(RecipeError, match="has blocks 0 to 1"):
-        open_model(parse_recipe(recipe, "test"))
+        planned_model(parse_recipe(recipe, "test"))
 
 
 def test_a_model_without_blocks_is_refused() -> None:
@@ -232,11 +234,11 @@ def test_what_a_unet_cannot_do_is_refused() -> None:
 @pytest.mark.parametrize("measured_on", ["quantized", "full_precision"])
 def test_dps_is_the_best_of_all_lists_for_the_feature_it_looks_at(session: Session, measured_on: Any) -> None:
     config = Cache(estimation="reuse", schedule="dps", interval=2, measured_on=measured_on, dps_feature=r".*\.1\.ff")
-    rollout, reference = session.rollout, session.reference
     found, _ = searched(config, session, QUIET)
+    runs = Runs(session.network, session.levels, 2, session.few, list)
     with session.full_precision() if measured_on == "full_precision" else nullcontext():
-        features = record_features(rollout, reference.conditions, config)
-    outputs = [out.flatten().double() for _, out in features["transformer_blocks.1.ff"]]
+        features = record_features(runs, session.few(2, 2)[0], config)
+    outputs = [out.flatten().double() for _, out in features["call 0 transformer_blocks.1.ff"]]
 
     def cost(steps: tuple[int, ...]) -> float:
         runs = [(a, t) for a, b in itertools.pairwise((*steps, 6)) for t in range(a, b)]
@@ -245,29 +247,30 @@ def test_dps_is_the_best_of_all_lists_for_the_feature_it_looks_at(session: Sessi
     lists = [(0, *rest) for rest in itertools.combinations(range(1, 6), 2)]
     lists = [s for s in lists if all(1 <= b - a <= 4 for a, b in itertools.pairwise((*s, 6)))]
     best = min(lists, key=cost)
-    assert found.full_timesteps == tuple(float(rollout.timesteps[i]) for i in best)
+    assert found.full_timesteps == tuple(session.levels[i] for i in best)
 
 
 def test_dps_looks_at_as_many_samples_as_asked() -> None:
     """By the sum of the distances of five samples; on random features those of two give another list."""
-    rollout, _ = dit(steps=12)
-    conditions = rollout.conditions([1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8])
+    runs = runs_of(make_pipeline(layers=4), 12, labels=[1, 2, 3, 4, 5, 6])
     name, outputs = "transformer_blocks.3.ff", list[Tensor]()
-    handle = rollout.denoiser.get_submodule(name).register_forward_hook(lambda _, args, output: outputs.append(output))
-    reference = rollout.trajectory(conditions)[0]
+    (tape,) = runs.usual()
+    handle = runs.denoiser.get_submodule(name).register_forward_hook(lambda _, args, output: outputs.append(output))
+    tape.rolled()
     handle.remove()
     halves = torch.stack([o.unflatten(0, (2, 6)) for o in outputs])  # (T, guidance, samples, tokens, channels)
 
     def expected(count: int) -> tuple[float, ...]:
         distances = torch.cdist(halves[:, :, :count].flatten(1), halves[:, :, :count].flatten(1), p=1)
-        return tuple(float(rollout.timesteps[i]) for i in dps_steps(distances, 12 / 5))
+        return runs.timesteps(dps_steps(distances, 12 / 5))
 
     found = {}
     for count in (None, 5, 99):
         config = Cache(estimation="reuse", schedule="dps", target_nfc=5, dps_samples=count, dps_feature=name)
-        found[count] = search_cache(rollout, conditions, reference, config, QUIET).full_timesteps
+        found[count] = search_cache(runs, config, QUIET).full_timesteps
         assert len(found[count] or ()) == 5
     assert found == {None: expected(2), 5: expected(5), 99: expected(6)}
+    assert found[None] != found[5]
 
 
 def test_a_search_draws_the_samples_that_dps_asks_for(session: Session) -> None:
@@ -282,7 +285,7 @@ def test_a_search_draws_the_samples_that_dps_asks_for(session: Session) -> None:
 def test_a_feature_that_dps_cannot_find_is_named(session: Session) -> None:
     config = Cache(estimation="reuse", schedule="dps", interval=2, dps_feature="nothing")
     with pytest.raises(CacheError, match="dps_feature: 'nothing' matches none of transformer_blocks"):
-        search_cache(session.rollout, session.reference.conditions, session.reference.latents, config, QUIET)
+        searched(config, session, QUIET)
 
 
 def test_dps_by_hand() -> None:
@@ -298,18 +301,13 @@ def test_published_correction_is_fitted_to_full_precision_features(session: Sess
         estimation="reuse", interval=3, corrected=True, corrected_quantization=True, measured_on="full_precision"
     )
     correction = fit_correction(session, CachePlan.of(config), QUIET)
-    rollout, reference, name = session.rollout, session.reference, "transformer_blocks.1.ff"
-    assert correction.full_timesteps == [float(rollout.timesteps[i]) for i in (0, 1, 4)]
+    name = "transformer_blocks.1.ff"
+    assert correction.full_timesteps == [session.levels[i] for i in (0, 1, 4)]
     outputs: dict[tuple[int, bool], Tensor] = {}
     for i in range(6):
-        for full_precision in (True, False):
-            with torch.no_grad(), observed(rollout.denoiser, [name]) as seen:
-                if full_precision:
-                    with session.full_precision():
-                        rollout.predict(i, reference.latents[i], reference.conditions)
-                else:
-                    rollout.predict(i, reference.latents[i], reference.conditions)
-            outputs[i, full_precision] = seen[name].output
+        outputs[i, False] = output_at(session, name, i)
+        with session.full_precision():
+            outputs[i, True] = output_at(session, name, i)
     rows = {(False, i): k for k, i in enumerate((2, 3, 5))} | {(True, i): 3 + k for k, i in enumerate((0, 1, 4))}
     for (full, i), row in rows.items():
         last = max(s for s in (0, 1, 4) if s <= i)
@@ -347,9 +345,9 @@ def test_correcting_both_parts_brings_the_calibration_samples_nearer(session: Se
         correction = None
         if config.fits:
             correction = fit_correction(session, CachePlan.of(config), QUIET)
-        with cached(session.rollout.denoiser, config, correction):
-            final = session.rollout.trajectory(session.reference.conditions)[0][-1]
-        errors[parts] = float(relative_l2(final, session.reference.latents[-1]).mean())
+        with cached(session.network, config, correction):
+            final = finals(session.reference.tapes)
+        errors[parts] = float(relative_l2(final, recorded_finals(session.reference.tapes)).mean())
     assert errors["corrected_quantization",] < errors[()]
     assert errors["corrected", "corrected_quantization"] < errors["corrected",] < errors[()]
 

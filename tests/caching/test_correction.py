@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline
-from helpers import recipe_tree
+from helpers import dit_tapes, finals, output_at, recipe_tree, recorded_finals, trajectory
 from safetensors.torch import load_file
 from torch import Tensor
 
 from accuquant.caching import correct
 from accuquant.caching.correct import fit_correction
+from accuquant.calibration.opened import open_model
 from accuquant.calibration.session import Session, open_session
 from accuquant.core.correction import apply_affine, fit_affine
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import CacheError, RecipeError
 from accuquant.evaluation.measure import held_out_reference
 from accuquant.export.load import load_export, recipe_of
-from accuquant.pipeline.loading import denoiser_of, load_pipeline
-from accuquant.model.rollout import Rollout
+from accuquant.pipeline.loading import load_pipeline
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
@@ -107,7 +107,7 @@ def test_fits_that_share_their_targets_find_what_fits_alone_find(
         for layer in session.layers.values():
             layer.log_weight_scale.data += 0.05
     session.restore(start)
-    steps = session.rollout.num_steps
+    steps = session.num_steps
     assert counts[0] == counts[2] == steps  # the third has other modules
     assert shared.bytes <= kept_bytes
     assert counts[1] == counts[3] == {0: steps, 1 << 30: 0}.get(kept_bytes, counts[1])
@@ -118,9 +118,9 @@ def test_it_lowers_the_error_of_the_cached_trajectory(session: Session) -> None:
     """On validation noise that the fit has not seen."""
 
     def error(config: Cache, correction: Any = None) -> float:
-        with cached(session.rollout.denoiser, config, correction):
-            latents, _ = session.rollout.trajectory(session.validation.conditions)
-        return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
+        with cached(session.network, config, correction):
+            found = finals(session.validation.tapes)
+        return float(relative_l2(found, recorded_finals(session.validation.tapes)).mean())
 
     correction = fit_correction(session, CachePlan.of(Cache(**CACHE)), QUIET)
     assert error(Cache(**CACHE), correction) < error(Cache(**CACHE | {"corrected": False}))
@@ -129,23 +129,20 @@ def test_it_lowers_the_error_of_the_cached_trajectory(session: Session) -> None:
 def test_it_is_fitted_where_steps_are_skipped(session: Session) -> None:
     """Against the definition, at the first skipped step, whose forecast no correction has touched yet."""
     correction = fit_correction(session, CachePlan.of(Cache(**CACHE)), QUIET)
-    timesteps = [float(t) for t in session.rollout.timesteps]
-    assert correction.timesteps == [t for i, t in enumerate(timesteps) if i not in (0, 1, 4)]
-    reference, name, outputs = session.reference, "transformer_blocks.0.ff", list[Tensor]()
-    module = session.rollout.denoiser.get_submodule(name)
+    assert correction.timesteps == [t for i, t in enumerate(session.levels) if i not in (0, 1, 4)]
+    name, outputs = "transformer_blocks.0.ff", list[Tensor]()
+    module = session.network.get_submodule(name)
     handle = module.register_forward_hook(lambda _, args, output: outputs.append(output))
-    with torch.no_grad(), cached(session.rollout.denoiser, Cache(**CACHE | {"corrected": False})):
-        session.rollout.trajectory(reference.conditions)
-    forecast = outputs[2]
-    outputs.clear()
+    with cached(session.network, Cache(**CACHE | {"corrected": False})):
+        finals(session.reference.tapes)
+    handle.remove()
+    forecast = torch.cat(outputs[2 :: session.num_steps])
     for layer in session.layers.values():
         layer.quantized = False
-    with torch.no_grad():
-        session.rollout.predict(2, reference.latents[2], reference.conditions)
+    target = output_at(session, name, 2)
     for layer in session.layers.values():
         layer.quantized = True
-    handle.remove()
-    torch.testing.assert_close(correction(name)[0], fit_affine(forecast, outputs[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(correction(name)[0], fit_affine(forecast, target), rtol=1e-4, atol=1e-5)
 
 
 def test_the_export_carries_it(export: Path) -> None:
@@ -162,28 +159,29 @@ def test_the_export_carries_it(export: Path) -> None:
 def test_the_loaded_model_applies_it(export: Path) -> None:
     """Its cached steps are those of the plain cache, each forecast put through slope and intercept."""
     recipe = recipe_of(export)
-    rollout = Rollout(load_export(export, recipe), recipe.sampling)
-    conditions = rollout.conditions([1, 2], [5, 6])
-    found, _ = rollout.trajectory(conditions)
-    plain = Rollout(load_export(export, recipe_of(export, ["cache.corrected=false"])), recipe.sampling)
-    without, _ = plain.trajectory(conditions)
+    (tape,) = dit_tapes(load_pipeline(recipe.model), recipe.sampling.num_inference_steps)
+    loaded: Any = load_export(export, recipe)
+    found = trajectory(tape, {"transformer": loaded.transformer})
+    uncorrected: Any = load_export(export, recipe_of(export, ["cache.corrected=false"]))
+    plain = uncorrected.transformer
+    without = trajectory(tape, {"transformer": plain})
     assert torch.equal(found[:3], without[:3])  # steps 0 and 1 are full
     assert not torch.equal(found[3], without[3])
-    correction = rollout.denoiser.cache_correction
+    correction = loaded.transformer.cache_correction
 
     def correct(name: str) -> Any:
         def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
             step = len(seen)
-            return None if step in (0, 1, 4) else apply_affine(correction(name)[(2, 3, 5).index(step)], output)  # type: ignore[operator, union-attr]
+            return None if step in (0, 1, 4) else apply_affine(correction(name)[(2, 3, 5).index(step)], output)
 
         return hook
 
     seen: list[int] = []
     for name in ("transformer_blocks.0.attn1", "transformer_blocks.0.ff", "transformer_blocks.1.attn1"):
-        plain.denoiser.get_submodule(name).register_forward_hook(correct(name))
-    plain.denoiser.get_submodule("transformer_blocks.1.ff").register_forward_hook(correct("transformer_blocks.1.ff"))
-    plain.denoiser.register_forward_hook(lambda *_: seen.append(1))
-    expected, _ = plain.trajectory(conditions)
+        plain.get_submodule(name).register_forward_hook(correct(name))
+    plain.get_submodule("transformer_blocks.1.ff").register_forward_hook(correct("transformer_blocks.1.ff"))
+    plain.register_forward_hook(lambda *_: seen.append(1))
+    expected = trajectory(tape, {"transformer": plain})
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -194,10 +192,10 @@ def test_metrics_are_of_the_corrected_cache(export: Path) -> None:
 
 def test_cached_only_is_without_what_was_fitted_to_the_quantized_model(export: Path) -> None:
     recipe, metrics = recipe_of(export), json.loads((export / "metrics.json").read_text())
-    full = Rollout(load_pipeline(recipe.model), recipe.sampling)
-    held_out = held_out_reference(full, recipe.data, recipe.evaluation, QUIET)
-    with cached(full.denoiser, Cache(**(CACHE | {"corrected": False}))):
-        final = full.trajectory(held_out.conditions)[0][-1]
+    full = open_model(recipe)
+    held_out = held_out_reference(full, recipe, QUIET)
+    with cached(full.network, Cache(**(CACHE | {"corrected": False}))):
+        final = finals(held_out.tapes)
     assert metrics["E_c"] == pytest.approx(float(relative_l2(final, held_out.latents[-1]).mean()), rel=1e-6)
 
 
@@ -218,7 +216,7 @@ def test_another_cache_cannot_have_its_correction(export: Path) -> None:
 
 def test_without_a_fit_it_is_refused(session: Session) -> None:
     with pytest.raises(CacheError, match="nothing was fitted"):
-        attach_cache(session.rollout.denoiser, Cache(**CACHE))
+        attach_cache(session.network, Cache(**CACHE))
 
 
 def test_rcs_has_no_steps_to_correct(model_folder: Path, tmp_path: Path) -> None:
@@ -228,6 +226,6 @@ def test_rcs_has_no_steps_to_correct(model_folder: Path, tmp_path: Path) -> None
 
 def test_a_session_keeps_no_cache(session: Session) -> None:
     fit_correction(session, CachePlan.of(Cache(**CACHE)), QUIET)
-    attach = cached(denoiser_of(session.rollout.pipeline), Cache(interval=2, order=1))
+    attach = cached(session.network, Cache(interval=2, order=1))
     with attach:
         pass

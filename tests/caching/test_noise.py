@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import recipe_tree
+from helpers import dit_tapes, finals, output_at, recipe_tree, recorded_finals, runs_of
 from pipelines import make_pipeline
 from torch import Tensor
 
 from accuquant.caching.enable import cache_stats, enable_cache
 from accuquant.caching.noise import measure_noise
-from accuquant.caching.search import searched
+from accuquant.caching.search import search_cache, searched
 from accuquant.calibration.session import Session, open_session
 from accuquant.core.forecasts import RFE, Forecast, Memory, NoiseAware, Reuse, Taylor, change_weights
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import CacheError, RecipeError
 from accuquant.export.load import load_export, recipe_of
-from accuquant.pipeline.loading import denoiser_of
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, RFCConfig
@@ -122,17 +121,11 @@ def session(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ses
 
 def test_measured_noise_is_that_of_its_definition(session: Session) -> None:
     noise, name = measure_noise(session, 2, Reporter(quiet=True)), "transformer_blocks.1.ff"
-    rollout, reference = session.rollout, session.reference
-    outputs: dict[bool, list[Tensor]] = {True: [], False: []}
-    module = rollout.denoiser.get_submodule(name)
-    for quantized, found in outputs.items():
+    outputs: dict[bool, list[Tensor]] = {}
+    for quantized in (False, True):
         for layer in session.layers.values():
             layer.quantized = quantized
-        handle = module.register_forward_hook(lambda _, args, output, found=found: found.append(output.double()))
-        with torch.no_grad():
-            for i in range(rollout.num_steps):
-                rollout.predict(i, reference.latents[i], reference.conditions)
-        handle.remove()
+        outputs[quantized] = [output_at(session, name, i).double() for i in range(session.num_steps)]
     errors = [a - b for a, b in zip(outputs[True], outputs[False], strict=True)]
     changed = torch.stack([(a - b).square().sum() / 2 for a, b in zip(errors[:-2], errors[2:], strict=True)]).mean()
     energy = torch.stack([o.square().sum() for o in outputs[False]]).mean()
@@ -162,7 +155,8 @@ def test_a_recipe_measures_it_and_the_export_carries_it(model_folder: Path, tmp_
     cache = {"interval": 2, "order": 1, "noise_aware": True}
     recipe = parse_recipe(recipe_tree(model_folder, tmp_path / "out", cache=cache), "test")
     folder = calibrate(recipe, Reporter(quiet=True))
-    controller = controller_of(denoiser_of(load_export(folder, recipe_of(folder))))
+    pipeline: Any = load_export(folder, recipe_of(folder))
+    controller = controller_of(pipeline.transformer)
     assert controller is not None and controller.fitted is not None and controller.fitted.noise is not None
     for name in controller.modules:
         found = controller.forecasts[name]
@@ -173,7 +167,7 @@ def test_a_recipe_measures_it_and_the_export_carries_it(model_folder: Path, tmp_
 
 def test_without_a_measurement_it_is_refused(session: Session) -> None:
     with pytest.raises(CacheError, match="no noise was measured"):
-        attach_cache(session.rollout.denoiser, Cache(interval=2, order=1, noise_aware=True))
+        attach_cache(session.network, Cache(interval=2, order=1, noise_aware=True))
 
 
 # ---- the choice between forecasts
@@ -185,15 +179,15 @@ def test_auto_takes_the_forecast_that_is_nearest(session: Session) -> None:
 
     One that knows the noise is taken where it is nearer by more than chance, two standard errors, and only there.
     """
-    rollout, reference = session.rollout, session.reference.join(session.validation)
+    tapes = [*session.reference.tapes, *session.validation.tapes]
     asked = Cache(estimation="auto", order=2, noise_aware=True, interval=3)
     chosen, fitted = searched(asked, session, QUIET)
     noise = measure_noise(session, 3, QUIET)
 
     def errors(config: Cache | CachePlan) -> Tensor:
-        with cached(rollout.denoiser, config, fitted):
-            final = rollout.trajectory(reference.conditions)[0][-1]
-        return relative_l2(final, reference.latents[-1])
+        with cached(session.network, config, fitted):
+            final = finals(tapes)
+        return relative_l2(final, recorded_finals(tapes))
 
     kinds: Any = [("reuse", 0), *itertools.product(("taylor", "rfe"), (1, 2))]
     plain = [errors(Cache(estimation=kind, order=order, interval=3)) for kind, order in kinds]
@@ -209,6 +203,18 @@ def test_auto_takes_the_forecast_that_is_nearest(session: Session) -> None:
     assert fitted.noise == noise and ("noise" in fitted.to_dict(chosen)) == chosen.noise_aware
     if not chosen.noise_aware:
         assert torch.equal(errors(chosen), best)
+
+
+def test_auto_compares_with_samples_made_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says of each forecast, against the definition, where nothing was sampled before it asks for it."""
+    pipeline, reporter, said = make_pipeline(), Reporter(quiet=True), list[str]()
+    monkeypatch.setattr(reporter, "say", said.append)
+    search_cache(runs_of(pipeline, 6, labels=[1, 2]), Cache(estimation="auto", order=1, interval=2), reporter)
+    tapes, kinds = dit_tapes(pipeline, 6, labels=[1, 2]), (("reuse", 0), ("taylor", 1), ("rfe", 1))
+    for kind, order in kinds:
+        with cached(pipeline.transformer, Cache(estimation=kind, order=order, interval=2)):
+            error = float(relative_l2(finals(tapes), recorded_finals(tapes)).mean())
+        assert f"{kind} {order} {error:.4f}" in said[-1]
 
 
 def test_auto_in_a_recipe_is_exported_as_what_was_chosen(model_folder: Path, tmp_path: Path) -> None:

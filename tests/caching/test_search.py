@@ -10,20 +10,22 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline
+from helpers import finals, recorded_finals, runs_of, trajectory
 from pipelines import make_pipeline, make_pixart
 from torch import Tensor
 
 from accuquant import CacheError, FORAConfig, RFCConfig, TaylorSeerConfig, cache_stats, disable_cache, enable_cache
-from accuquant.caching.enable import known_inputs
-from accuquant.caching.search import cached, record_grams, search_cache
+from accuquant.caching.enable import known_rows
+from accuquant.caching.runs import Runs
+from accuquant.caching.search import record_grams, search_cache
 from accuquant.core.forecasts import RFE, Forecast, Memory, Reuse, Taylor
 from accuquant.core.schedule import ForecastErrors, dps_steps, filled_interval_steps, interval_steps
-from accuquant.model.rollout import Conditions, Rollout
 from accuquant.pipeline.data import draw
+from accuquant.pipeline.recorder import Recorder
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
 from accuquant.runtime.cache.features import cached_modules
-from accuquant.runtime.cache.hooks import controller_of
+from accuquant.runtime.cache.hooks import cached, controller_of
 from accuquant.runtime.cache.plan import CachePlan
 
 QUIET = Reporter(quiet=True)
@@ -31,29 +33,27 @@ STEPS = 10
 
 
 @pytest.fixture(scope="module")
-def rollout() -> Rollout:
-    return Rollout(make_pipeline(), Sampling(num_inference_steps=STEPS, guidance_scale=1.5))
+def runs() -> Runs:
+    return runs_of(make_pipeline(), STEPS, labels=[1, 2, 3])
 
 
-@pytest.fixture(scope="module")
-def conditions(rollout: Rollout) -> Conditions:
-    return rollout.conditions([1, 2, 3], [5, 6, 7])
-
-
-@pytest.fixture(scope="module")
-def reference(rollout: Rollout, conditions: Conditions) -> Tensor:
-    return rollout.trajectory(conditions)[0]
-
-
-def final_error(rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache) -> float:
+def final_error(runs: Runs, config: Cache | CachePlan) -> float:
     """Geometric mean of the relative errors of latents and images, over both and over samples."""
-    with cached(rollout.denoiser, config):
-        final = rollout.trajectory(conditions)[0][-1]
-    product, true = 1.0, reference[-1]
-    for found, wanted in ((final, true), (rollout.decode(final), rollout.decode(true))):
+    tapes = runs.usual()
+    with cached(runs.denoiser, config):
+        final = finals(tapes)
+    product, true, pipeline = 1.0, recorded_finals(tapes), tapes[0].pipeline
+    for found, wanted in ((final, true), (decoded(pipeline, final), decoded(pipeline, true))):
         for one, other in zip(found, wanted, strict=True):
             product *= float((one.double() - other.double()).norm() / other.double().norm())
     return product ** (1 / (2 * len(final)))
+
+
+@torch.no_grad()
+def decoded(pipeline: Any, latents: Tensor) -> Tensor:
+    """Images in [0, 1] of final latents (B, N)."""
+    samples: Tensor = pipeline.vae.decode(latents.unflatten(1, (4, 8, 8)) / pipeline.vae.config.scaling_factor).sample
+    return (samples / 2 + 0.5).clamp(0, 1)
 
 
 def images(pipeline: DiTPipeline, steps: int = STEPS) -> Tensor:
@@ -122,9 +122,10 @@ def test_module_that_is_silent_does_not_spoil_the_others() -> None:
     assert both.cost(0, 1, 6) == pytest.approx(loud.cost(0, 1, 6) / 2)
 
 
-def test_recorded_grams_are_those_of_the_modules(rollout: Rollout, conditions: Conditions) -> None:
+def test_recorded_grams_are_those_of_the_modules(runs: Runs) -> None:
     """Against inputs and outputs that plain forward hooks see along the same trajectory."""
-    modules = [m for b in rollout.denoiser.transformer_blocks for m in (b.attn1, b.ff)]
+    (tape,), denoiser = runs.few(2, 2), runs.denoiser
+    modules = [denoiser.get_submodule(f"transformer_blocks.{i}.{part}") for i in range(2) for part in ("attn1", "ff")]
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in range(len(modules))}
 
     def hook(i: int) -> Any:
@@ -135,15 +136,15 @@ def test_recorded_grams_are_those_of_the_modules(rollout: Rollout, conditions: C
         return keep
 
     handles = [m.register_forward_hook(hook(i), with_kwargs=True) for i, m in enumerate(modules)]
-    rollout.trajectory(conditions.take(torch.arange(2)))
+    tape.rolled()
     for handle in handles:
         handle.remove()
-    found = record_grams(rollout, conditions, RFCConfig(target_nfc=4))
+    found = record_grams(runs, RFCConfig(target_nfc=4))
     for side in (0, 1):
         expected = gram(torch.stack([torch.stack([pair[side] for pair in pairs]) for pairs in seen.values()]))
         assert found[side].shape == (4, 4, STEPS, STEPS)  # two samples, each with guidance
         assert torch.allclose(found[side].sum(0), expected.sum(0), rtol=1e-6)
-    assert controller_of(rollout.denoiser) is None
+    assert controller_of(runs.denoiser) is None
 
 
 @pytest.mark.parametrize(
@@ -157,60 +158,61 @@ def test_recorded_grams_are_those_of_the_modules(rollout: Rollout, conditions: C
     ],
 )
 def test_search_finds_as_many_full_steps_as_asked_and_no_worse_than_an_interval(
-    rollout: Rollout, conditions: Conditions, reference: Tensor, config: Cache, interval: int
+    runs: Runs, config: Cache, interval: int
 ) -> None:
-    found = search_cache(rollout, conditions, reference, config, QUIET)
+    found = search_cache(runs, config, QUIET)
     fixed = type(config)(interval=interval, **config.model_dump(include={"order", "warmup", "differences"}))
     assert len(interval_steps(STEPS, interval, config.warmup)) == config.target_nfc, "the rival has as many"
-    error = final_error(rollout, conditions, reference, found)
-    assert 0 < error <= final_error(rollout, conditions, reference, fixed)
+    error = final_error(runs, found)
+    assert 0 < error <= final_error(runs, fixed)
 
-    with cached(rollout.denoiser, found) as controller:
-        rollout.trajectory(conditions)
+    (tape,) = runs.usual()
+    with cached(runs.denoiser, found) as controller:
+        tape.rolled()
         stats = controller.stats()
     assert stats.nfc == config.target_nfc and found.measured_nfc == (config.target_nfc, 0)
     assert stats.full_steps[: config.warmup] == tuple(range(config.warmup))
-    assert found.full_timesteps == tuple(float(rollout.timesteps[i]) for i in stats.full_steps)
+    assert found.full_timesteps == runs.timesteps(stats.full_steps)
     again = CachePlan.from_dict(json.loads(json.dumps(found.to_dict())))
     assert again == found and not again.as_recipe().searches
 
 
 def test_lists_are_judged_by_the_geometric_mean_of_both_errors_over_samples(
-    rollout: Rollout, conditions: Conditions, reference: Tensor, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the search says of its list, against the definition; and the fixed interval is not better by it."""
     said = list[str]()
     reporter = Reporter(quiet=True)
     monkeypatch.setattr(reporter, "say", said.append)
-    found = search_cache(rollout, conditions, reference, TaylorSeerConfig(target_nfc=4, order=1, trials=6), reporter)
+    found = search_cache(runs, TaylorSeerConfig(target_nfc=4, order=1, trials=6), reporter)
 
-    error = final_error(rollout, conditions, reference, found)
+    error = final_error(runs, found)
     assert said[-1] == f"cache: 4 full steps of {STEPS}, error {error:.4f} on calibration samples"
     fixed = TaylorSeerConfig(schedule=filled_interval_steps(STEPS, 4, 2), order=1)
-    assert error <= final_error(rollout, conditions, reference, fixed) * (1 + 1e-6)
+    assert error <= final_error(runs, fixed) * (1 + 1e-6)
 
 
-def test_trials_make_the_schedule_better(rollout: Rollout, conditions: Conditions, reference: Tensor) -> None:
+def test_trials_make_the_schedule_better(runs: Runs) -> None:
     errors = [
-        final_error(rollout, conditions, reference, search_cache(rollout, conditions, reference, config, QUIET))
+        final_error(runs, search_cache(runs, config, QUIET))
         for config in (FORAConfig(target_nfc=5, trials=0), FORAConfig(target_nfc=5, trials=40))
     ]
     assert errors[1] < errors[0]
 
 
-def test_all_steps_full_is_full_precision(rollout: Rollout, conditions: Conditions, reference: Tensor) -> None:
-    found = search_cache(rollout, conditions, reference, RFCConfig(target_nfc=STEPS, trials=5), QUIET)
-    assert final_error(rollout, conditions, reference, found) == 0
+def test_all_steps_full_is_full_precision(runs: Runs) -> None:
+    found = search_cache(runs, RFCConfig(target_nfc=STEPS, trials=5), QUIET)
+    assert final_error(runs, found) == 0
 
 
-def test_search_is_deterministic_and_leaves_nothing(
-    rollout: Rollout, conditions: Conditions, reference: Tensor
-) -> None:
+def test_search_is_deterministic_and_leaves_nothing(runs: Runs) -> None:
+    (tape,) = runs.usual()
+    before = trajectory(tape)
     config = FORAConfig(target_nfc=6, trials=3)  # too few to come to the same end by another way
-    first, *others = (search_cache(rollout, conditions, reference, config, QUIET) for _ in range(5))
+    first, *others = (search_cache(runs, config, QUIET) for _ in range(5))
     assert others == [first] * 4
-    assert controller_of(rollout.denoiser) is None
-    assert torch.equal(rollout.trajectory(conditions)[0], reference)
+    assert controller_of(runs.denoiser) is None
+    assert torch.equal(trajectory(tape), before)
 
 
 @pytest.mark.parametrize(
@@ -228,20 +230,20 @@ def test_long_warmup_can_be_searched(steps: int, config: Cache) -> None:
     assert cache_stats(pipeline).nfc == min(steps, config.target_nfc or steps)
 
 
-def test_target_beyond_the_steps_is_refused(rollout: Rollout, conditions: Conditions, reference: Tensor) -> None:
+def test_target_beyond_the_steps_is_refused(runs: Runs) -> None:
     with pytest.raises(CacheError, match="target_nfc: 11 is more than the 10 steps there are"):
-        search_cache(rollout, conditions, reference, RFCConfig(target_nfc=11), QUIET)
+        search_cache(runs, RFCConfig(target_nfc=11), QUIET)
 
 
 @pytest.mark.parametrize("target", [5.0, 6.5])
-def test_tau_meets_the_mean_nfc(rollout: Rollout, reference: Tensor, target: float) -> None:
+def test_tau_meets_the_mean_nfc(target: float) -> None:
     """Or says which mean is the nearest that can be met; each sample is a trajectory of its own."""
-    conditions = rollout.conditions([1, 2, 3, 4], [5, 6, 7, 8])
-    found = search_cache(rollout, conditions, reference, RFCConfig(schedule="rcs", target_nfc=target, order=1), QUIET)
-    counts = []
-    with cached(rollout.denoiser, found) as controller:
-        for single in conditions.batches(1):
-            rollout.trajectory(single)
+    runs = runs_of(make_pipeline(), STEPS, labels=[1, 2, 3, 4])
+    found = search_cache(runs, RFCConfig(schedule="rcs", target_nfc=target, order=1), QUIET)
+    counts, singles = [], runs.few(4, 1)
+    with cached(runs.denoiser, found) as controller:
+        for single in singles:
+            single.rolled()
             counts.append(float(controller.stats().nfc))
     assert abs(torch.tensor(counts).mean().item() - target) <= 0.1
     assert found.measured_nfc == pytest.approx(
@@ -251,13 +253,12 @@ def test_tau_meets_the_mean_nfc(rollout: Rollout, reference: Tensor, target: flo
     assert not found.as_recipe().searches
 
 
-def test_tau_that_cannot_meet_the_mean_names_the_nearest(
-    rollout: Rollout, conditions: Conditions, reference: Tensor
-) -> None:
+def test_tau_that_cannot_meet_the_mean_names_the_nearest() -> None:
+    runs = runs_of(make_pipeline(), STEPS, labels=[1])
     config = RFCConfig(schedule="rcs", target_nfc=4.5, order=1)
     with pytest.raises(CacheError, match=r"no tau gives 4\.5 on these 1 samples, the nearest gives [45]\.00; ask for"):
-        search_cache(rollout, conditions.take(torch.arange(1)), reference, config, QUIET)
-    assert controller_of(rollout.denoiser) is None
+        search_cache(runs, config, QUIET)
+    assert controller_of(runs.denoiser) is None
 
 
 def slowed(pipeline: DiTPipeline, seconds: float) -> list[None]:
@@ -349,13 +350,13 @@ def test_pattern_that_matches_nothing_is_refused() -> None:
 
 
 def searched_with(**keywords: Any) -> tuple[set[int], Tensor]:
-    """Classes and first noise that a search samples."""
+    """Classes that a search samples, and the noise of its first whole batch, after the rehearsal with one sample."""
     pipeline, calls = make_pipeline(), list[tuple[Tensor, Tensor]]()
     pipeline.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append((kwargs["class_labels"], args[0])), with_kwargs=True
     )
     enable_cache(pipeline, RFCConfig(target_nfc=4, trials=0), num_inference_steps=6, **keywords)
-    return {int(c) for labels, _ in calls for c in labels} - {1000}, calls[0][1]
+    return {int(c) for labels, _ in calls for c in labels} - {1000}, max((noise for _, noise in calls), key=len)
 
 
 def test_search_samples_the_inputs_given_or_classes_the_model_knows() -> None:
@@ -388,15 +389,15 @@ def test_dps_is_taken_from_the_recorded_outputs() -> None:
     pipeline = make_pipeline()
     config = enable_cache(pipeline, FORAConfig(schedule="dps", interval=3), num_inference_steps=12, guidance_scale=1.5)
     disable_cache(pipeline)
-    rollout = Rollout(pipeline, Sampling(num_inference_steps=12, guidance_scale=1.5))
-    samples = draw(known_inputs(pipeline), 8, 0)
-    conditions = rollout.conditions(samples.inputs, samples.seeds).take(torch.arange(2))
+    recorder = Recorder(pipeline, Sampling(num_inference_steps=12, guidance_scale=1.5))
+    tape = recorder.tape(draw(known_rows(pipeline), 2, 0))
     distances, outputs = torch.zeros(12, 12), dict[str, list[Tensor]]()
-    for name in cached_modules(rollout.denoiser)[0]:
+    for name in cached_modules(pipeline.transformer)[0]:
         found = outputs.setdefault(name, [])
-        module = rollout.denoiser.get_submodule(name)
+        module = pipeline.transformer.get_submodule(name)
         handle = module.register_forward_hook(lambda _, args, output, found=found: found.append(output.flatten()))
-        rollout.trajectory(conditions)
+        tape.rolled()
         handle.remove()
         distances += (torch.stack(found)[:, None] - torch.stack(found)[None]).abs().sum(-1)
-    assert config.full_timesteps == tuple(float(rollout.timesteps[i]) for i in dps_steps(distances, 3))
+    timesteps = pipeline.scheduler.timesteps
+    assert config.full_timesteps == tuple(float(timesteps[i]) for i in dps_steps(distances, 3))

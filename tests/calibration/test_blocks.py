@@ -27,8 +27,9 @@ from accuquant.calibration.reference import Draws, Reference
 from accuquant.calibration.session import Session, open_session, validation_error
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
-from accuquant.model.rollout import Rollout
 from accuquant.pipeline.data import Samples
+from accuquant.pipeline.denoisers import denoisers_of
+from accuquant.pipeline.recorder import Recorder
 from accuquant.programs.calibrate import calibrate
 from accuquant.programs.describe import describe
 from accuquant.progress import Reporter
@@ -36,6 +37,7 @@ from accuquant.recipe import Cache, Objective, Recipe, Sampling
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.observe import Call, observed
 from accuquant.runtime.spec import LayerSpec
 
 QUIET = Reporter(quiet=True)
@@ -84,31 +86,28 @@ def test_inputs_are_taken_in_every_timestep_group(num_steps: int, num_groups: in
 def test_inputs_are_of_the_quantized_network_and_targets_of_the_original(model_folder: Path, tmp_path: Path) -> None:
     recipe = block_recipe(model_folder, tmp_path / "out")
     session = prepared(recipe)
-    as_allocated(session.rollout.denoiser)  # as is the model that is made here to compare with
+    as_allocated(session.network)  # as is the model that is made here to compare with
     tuner = session.loop(recipe.objective, 1)
     assert isinstance(tuner.source, Blocks)
     for update in range(11):  # all of the first block, and one of the second
         tuner.history.append(tuner.update(update))
-    original, seen = make_pipeline(), dict[str, Any]()
-    rollout = Rollout(original, session.rollout.sampling)
-
-    def keep(name: str) -> Any:
-        return lambda module, args, kwargs, output: seen.update({name: (args, kwargs, output)})
-
-    rollout.denoiser.transformer_blocks[1].register_forward_hook(keep("original"), with_kwargs=True)  # type: ignore[index]
-    second: nn.Module = session.rollout.denoiser.transformer_blocks[1]  # type: ignore[index, assignment]
-    second.register_forward_hook(keep("quantized"), with_kwargs=True)
-    assert tuner.source.gathered == 1 and len(tuner.source.calls) == 12
+    networks = {"original": make_pipeline().transformer, "quantized": session.network}
+    second, steps = "transformer_blocks.1", tuner.source.steps["transformer_blocks.1"]
+    assert tuner.source.gathered == 1 and [call.step for call in tuner.source.calls] == steps and len(steps) == 12
+    drawn = set[int]()
     for k, call in enumerate(tuner.source.calls):
-        samples = tuner.source.material.draws.batch(12 + k, stream=INPUTS)
-        given = (call.step, session.reference.latents[call.step, samples], session.reference.conditions.take(samples))
-        with torch.no_grad():
-            rollout.predict(*given)
-            session.rollout.predict(*given)
-        assert torch.equal(call.targets[0], seen["original"][2])
-        assert torch.equal(call.args[0], seen["quantized"][0][0])
-        assert not torch.equal(call.args[0], seen["original"][0][0])
-        assert call.kwargs.keys() == seen["original"][1].keys()
+        number = tuner.source.material.draws.tape(12 + k, stream=INPUTS)
+        drawn.add(number)
+        tape, seen = session.reference.tapes[number], dict[str, Call]()
+        for name, network in networks.items():
+            with torch.no_grad(), observed(network, [second]) as found:
+                tape.step(call.step, tape.state(call.step), {"transformer": network})
+            seen[name] = found[second]
+        assert torch.equal(call.targets[0], seen["original"].returned)
+        assert torch.equal(call.args[0], seen["quantized"].args[0])
+        assert not torch.equal(call.args[0], seen["original"].args[0])
+        assert call.kwargs.keys() == seen["original"].kwargs.keys()
+    assert drawn == {0, 1}, "all tapes"
 
 
 def test_one_block_learns_at_a_time(model_folder: Path, tmp_path: Path) -> None:
@@ -138,7 +137,7 @@ def test_network_evaluations_are_those_that_were_made(model_folder: Path, tmp_pa
         nonlocal calls
         calls += 1
 
-    found: Any = session.rollout.denoiser.transformer_blocks
+    found: Any = session.network.transformer_blocks
     for block in found:
         block.register_forward_pre_hook(count, with_kwargs=True)
     tuner.run()
@@ -168,17 +167,16 @@ def test_blocks_and_whole_trajectories_come_nearer(model_folder: Path, tmp_path:
 
 def block_errors(session: Session) -> list[float]:
     """Of what each block gives in the quantized network, validation samples, steps 0 and 3."""
-    originals, outputs = Rollout(make_pipeline(), session.rollout.sampling), dict[str, list[torch.Tensor]]()
-    for name, rollout in (("full precision", originals), ("quantized", session.rollout)):
-        handles, found = [], outputs.setdefault(name, [])
-        blocks: Any = rollout.denoiser.transformer_blocks
-        for block in blocks:
-            handles.append(block.register_forward_hook(lambda module, args, out, found=found: found.append(out)))
+    outputs: dict[str, list[torch.Tensor]] = {"full precision": [], "quantized": []}
+    for network, found in zip((make_pipeline().transformer, session.network), outputs.values(), strict=True):
         for step in (0, 3):
-            with torch.no_grad():
-                rollout.predict(step, session.validation.latents[step], session.validation.conditions)
-        for handle in handles:
-            handle.remove()
+            for block in ("transformer_blocks.0", "transformer_blocks.1"):
+                parts = list[torch.Tensor]()
+                for tape in session.validation.tapes:
+                    with torch.no_grad(), observed(network, [block]) as seen:
+                        tape.step(step, tape.state(step), {"transformer": network})
+                    parts.append(seen[block].output)
+                found.append(torch.cat(parts))
     pairs = zip(outputs["quantized"], outputs["full precision"], strict=True)
     return [float(relative_l2(quantized, full).mean()) for quantized, full in pairs]
 
@@ -212,21 +210,23 @@ def test_interrupted_reconstruction_goes_on_to_the_same_result(model_folder: Pat
 def test_blocks_of_a_unet_come_as_they_run() -> None:
     """Its modules are listed down, up, middle; residual blocks and layers outside of blocks are units too."""
     pipeline = make_stable_diffusion()
-    rollout = Rollout(pipeline, Sampling(num_inference_steps=4, guidance_scale=2.0))
+    recorder = Recorder(pipeline, Sampling(num_inference_steps=4, guidance_scale=2.0))
+    tape = recorder.tape(Samples([{"prompt": "a cat"}, {"prompt": "a red dog"}], [1, 2]))
+    denoisers = denoisers_of(tape)
     names = [n for n, m in pipeline.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    clock = StepClock.from_timesteps(rollout.timesteps, 2)
+    clock = StepClock.from_timesteps(denoisers[0].levels.values(), 2)
     layers = quantize_model(pipeline.unet, dict.fromkeys(names, LayerSpec("int4", "int8")), clock, search=False)
     for layer in layers.values():
         if layer.spec.static:
             layer.set_activation_scale([torch.randn(64) * 3 for _ in range(2)], search=False)
     pipeline.unet.requires_grad_(False)  # as an UpdateLoop does
-    samples = Samples(["a cat", "a red dog"], [1, 2])
-    conditions = rollout.conditions(samples.inputs, samples.seeds)
-    reference = Reference(*rollout.trajectory(conditions), conditions)
-    weights: dict[str, nn.Parameter] = {name: layer.weight.requires_grad_() for name, layer in layers.items()}
-    draws = Draws(0, 2, 2, torch.device("cpu"))
+    weights = dict[str, nn.Parameter]()
+    for name, layer in layers.items():
+        layer.weight.requires_grad_()
+        weights[name] = layer.weight
     objective = Objective(target="blocks", iterations=2)
-    found = Blocks(Material(rollout, clock, reference, {"weight": weights}, objective, 1, draws))
+    given = (Reference([tape]), {"weight": weights}, objective, 1, Draws(0, 1))
+    found = Blocks(Material(denoisers, [0, 0, 1, 1], *given))
     order = found.blocks
     assert len(order) == len(set(order)) == len({block_of(n) for n in layers})
     middle, up = order.index("mid_block.resnets.0"), order.index("up_blocks.0.resnets.0")
@@ -272,7 +272,7 @@ def test_updates_with_the_cache_on_follow_the_trajectory_from_what_blocks_have_l
     changes = {"target": "trajectory", "gradient": "exact", "iterations": 3, "learn": tuple(learn)}
     assert recipe.cache is not None
     plan = CachePlan.of(recipe.cache)
-    by_hand = session.loop(recipe.objective.model_copy(update=changes), session.rollout.num_steps, plan)
+    by_hand = session.loop(recipe.objective.model_copy(update=changes), session.num_steps, plan)
     assert isinstance(by_hand.source, CachedTrajectory)
     by_hand.run()
     saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -354,7 +354,7 @@ def test_gradients_are_not_lost_in_float16(model_folder: Path, tmp_path: Path) -
     tuner.source.gradient(0)  # gathers
     draws, calls = tuner.source.material.draws, len(tuner.source.calls)
     early = next(n for n in range(1, 2 * calls) if draws.one_of(n, calls) == 0)  # where no output is its target itself
-    first: nn.Module = session.rollout.denoiser.transformer_blocks[0]  # type: ignore[index, assignment]
+    first = session.network.get_submodule("transformer_blocks.0")
 
     def watch(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         output.register_hook(found.append)

@@ -10,23 +10,22 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline
-from helpers import assert_same_weights, interrupted_and_resumed, recipe_tree
+from helpers import assert_same_weights, finals, interrupted_and_resumed, recipe_tree, recorded_finals, sampled
 from safetensors.torch import load_file, save_file
-from test_cached_objective import STEPS, setting, taken
+from test_cached_steps import STEPS, levels_of, setting, taken
 
 from accuquant.caching.correct import fit_correction
 from accuquant.calibration.objectives.cached import CachedTrajectory
 from accuquant.calibration.objectives.cached_steps import CachedSteps
+from accuquant.calibration.reference import states_of
 from accuquant.calibration.session import open_session, validation_error
 from accuquant.calibration.updates import calibrate_alone, calibrate_cached
-from accuquant.core.cached_objective import cached_group_gradient, full_cached_gradient
 from accuquant.core.forecasts import RFE, Reuse, Taylor, weighted
 from accuquant.core.metrics import relative_l2
+from accuquant.core.trajectory import full_gradient, group_gradient
 from accuquant.errors import CacheError, RecipeError
 from accuquant.export.load import load_export, recipe_of
 from accuquant.files import KeptFiles
-from accuquant.pipeline.loading import denoiser_of
-from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
@@ -90,28 +89,28 @@ def test_settled_shares_are_those_that_were_learned() -> None:
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_the_gradient_is_that_of_full_back_propagation(order: int) -> None:
-    """In float64 through rollout, guidance and cache; of shares and quantized weights at once, and of shares alone."""
-    rollout, conditions, latents, predictions, weights = setting()
+    """In float64 through loop, guidance and cache; of shares and quantized weights at once, and of shares alone."""
+    tape, weights = setting()
+    network, reference, levels = tape.pipeline.transformer, states_of(tape), levels_of(tape)
     config = Cache(schedule=STEPS, estimation="taylor" if order else "reuse", order=order)
-    with cached(rollout.denoiser, config) as controller:
+    with cached(network, config) as controller:
         modules = controller.modules
     skipped = [i for i in range(12) if i not in STEPS]
-    learned = Fitted(learned_timesteps=[float(rollout.timesteps[i]) for i in skipped], learned_modules=modules)
+    learned = Fitted(learned_timesteps=[levels[i] for i in skipped], learned_modules=modules)
     learned.double()
     generator = torch.Generator().manual_seed(0)
     for share in learned.learned:
         share.data += 0.2 * torch.randn(share.shape, generator=generator).double()
         share.requires_grad_(True)
     for everything in (True, False):
-        shares = list(learned.learned)
+        shares = list[torch.Tensor](learned.learned)
         for weight in weights:
             weight.requires_grad_(everything)
-        with cached(rollout.denoiser, replace(CachePlan.of(config), learned=True), learned) as controller:
-            steps = CachedSteps(rollout, controller, conditions, STEPS)
-            args = (steps, rollout.solver, latents, predictions, 0, 12, STEPS)
-            ours = cached_group_gradient(*args, gradient="exact")
+        with cached(network, replace(CachePlan.of(config), learned=True), learned) as controller:
+            steps = CachedSteps(tape, controller, levels, STEPS)
+            ours = group_gradient(steps, reference, 0, 12, "exact")
             found = taken(shares), taken(weights)
-            theirs = full_cached_gradient(*args)
+            theirs = full_gradient(steps, reference, 0, 12)
             expected = taken(shares), taken(weights)
         assert ours == pytest.approx(theirs, rel=1e-12)
         for mine, full in zip(found, expected, strict=True):
@@ -134,9 +133,9 @@ def test_learning_lowers_the_error_on_noise_it_has_not_seen(
     cache = CachePlan.of(Cache(estimation="taylor", order=1, schedule=(0, 1, 3)))
 
     def error(plan: CachePlan, fitted: Fitted | None = None) -> float:
-        with cached(session.rollout.denoiser, plan, fitted):
-            latents, _ = session.rollout.trajectory(session.validation.conditions)
-        return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
+        tapes = session.validation.tapes
+        with cached(session.network, plan, fitted):
+            return float(relative_l2(finals(tapes), recorded_finals(tapes)).mean())
 
     before, weights, least = error(cache), session.snapshot(), validation_error(session)
     loop = calibrate_cached(session, recipe.objective, cache, Fitted(), alone, kept, QUIET)
@@ -188,7 +187,7 @@ def test_loading_puts_them_on(export: Path) -> None:
 
     def final(change: str = "") -> torch.Tensor:
         pipeline = load_export(export, recipe)
-        denoiser = denoiser_of(pipeline)
+        denoiser = pipeline.transformer
         controller = controller_of(denoiser)
         assert controller is not None
         if change == "ones":
@@ -196,8 +195,7 @@ def test_loading_puts_them_on(export: Path) -> None:
                 share.data.fill_(1.0)
         if change == "plain":
             controller.weigh = None
-        rollout = Rollout(pipeline, recipe.sampling)
-        return rollout.trajectory(rollout.conditions([1, 2], [3, 4]))[0][-1]
+        return sampled(pipeline, (1, 2), 3, recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale)
 
     learned, ones, plain = final(), final("ones"), final("plain")
     torch.testing.assert_close(ones, plain, rtol=1e-4, atol=1e-4)
@@ -241,7 +239,7 @@ def test_a_missing_share_is_an_error(export: Path, tmp_path: Path) -> None:
 
 def test_shares_of_another_model_are_asked_for(export: Path) -> None:
     plain = load_export(export, recipe_of(export, ["cache=null"]))
-    denoiser = denoiser_of(plain)
+    denoiser = plain.transformer
     del denoiser.cache_correction
     plan = CachePlan.from_dict({**CACHE, "learned_timesteps": [1.0], "learned_modules": ["x"]})
     with pytest.raises(CacheError, match="learned_timesteps: nothing was learned for this model"):

@@ -18,6 +18,7 @@ from accuquant.calibration.choice import candidates
 from accuquant.calibration.objectives import OBJECTIVES
 from accuquant.calibration.objectives.base import GradientSource
 from accuquant.calibration.objectives.cached import CachedTrajectory
+from accuquant.calibration.objectives.trajectory import Trajectory
 from accuquant.calibration.session import Session, open_session
 from accuquant.errors import RecipeError
 from accuquant.programs.calibrate import calibrate
@@ -68,6 +69,53 @@ def test_the_cost_is_what_the_updates_make(model_folder: Path, tmp_path: Path, o
     assert describe(recipe)[1]["network_evaluations"]["tuning"] == loop.network_evaluations
 
 
+def test_drifted_inputs_are_the_quantized_models_own(model_folder: Path, tmp_path: Path) -> None:
+    """Groups start from states that it was at when they were sampled, and end where full precision does."""
+    recipe = make_recipe(model_folder, tmp_path / "out", inputs="quantized")
+    session = prepared(recipe)
+    source = session.loop(recipe.objective, 1).source
+    assert isinstance(source, Trajectory)
+    rolled = [tape.rolled() for tape in session.reference.tapes]
+    source.gradient(0)
+    assert len(rolled) == len(source.drifted) == 2
+    for states, expected in zip(source.drifted, rolled, strict=True):
+        for a, b in zip(states, expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
+    starts = set[int]()
+    for update in (0, 1):  # sampled again at update 2
+        number, start = source.material.draws.tape(update), source.material.draws.one_of(update, 6)
+        tape = session.reference.tapes[number]
+        loss = source.gradient(update)[0]
+        with torch.no_grad():
+            found = tape.step(start, rolled[number][start]).latents[0]
+        s, e = (tape.state(start + k).latents[0] for k in (0, 1))
+        assert loss == pytest.approx(float((found - e).square().sum() / (e - s).square().sum()), rel=1e-5)
+        assert start == 0 or not torch.equal(rolled[number][start].latents[0], s)
+        starts.add(start)
+    assert starts - {0}, "or nothing has drifted yet"
+
+
+def test_drifted_inputs_are_kept_over_an_interruption(model_folder: Path, tmp_path: Path) -> None:
+    """In between two samplings, of a solver that remembers earlier steps: updates go on from the same states."""
+    recipe = make_recipe(model_folder, tmp_path / "out", inputs="quantized")
+    sampling = recipe.sampling.model_copy(update={"scheduler": "DPMSolverMultistepScheduler"})
+    recipe = recipe.model_copy(update={"sampling": sampling})
+    whole, interrupted, resumed = (prepared(recipe) for _ in range(3))
+    loop = whole.loop(recipe.objective, 1)
+    loop.run()
+    first = interrupted.loop(recipe.objective, 1)
+    first.history += [first.update(number) for number in range(3)]  # sampled at updates 0, 2 and 4
+    first.save(tmp_path / "state.safetensors")
+    again = resumed.loop(recipe.objective, 1)
+    again.load(tmp_path / "state.safetensors")
+    again.run()
+    assert again.network_evaluations == loop.network_evaluations
+    found = resumed.snapshot()
+    for name, tensors in whole.snapshot().items():
+        for key, value in tensors.items():
+            assert torch.equal(value, found[name][key]), f"{name}.{key}"
+
+
 def test_the_cost_with_the_cache_on(model_folder: Path, tmp_path: Path) -> None:
     recipe = make_recipe(model_folder, tmp_path / "out", gradient="exact")
     session, cache = prepared(recipe), Cache(estimation="taylor", order=1, schedule=(0, 2, 4))
@@ -96,7 +144,7 @@ def test_a_name_that_nothing_has_is_refused_before_anything_is_written(
 
 
 PREDICTION = '''
-"""Full precision's predictions, step by step."""
+"""Full precision's latents, step by step."""
 
 from typing import Any, final
 
@@ -105,7 +153,7 @@ from accuquant.calibration.objectives.base import Cost, GradientSource, Job
 
 @final
 class Prediction(GradientSource):
-    """The error of one step's prediction."""
+    """The error of what one step makes of full precision's latents."""
 
     trials = ((1, 0.5),)
 
@@ -115,10 +163,10 @@ class Prediction(GradientSource):
 
     def gradient(self, update: int) -> tuple[float, dict[str, Any]]:
         of = self.material
-        step, batch = of.draws.one_of(update, of.rollout.num_steps), of.draws.batch(update)
-        reference = of.reference.take(batch)
-        found = of.rollout.predict(step, reference.latents[step], reference.conditions)
-        loss = (found - reference.predictions[step]).square().sum() / reference.predictions[step].square().sum()
+        step, tape = of.draws.one_of(update, of.num_steps), of.tape(update)
+        before, after = (tape.state(step + k).latents[0] for k in (0, 1))
+        found = tape.step(step, tape.state(step)).latents[0]
+        loss = (found - after).square().sum() / (after - before).square().sum()
         loss.backward()
         self.network_evaluations += 1
         return float(loss.detach()), {"step": step}

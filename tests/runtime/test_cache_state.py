@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, HeunDiscreteScheduler
-from helpers import images, sampled
+from helpers import images
 from pipelines import flux_arguments, make_flux, make_pipeline
 from torch import Tensor
 
 from accuquant.core.schedule import RCS
 from accuquant.errors import CacheError
-from accuquant.model.rollout import Rollout
+from accuquant.pipeline.data import Samples
+from accuquant.pipeline.recorder import Recorder
+from accuquant.pipeline.tape import Tape
 from accuquant.recipe import Cache, Sampling
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.hooks import attach_cache, detach_cache
@@ -41,6 +44,20 @@ def pipeline() -> DiTPipeline:
 def controller(pipeline: DiTPipeline, request: pytest.FixtureRequest) -> Iterator[Controller]:
     yield attach_cache(pipeline.transformer, request.param)
     detach_cache(pipeline.transformer)
+
+
+@functools.cache
+def tape_of(labels: tuple[int, ...], seed: int, steps: int, guidance: float) -> Tape:
+    recorder = Recorder(make_pipeline(), Sampling(num_inference_steps=steps, guidance_scale=guidance))
+    return recorder.tape(Samples([{"class_labels": label} for label in labels], [seed + i for i in range(len(labels))]))
+
+
+def sampled(
+    pipeline: DiTPipeline, labels: tuple[int, ...] = (1, 2), seed: int = 5, steps: int = 10, guidance: float = 1.5
+) -> Tensor:
+    """Final latents of a loop that, unlike a pipeline, does not tell the cache of its end."""
+    tape = tape_of(labels, seed, steps, guidance)
+    return tape.per_sample(tape.rolled({"transformer": pipeline.transformer})[-1])
 
 
 def fresh(config: Cache | CachePlan, **run: Any) -> tuple[Tensor, CacheStats]:
@@ -294,13 +311,18 @@ def test_a_context_named_twice_at_one_timestep_begins_a_new_trajectory() -> None
 # ---- which steps are full
 
 
+def timesteps_of(pipeline: DiTPipeline, steps: int) -> list[float]:
+    pipeline.scheduler.set_timesteps(steps)
+    return [float(t) for t in pipeline.scheduler.timesteps]
+
+
 @pytest.mark.parametrize("steps", [10, 25, 7])
 def test_full_timesteps_are_noise_levels_at_any_number_of_steps(pipeline: DiTPipeline, steps: int) -> None:
     """As many full steps: the first of all, and for each further level the first one at or below it that is left."""
-    timesteps = [float(t) for t in Rollout(pipeline, Sampling(num_inference_steps=10)).timesteps]
+    timesteps = timesteps_of(pipeline, 10)
     levels = [timesteps[i] for i in (0, 1, 3, 6)]
     found, stats = fresh(Cache(target_nfc=4, full_timesteps=levels, order=1), steps=steps)
-    schedule = [float(t) for t in Rollout(pipeline, Sampling(num_inference_steps=steps)).timesteps]
+    schedule = timesteps_of(pipeline, steps)
     full_steps = [0]
     for level in levels[1:]:
         below = next(i for i, t in enumerate(schedule) if t <= level)
@@ -317,7 +339,7 @@ def test_second_order_solvers_call_a_timestep_twice_in_one_trajectory(pipeline: 
     pipeline = make_pipeline()
     pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
     controller = attach_cache(pipeline.transformer, EVERY_THIRD)
-    sampled(pipeline)
+    images(pipeline)
     assert controller.stats().num_steps == 2 * 10 - 1
     assert controller.stats().full_steps == (0, 1, 4, 7, 10, 13, 16)
 

@@ -5,7 +5,7 @@ the network whose earlier blocks are quantized already; Q-Diffusion (Li et al. 2
 inputs at timesteps spread over the full-precision trajectory. The error is squared and not weighed by gradients, as in
 the published code of the latter. Its budget is another: 20000 updates of a block, from thousands of inputs. Here a
 recipe says how many, and each batch of inputs serves about ten of them. Nothing knows where an error goes in the steps
-that follow: that is what `accuquant.core.objective` is compared with.
+that follow: that is what `accuquant.core.trajectory` is compared with.
 """
 
 from __future__ import annotations

@@ -10,13 +10,16 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from accuquant.core.coordinate import USUAL, Coordinate
 from accuquant.errors import CacheError
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.controller import Controller
@@ -62,16 +65,17 @@ class Calls(Hook):
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.names = list(inspect.signature(module.forward).parameters)
+        self.coordinate = _coordinate(module, self.names, self.controller.plan)
         return module
 
     @_eager
     def follow(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = dict(zip(self.names[: len(args)], args, strict=True)) | kwargs
-        timestep, latent = given["timestep"], given["hidden_states" if "hidden_states" in given else "sample"]
-        # the largest: image-to-video models give frames that are known already the timestep 0
-        value = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
+        level = self.coordinate.of(given.pop(self.coordinate.argument))
+        ordered = [given[name] for name in self.names if name in given]  # however the caller ordered them
+        latent = next(leaf for leaf in tree_leaves(ordered) if isinstance(leaf, Tensor))
         context = self.contexts._context
-        self.controller.enter(context.name if context else None, value, latent)
+        self.controller.enter(context.name if context else None, level, latent)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A pipeline is done."""
@@ -304,6 +308,26 @@ def hook_of(module: nn.Module) -> Hook | None:
 def _hook(module: nn.Module, hook: Hook) -> None:
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
     hook.wrapper = module.forward
+
+
+def _coordinate(denoiser: nn.Module, names: list[str], plan: CachePlan) -> Coordinate:
+    """What says a call's noise level: as calibration found it, or the argument that is usual.
+
+    Listed levels below 0 are those of a model whose timestep rises.
+
+    Raises:
+        CacheError: no argument is.
+    """
+    if (clock := getattr(denoiser, "step_clock", None)) is not None:
+        found: Coordinate = clock.coordinate
+        return found
+    usual = Coordinate.usual(names)
+    if usual is None:
+        raise CacheError(
+            f"{type(denoiser).__name__}.forward has none of the arguments {', '.join(USUAL)}: nothing says which step "
+            f"a call is of; its arguments are {', '.join(names)}"
+        )
+    return replace(usual, falls=not any(level < 0 for level in plan.full_timesteps or ()))
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

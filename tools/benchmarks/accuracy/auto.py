@@ -23,10 +23,10 @@ import torch
 import typer
 
 from accuquant.calibration.choice import LEAST_UPDATES, RUNGS, Candidate, Trial, candidates, halve, try_candidate
-from accuquant.calibration.session import Session, open_model, open_session
+from accuquant.calibration.session import open_session
 from accuquant.calibration.updates import STATE
 from accuquant.core.metrics import latent_psnr, relative_l2
-from accuquant.evaluation.measure import HeldOut, held_out_reference
+from accuquant.evaluation.measure import HeldOut, held_out_reference, sample
 from accuquant.files import KeptFiles
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
@@ -62,14 +62,12 @@ def bench_recipe(model: str, seed: int, evaluations: int, unet: Path) -> Recipe:
         tree["sampling"] |= {"num_inference_steps": 20, "guidance_scale": 3.0}
         tree["quantization"] |= {"rules": UNET_RULES, "timestep_groups": 5}
     tree["objective"] = {"target": "auto", "iterations": evaluations, "batch_size": 4}
-    tree["evaluation"] |= {"num_samples": HELD_OUT, "batch_size": BATCH}
+    tree["evaluation"] |= {"num_samples": HELD_OUT, "batch_size": BATCH, "reconstruct": False}
     return parse_recipe(tree, "benchmark")
 
 
-@torch.no_grad()
-def held_out_error(session: Session, held_out: HeldOut) -> dict[str, float]:
-    parts = [session.rollout.trajectory(c)[0][-1] for c in held_out.conditions.batches(BATCH)]
-    final, reference = torch.cat(parts), held_out.latents[-1]
+def held_out_error(held_out: HeldOut) -> dict[str, float]:
+    final, reference = sample(held_out.tapes, QUIET, "").latents[-1], held_out.latents[-1]
     return {"held_out": float(relative_l2(final, reference).mean()), "psnr": latent_psnr(final, reference)}
 
 
@@ -93,13 +91,14 @@ def run(
         for model in models.split(","):
             recipe = bench_recipe(model, seed, evaluations, unet)
             kept = KeptFiles(out, QUIET).inside(f"{model}-{seed}")
-            held_out = held_out_reference(open_model(recipe)[0], recipe.data, recipe.evaluation, QUIET)
             session = open_session(recipe, QUIET, kept)
+            with session.full_precision():
+                held_out = held_out_reference(session.model, recipe, QUIET)
             about = {"model": model, "seed": seed, "evaluations_asked": evaluations}
             if not any(same(row, about | {"share": 0}) for row in read_rows(out)):
-                write(out, about | {"share": 0} | held_out_error(session, held_out))
+                write(out, about | {"share": 0} | held_out_error(held_out))
             start = session.snapshot()
-            for candidate in candidates(recipe.objective, session.rollout.num_steps):
+            for candidate in candidates(recipe.objective, session.num_steps):
                 updates = candidate.updates(session.job(recipe.objective), evaluations)
                 for share in shares_of(updates):
                     key = about | asdict(candidate) | {"share": share}
@@ -110,7 +109,7 @@ def run(
                     kept.path(STATE).unlink(missing_ok=True)
                     about_it = {"updates_of_each": each, "seconds": round(time.monotonic() - began, 1)}
                     row = key | asdict(trial) | about_it
-                    write(out, row | (held_out_error(session, held_out) if share == 1.0 else {}))
+                    write(out, row | (held_out_error(held_out) if share == 1.0 else {}))
                     session.restore(start)
 
 

@@ -23,8 +23,8 @@ import torch
 import typer
 
 from accuquant.calibration.choice import Candidate
-from accuquant.calibration.session import Session, open_model, open_session, validation_error
-from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_metrics
+from accuquant.calibration.session import Session, open_session, validation_error
+from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_metrics, sample
 from accuquant.files import KeptFiles
 from accuquant.progress import Reporter
 from accuquant.recipe import Objective, Recipe
@@ -33,6 +33,7 @@ from accuquant.runtime.arithmetic import set_arithmetic
 from tools.benchmarks.rows import add_row, read_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
+QUIET = Reporter(quiet=True)
 
 ATTENTION_AND_MLP = r"transformer_blocks\.\d+\.(attn1|ff)\..*"
 ADALN = {"modules": r"transformer_blocks\.\d+\.norm1\.linear", "weight": "int8", "tune": False}
@@ -83,7 +84,7 @@ def bench_recipe(base: Recipe, config: str, seed: int, batch: int, samples: int,
         "initialization": initialization,
     }
     tree["objective"] = {"iterations": 0, "batch_size": batch}
-    tree["evaluation"] |= {"num_samples": 12, "batch_size": 12}
+    tree["evaluation"] |= {"num_samples": 12, "batch_size": 12, "reconstruct": False}
     return parse_recipe(tree, "benchmark")
 
 
@@ -108,13 +109,12 @@ def pairs_of(configs: str, seeds: str, shard: str) -> list[tuple[str, int]]:
     return [(c, int(s)) for s in seeds.split(",") for c in configs.split(",")][index::count]
 
 
-@torch.no_grad()
 def hardened_error(session: Session, held_out: HeldOut) -> dict[str, Any]:
     """Held-out figures of the hardened model; the trainable layers are put back afterwards."""
     with session.hardened():
-        set_arithmetic(session.rollout.denoiser, "reference")
-        parts = [session.rollout.trajectory(c)[0] for c in held_out.conditions.batches(12)]
-    found = latent_metrics(torch.cat(parts, 1), held_out.latents)
+        set_arithmetic(session.network, "reference")
+        made = sample(held_out.tapes, QUIET, "")
+    found = latent_metrics(made.latents, held_out.latents)
     return {"relative_l2": found["final_relative_l2"]["mean"], "psnr": found["latent_psnr"]}
 
 
@@ -149,9 +149,9 @@ def _run_methods(
     recipe: Recipe, methods: list[str], config: str, seed: int, evaluations: int, out: Path, shard: str
 ) -> None:
     """All methods of one model, from one preparation."""
-    reporter = Reporter(quiet=True)
-    held_out = held_out_reference(open_model(recipe)[0], recipe.data, recipe.evaluation, reporter)
-    session = open_session(recipe, reporter, KeptFiles(out, reporter).inside(f"seed-{seed}"))
+    session = open_session(recipe, QUIET, KeptFiles(out, QUIET).inside(f"seed-{seed}"))
+    with session.full_precision():
+        held_out = held_out_reference(session.model, recipe, QUIET)
     start = session.snapshot()
     for name in methods:
         method = METHODS[name]
@@ -191,7 +191,7 @@ def _calibrate(session: Session, fields: dict[str, Any]) -> dict[str, Any]:
         if rate is None:
             return {"made": loop.network_evaluations}
         with session.hardened():
-            set_arithmetic(session.rollout.denoiser, "reference")
+            set_arithmetic(session.network, "reference")
             error = validation_error(session)
         tried.append((error, rate, session.snapshot(), loop.network_evaluations))
     _, rate, snapshot, made = min(tried, key=lambda t: t[0])

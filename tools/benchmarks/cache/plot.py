@@ -22,9 +22,9 @@ from tools.benchmarks.rows import read_rows
 def main(out: Out = DEFAULT_OUT) -> None:
     """Draw errors over NFC, and from one full trajectory the changes over time, the ratio s and the modules' errors."""
     interval = 4
-    bench, rows = Bench.of(0), [r for r in read_rows(out) if r["part"] == "table"]
-    inputs, outputs = record_grams(bench.rollout, bench.calibration, Cache(interval=4))
-    names = [n.removeprefix("transformer_blocks.") for n in cached_modules(bench.rollout.denoiser)[0]]
+    bench, rows = Bench(0), [r for r in read_rows(out) if r["part"] == "table"]
+    inputs, outputs = record_grams(bench.runs, Cache(interval=4))
+    names = [n.removeprefix("transformer_blocks.") for n in cached_modules(bench.denoiser)[0]]
     figure, axes = plt.subplots(4, 2, figsize=(13, 17), constrained_layout=True)
 
     for axis, order in zip(axes[0], (1, 2), strict=True):

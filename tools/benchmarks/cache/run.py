@@ -11,6 +11,7 @@ tau was searched; the other schedules are the same for all. Each run is one line
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -18,7 +19,6 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,25 +29,32 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from accuquant.caching.runs import Runs, errors_from
 from accuquant.caching.search import SEARCH_SAMPLES, search_cache
-from accuquant.calibration.session import open_model
+from accuquant.calibration.opened import open_model
 from accuquant.core.forecasts import Differences, Norm
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.core.schedule import DIFFUSERS_OFFSET, RCS, filled_interval_steps, interval_steps
+from accuquant.core.trajectory import State
 from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.evaluation.images import image_metrics
+from accuquant.evaluation.measure import sample
+from accuquant.pipeline.data import Samples, calibration_samples, held_out_samples
 from accuquant.pipeline.loading import resolve
-from accuquant.model.rollout import Conditions, Rollout
-from accuquant.pipeline.data import calibration_samples, held_out_samples
+from accuquant.pipeline.rows import asked_for, call_of
+from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache
 from accuquant.recipe.file import load_recipe
 from accuquant.runtime.cache.features import MODULES, cached_modules
 from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.cache.stats import CacheStats
+from accuquant.runtime.observe import observed
 from tools.benchmarks.rows import add_row, read_rows
 
 app = typer.Typer(add_completion=False, help=__doc__)
+QUIET = Reporter(quiet=True)
 # NFC -> interval, with two leading full steps; 14 to 7 are those of the published table
 INTERVALS = {26: 2, 18: 3, 14: 4, 11: 5, 10: 6, 8: 7, 7: 9, 6: 12, 5: 16}
 SEEDS = (0, 1, 2)
@@ -57,66 +64,65 @@ Out = Annotated[Path, typer.Option(help="Folder of results and plots.")]
 DEFAULT_OUT = Path("tools/benchmarks/cache/results")
 
 
-@dataclass
 class Bench:
-    """The bundled model at one seed: a calibration set to search on, a held-out set to judge by."""
+    """The bundled model at one seed: a calibration set to search on, a held-out set to judge by.
 
-    rollout: Rollout
-    seed: int
-    calibration: Conditions
-    calibration_latents: Tensor
-    held_out: Conditions
-    held_out_latents: Tensor
-    inputs: list[Any]
-    seeds: list[int]
-    classifier: DigitClassifier
+    Attributes:
+        searched: tapes of the first calibration samples, by their number and how many are in a tape; judged: of the
+            held-out samples, by how many are in a tape.
+    """
 
-    @classmethod
-    def of(cls, seed: int) -> Bench:
+    def __init__(self, seed: int) -> None:
         recipe = load_recipe("dit_w8a8", [f"data.seed={seed}", f"data.num_samples={SEARCH_SAMPLES}"])
-        rollout, _, split = open_model(recipe)
-        sets, latents = [], []
-        samples = (calibration_samples(split, recipe.data), held_out_samples(split, recipe.data, HELD_OUT))
-        for part in samples:
-            sets.append(rollout.conditions(part.inputs, part.seeds))
-            latents.append(rollout.trajectory(sets[-1])[0])
-        classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
-        return cls(
-            rollout, seed, sets[0], latents[0], sets[1], latents[1], samples[1].inputs, samples[1].seeds, classifier
-        )
+        self.model = model = open_model(recipe)
+        self.denoiser = model.only.network
+        self.classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
+        calibration = calibration_samples(model.split, recipe.data)
+        self.held_out = held_out = held_out_samples(model.split, recipe.data, HELD_OUT)
+
+        def recorded(samples: Samples, batch_size: int) -> list[Tape]:
+            return model.recorder.tapes(samples, batch_size, QUIET, "", images=True)
+
+        self.searched = functools.cache(lambda count, size: recorded(calibration.first(count), size))
+        self.judged = functools.cache(lambda size: recorded(held_out, size))
+        self.runs = Runs(self.denoiser, model.levels, SEARCH_SAMPLES, self.searched, lambda: [self.calibration])
+
+    @property
+    def calibration(self) -> Tape:
+        """Of all calibration samples."""
+        (tape,) = self.searched(SEARCH_SAMPLES, SEARCH_SAMPLES)
+        return tape
 
     def search(self, config: Cache) -> CachePlan:
-        return search_cache(self.rollout, self.calibration, self.calibration_latents, config, Reporter(quiet=True))
+        return search_cache(self.runs, config, QUIET)
 
     def judge(self, config: Cache | CachePlan) -> dict[str, Any]:
         """Figures of a cache on the held-out set, and, to choose by, its errors on the calibration set."""
-        finals, traces = [], []
-        for batch in self.held_out.batches(1 if config.tau is not None else HELD_OUT):
-            with cached(self.rollout.denoiser, config) as controller:
-                finals.append(self.rollout.trajectory(batch)[0][-1])
-                traces.append(controller.stats())
+        tapes, traces = self.judged(1 if config.tau is not None else HELD_OUT), list[CacheStats]()
+        with cached(self.denoiser, config) as controller:
+            made = sample(tapes, QUIET, "", after=lambda: traces.append(controller.stats()))
         full_steps = {"full_steps": list(traces[0].full_steps)} if len(traces) == 1 else {}
         nfc = [trace.nfc for trace in traces]
         row = {"nfc_mean": statistics.mean(nfc), "nfc_std": statistics.pstdev(nfc), "nbytes": traces[0].nbytes}
-        return row | self.figures(torch.cat(finals)) | full_steps | self.calibration_errors(config)
+        images = torch.cat([images_of(tape, state) for tape, state in zip(tapes, made.finals, strict=True)])
+        return row | self.figures(made.latents[-1], images) | full_steps | self.calibration_errors(config)
 
     def calibration_errors(self, config: Cache | CachePlan) -> dict[str, float]:
         if config.tau is not None:
             return {}
-        with cached(self.rollout.denoiser, config):
-            final = self.rollout.trajectory(self.calibration)[0][-1]
-        reference, decode = self.calibration_latents[-1], self.rollout.decode
-        images = relative_l2(decode(final), decode(reference))
-        return {
-            "calibration_l2": float(relative_l2(final, reference).mean()),
-            "calibration_image_error": float(images.mean()),
-        }
+        tape = self.calibration
+        wanted = images_of(tape, tape.state(len(tape)))
+        with cached(self.denoiser, config):
+            latents, images = errors_from(tape, tape.rolled()[-1], wanted)
+        return {"calibration_l2": float(latents.mean()), "calibration_image_error": float(images.mean())}
 
-    def figures(self, final: Tensor) -> dict[str, Any]:
-        reference = self.held_out_latents[-1]
+    def figures(self, final: Tensor, images: Tensor) -> dict[str, Any]:
+        """Of the last latents (B, N) of all held-out samples, and their images."""
+        (tape,) = self.judged(HELD_OUT)
+        last = tape.state(len(tape))
+        reference, inputs = tape.per_sample(last), [asked_for(row) for row in self.held_out.rows]
         with torch.no_grad():
-            images, full = self.rollout.decode(final), self.rollout.decode(reference)
-            found = image_metrics(images, full, self.inputs, self.classifier)
+            found = image_metrics(images, images_of(tape, last), inputs, self.classifier)
         each = relative_l2(final, reference)
         return {
             "relative_l2": float(each.mean()),
@@ -125,6 +131,13 @@ class Bench:
             "psnr": found["psnr"],
             "frechet_distance": found["frechet_distance"],
         }
+
+
+def images_of(tape: Tape, state: State) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] of a tape's last state."""
+    images = tape.images(state)
+    assert images is not None
+    return images
 
 
 def methods(nfc: int, order: int) -> Iterator[tuple[str, Cache]]:
@@ -170,7 +183,7 @@ def run(
                 for name, judged in wanted:
                     key = {"part": "table", "seed": seed, "nfc": nfc, "order": order, "method": name}
                     if re.fullmatch(only, name) and _key(key) not in done:
-                        bench = bench or Bench.of(seed)
+                        bench = bench or Bench(seed)
                         _write(out, key, judged(bench))
 
 
@@ -183,23 +196,26 @@ def diffusers_taylorseer(bench: Bench, nfc: int, order: int) -> dict[str, Any]:
         taylor_factors_dtype=torch.float32,
         cache_identifiers=[MODULES],
     )
-    denoiser, counted = bench.rollout.denoiser, [0]
+    denoiser, counted, (tape,) = bench.denoiser, [0], bench.judged(HELD_OUT)
     name = cached_modules(denoiser)[0][-1]
     handle = denoiser.get_submodule(f"{name}.net.0").register_forward_hook(lambda *_: counted.append(1))
     apply_taylorseer_cache(denoiser, config)
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     _set_cache_context(denoiser, CacheContext("both"))
     try:
-        final = bench.rollout.trajectory(bench.held_out)[0][-1]
+        final = tape.rolled()[-1]
     finally:
         registry.remove_hook("taylorseer_cache", recurse=True)
         handle.remove()
-    return {"nfc_mean": sum(counted), "nfc_std": 0.0, "nbytes": 0} | bench.figures(final)
+    figures = bench.figures(tape.per_sample(final), images_of(tape, final))
+    return {"nfc_mean": sum(counted), "nfc_std": 0.0, "nbytes": 0} | figures
 
 
 def cache_dit_taylorseer(bench: Bench, nfc: int, order: int) -> dict[str, Any]:
     """cache-dit with TaylorSeer at our full steps; it forecasts whole blocks, and always computes one (of six here)."""
-    rival, pipe, finals = importlib.import_module("cache_dit"), bench.rollout.pipeline, list[Tensor]()
+    rival, recorder = importlib.import_module("cache_dit"), bench.model.recorder
+    pipe: Any = recorder.pipeline
+    made = list[tuple[Tensor, Tensor]]()  # last latents and their images
     mask = [int(i in interval_steps(50, INTERVALS[nfc], 2)) for i in range(50)]
     config = rival.DBCacheConfig(
         Fn_compute_blocks=1,
@@ -213,22 +229,24 @@ def cache_dit_taylorseer(bench: Bench, nfc: int, order: int) -> dict[str, Any]:
         pipe, cache_config=config, calibrator_config=rival.TaylorSeerCalibratorConfig(taylorseer_order=order)
     )
     counted, decode = [0], pipe.vae.decode
-    net = bench.rollout.denoiser.get_submodule("transformer_blocks.3.ff.net.0")
+    net = bench.denoiser.get_submodule("transformer_blocks.3.ff.net.0")
     handle = net.register_forward_hook(lambda *_: counted.append(1))
 
     def record(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        finals.append(latents * pipe.vae.config.scaling_factor)
-        return decode(latents, *args, **kwargs)
+        decoded = decode(latents, *args, **kwargs)
+        final = (latents * pipe.vae.config.scaling_factor).flatten(1)
+        made.append((final, (decoded.sample / 2 + 0.5).clamp(0, 1)))
+        return decoded
 
     pipe.vae.decode = record  # DiTPipeline returns no latents
     try:
-        generators = [torch.Generator().manual_seed(s) for s in bench.seeds]
-        pipe(bench.inputs, guidance_scale=1.5, num_inference_steps=50, generator=generators)
+        setting = recorder.sampling.model_dump(include={"num_inference_steps", "guidance_scale"})
+        pipe(**call_of(pipe, bench.held_out.rows, bench.held_out.seeds, setting, recorder.folder))
     finally:
         del pipe.vae.decode
         handle.remove()
         rival.disable_cache(pipe)
-    return {"nfc_mean": sum(counted), "nfc_std": 0.0, "nbytes": 0} | bench.figures(finals[0])
+    return {"nfc_mean": sum(counted), "nfc_std": 0.0, "nbytes": 0} | bench.figures(*made[0])
 
 
 @app.command()
@@ -251,23 +269,22 @@ def details(out: Out = DEFAULT_OUT, threads: Annotated[int, typer.Option(help="T
             for name, config in chosen.items():
                 key = {"part": "details", "seed": seed, "nfc": nfc, "order": 2, "method": name}
                 if _key(key) not in done:
-                    bench = bench or Bench.of(seed)
+                    bench = bench or Bench(seed)
                     _write(out, key, bench.judge(bench.search(config) if config.searches else config))
             for index in range(12):
                 key = {"part": "watch", "seed": seed, "nfc": nfc, "order": 2, "method": f"watch {index}"}
                 if _key(key) not in done:
-                    bench = bench or Bench.of(seed)
+                    bench = bench or Bench(seed)
                     _write(out, key, bench.judge(Cache(schedule=watched_steps(bench, index, nfc))))
 
 
 @torch.no_grad()
 def watched_steps(bench: Bench, index: int, nfc: int) -> tuple[int, ...]:
     """The list RCS would choose if it watched the ``index``-th cached module, on a full-precision trajectory."""
-    name, inputs = cached_modules(bench.rollout.denoiser)[0][index], list[Tensor]()
-    module = bench.rollout.denoiser.get_submodule(name)
-    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
-    bench.rollout.trajectory(bench.calibration)
-    handle.remove()
+    name, inputs = cached_modules(bench.denoiser)[0][index], list[Tensor]()
+    tape = bench.calibration
+    with observed(bench.denoiser, [name], lambda _, call: inputs.append(call.input.clone())):
+        tape.rolled()
 
     def chosen(tau: float) -> tuple[int, ...]:
         rcs = RCS(tau, 2, 2)
@@ -289,7 +306,8 @@ def latency(
     """One trajectory of eight samples: seconds (medians of alternating runs), multiply-adds, memory of the factors."""
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
-    bench = Bench.of(0)
+    bench = Bench(0)
+    tape = bench.calibration  # recorded before anything is timed
     configs: dict[str, Cache] = {"full": Cache(schedule=tuple(range(50)))}
     for nfc, interval in ((14, 4), (10, 6), (7, 9)):
         configs |= {
@@ -301,18 +319,18 @@ def latency(
     times: dict[str, list[float]] = {"no cache": [], **{name: [] for name in configs}}
     for _ in range(repeats):
         started = time.perf_counter()
-        bench.rollout.trajectory(bench.calibration)
+        tape.rolled()
         times["no cache"].append(time.perf_counter() - started)
         for name, config in configs.items():
-            with cached(bench.rollout.denoiser, config):
+            with cached(bench.denoiser, config):
                 started = time.perf_counter()
-                bench.rollout.trajectory(bench.calibration)
+                tape.rolled()
                 times[name].append(time.perf_counter() - started)
     plain = statistics.median(times["no cache"])
     found = {name: {"seconds": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
     for name, config in configs.items():
-        with cached(bench.rollout.denoiser, config) as controller, FlopCounterMode(display=False) as counter:
-            bench.rollout.trajectory(bench.calibration)
+        with cached(bench.denoiser, config) as controller, FlopCounterMode(display=False) as counter:
+            tape.rolled()
             stats = controller.stats()
         found[name] |= {"nfc": stats.nfc, "nbytes": stats.nbytes, "multiply_adds": counter.get_total_flops() / 2}
     (out / "latency.json").write_text(json.dumps({"threads": threads, "repeats": repeats, "runs": found}, indent=1))

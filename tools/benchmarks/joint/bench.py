@@ -11,12 +11,12 @@ import torch
 from accuquant.caching.correct import fit_correction
 from accuquant.calibration.loop import UpdateLoop
 from accuquant.calibration.objectives.cached import CachedTrajectory
-from accuquant.calibration.session import Session, open_model, open_session
+from accuquant.calibration.session import Session, open_session
 from accuquant.calibration.updates import calibrate_alone
 from accuquant.core.metrics import latent_psnr, relative_l2
 from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.evaluation.images import image_metrics
-from accuquant.evaluation.measure import HeldOut, held_out_reference
+from accuquant.evaluation.measure import HeldOut, held_out_reference, sample
 from accuquant.files import KeptFiles
 from accuquant.pipeline.loading import resolve
 from accuquant.progress import Reporter
@@ -55,16 +55,16 @@ class Bench:
     def __init__(self, types: str, seed: int, work: Path, iterations: int = 150) -> None:
         recipe = bench_recipe(types, seed, iterations=iterations).model_copy(update={"tune": None})
         self.objective = recipe.objective
-        self.held_out: HeldOut = held_out_reference(open_model(recipe)[0], recipe.data, recipe.evaluation, QUIET)
         self.session: Session = open_session(recipe, QUIET)
+        with self.session.full_precision():
+            self.held_out: HeldOut = held_out_reference(self.session.model, recipe, QUIET)
         self.folder = work / f"{types}-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.kept = KeptFiles(self.folder, QUIET)
         self.alone: UpdateLoop = calibrate_alone(self.session, self.objective, self.kept, QUIET)[0]
         self.start = self.session.snapshot()
         self.classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
-        with torch.no_grad():
-            self.images = self.session.rollout.decode(self.held_out.latents[-1])
+        self.images = self.held_out.images(self.held_out.finals)
 
     def judge(self, plan: CachePlan | None, fitted: Fitted | None = None) -> dict[str, Any]:
         """Held-out figures of the model as it is under this cache; corrections are fitted first."""
@@ -76,12 +76,13 @@ class Bench:
         return plan, fitted
 
     def figures(self, plan: CachePlan | None, fitted: Fitted | None) -> dict[str, Any]:
-        rollout, reference = self.session.rollout, self.held_out.latents[-1]
-        with nullcontext() if plan is None else cached(rollout.denoiser, plan, fitted) as controller:
-            final = rollout.trajectory(self.held_out.conditions)[0][-1]
-            nfc = rollout.num_steps if controller is None else controller.stats().nfc
+        with nullcontext() if plan is None else cached(self.session.network, plan, fitted) as controller:
+            made = sample(self.held_out.tapes, QUIET, "")
+            nfc = self.session.num_steps if controller is None else controller.stats().nfc
+        images, final, reference = self.held_out.images(made.finals), made.latents[-1], self.held_out.latents[-1]
+        assert images is not None and self.images is not None
         with torch.no_grad():
-            found = image_metrics(rollout.decode(final), self.images, self.held_out.inputs, self.classifier)
+            found = image_metrics(images, self.images, self.held_out.inputs, self.classifier)
         errors = relative_l2(final, reference)
         return {
             "full_steps": nfc,

@@ -64,7 +64,8 @@ def roll(
     """Make the candidates that are missing."""
     torch.set_num_threads(threads)
     changes = [f"objective.iterations={iterations}", f"objective.cached_iterations={iterations // 10}"]
-    recipe = load_recipe("dit_tune", [*changes, f"sampling.num_inference_steps={steps}", "tune.finalists=2"])
+    changes += [f"sampling.num_inference_steps={steps}", f"evaluation.num_samples={samples}", "tune.finalists=2"]
+    recipe = load_recipe("dit_tune", changes)
     section = recipe.tune
     assert section is not None
     combinations = {c.picks: c for c in type_combinations(recipe)}
@@ -74,11 +75,8 @@ def roll(
         kept = KeptFiles(work, QUIET).inside(f"{name}-{steps}")
         session = open_session(combination.recipe, QUIET, kept)
         tuner, _ = calibrate_alone(session, combination.recipe.objective, kept, QUIET)
-        evaluation = recipe.evaluation.model_copy(update={"num_samples": samples})
         with session.full_precision():
-            reference = held_out_reference(session.rollout, recipe.data, evaluation, QUIET)
-        final = reference.latents[-1]
-        held_out = Checked(reference.conditions, final, session.rollout.decode(final))
+            held_out = Checked.of(held_out_reference(session.model, recipe, QUIET).tapes)
         for full_steps in map(int, nfc.split(",")):
             place = Place(combination, section, session, (1.0, 0.0), Tried(kept.path("tried.jsonl")), QUIET, kept)
             explore(place, tuner, full_steps, kept)
@@ -95,13 +93,14 @@ def judged(
     place: Place, found: list[Candidate], held_out: Checked, model_as_tried: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """Each candidate on as many validation samples as held-out ones."""
+    samples = sum(tape.num_samples for tape in held_out.tapes)
     for calibrated in dict.fromkeys(candidate.calibrated for candidate in found):
         model_as_tried(calibrated)
         for candidate in found:
             if candidate.calibrated != calibrated:
                 continue
             started = time.monotonic()
-            more = place.extended(candidate, len(held_out.conditions))
+            more = place.extended(candidate, samples)
             latents, images, *_ = place.rolled_out(more.plan, place.fitted[more.key], held_out)
             about = {name: getattr(more, name) for name in ("key", "cache", "calibrated", "rival", "cost")}
             yield about | {

@@ -21,16 +21,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from accuquant.caching.runs import errors_from
 from accuquant.caching.search import searched
 from accuquant.calibration.session import Session
 from accuquant.calibration.updates import calibrate_cached
-from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import DIFFUSERS_OFFSET, filled_interval_steps
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
-from accuquant.tuning.candidates import TUNING_SAMPLES
+from accuquant.tuning.candidates import TUNING_SAMPLES, Checked
 from tools.benchmarks.accuracy.run import pairs_of
 from tools.benchmarks.joint.bench import QUIET, TUNED, Bench
 from tools.benchmarks.joint.run import DEFAULT_OUT, Out, Seeds, Shard, Threads, Types, done_in, key_of, write
@@ -121,13 +121,11 @@ def climb(bench: Bench, config: Cache, reconstructs: bool, nfc: int) -> dict[str
 
 
 def validation_errors(session: Session, plan: CachePlan | None, fitted: Fitted | None) -> dict[str, float]:
-    rollout, validation = session.rollout, session.validation
-    with nullcontext() if plan is None else cached(rollout.denoiser, plan, fitted):
-        final = rollout.trajectory(validation.conditions)[0][-1]
-    with torch.no_grad():
-        images = relative_l2(rollout.decode(final), rollout.decode(validation.latents[-1]))
-    latents = relative_l2(final, validation.latents[-1])
-    return {"validation": float(latents.mean()), "validation_image": float(images.mean())}
+    checked = Checked.of(session.validation.tapes)
+    with nullcontext() if plan is None else cached(session.network, plan, fitted):
+        parts = [errors_from(t, t.rolled()[-1], i) for t, i in zip(checked.tapes, checked.images, strict=True)]
+    latents, images = (torch.cat(errors).mean() for errors in zip(*parts, strict=True))
+    return {"validation": float(latents), "validation_image": float(images)}
 
 
 if __name__ == "__main__":

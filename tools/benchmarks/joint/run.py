@@ -33,13 +33,13 @@ from accuquant.caching.noise import measure_noise
 from accuquant.caching.search import searched
 from accuquant.calibration.updates import calibrate_cached
 from accuquant.core.schedule import filled_interval_steps
-from accuquant.model.rollout import Conditions, Rollout
+from accuquant.pipeline.tape import Tape
 from accuquant.programs.tune import learn, model_as
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
-from accuquant.tuning.budget import Combination, base_settings, step_times, type_combinations
+from accuquant.tuning.budget import TIMED_SAMPLES, Combination, base_settings, step_times, type_combinations
 from accuquant.tuning.candidates import TUNING_SAMPLES, Place
 from accuquant.tuning.choice import choose, settle
 from accuquant.tuning.tried import NAIVE, Candidate, Tried
@@ -185,7 +185,7 @@ def orders(
                 about = {"cache": f"{plan.estimation} {plan.order}{' aware' if plan.noise_aware else ''}"}
                 found = bench.judge(plan, known) | {"E_q": e_q} | about
                 write(out, shard, key_of("orders", name, seed, nfc, method), found)
-            shared = bench.learned_shares(chosen.uncorrected, bench.session.rollout.num_steps, fitted=measured)
+            shared = bench.learned_shares(chosen.uncorrected, bench.session.num_steps, fitted=measured)
             found = bench.judge(shared.cache, shared.learned) | {"E_q": e_q}
             write(out, shard, key_of("orders", name, seed, nfc, "auto, learned"), found)
 
@@ -227,7 +227,7 @@ def latency(
     for name in types.split(","):
         chosen = dict(_chosen(Path(f"build/bench_joint/{name}-{seed}")))
         bench = Bench(name, seed, Path("build/bench_joint_orders"), iterations=0)  # which takes as long as calibrated
-        rollout, samples = bench.session.rollout, bench.session.validation.conditions.batches(8)[0]
+        (tape,) = bench.session.few(TIMED_SAMPLES, TIMED_SAMPLES)
         times: dict[str, list[float]] = {key: [] for key in ("float32", "quantized", *chosen)}
         plans = {}
         for key, candidate in chosen.items():
@@ -236,12 +236,12 @@ def latency(
             plans[key] = plan, fit_correction(bench.session, plan, QUIET, fitted) if plan.fits else fitted
         for _ in range(repeats + 1):  # the first is a warm-up
             with bench.session.full_precision():
-                times["float32"].append(_seconds(rollout, samples))
+                times["float32"].append(_seconds(tape))
             with bench.session.hardened():
-                times["quantized"].append(_seconds(rollout, samples))
+                times["quantized"].append(_seconds(tape))
                 for key, (plan, fitted) in plans.items():
-                    with cached(rollout.denoiser, plan, fitted):
-                        times[key].append(_seconds(rollout, samples))
+                    with cached(bench.session.network, plan, fitted):
+                        times[key].append(_seconds(tape))
         found[name] = {key: values[1:] for key, values in times.items()}
         for key, values in found[name].items():
             median = statistics.median(values)
@@ -262,9 +262,9 @@ def _chosen(folder: Path) -> Iterator[tuple[str, Candidate]]:
             yield f"tuner, NFC {nfc}", choose(tried).best
 
 
-def _seconds(rollout: Rollout, conditions: Conditions) -> float:
+def _seconds(tape: Tape) -> float:
     started = time.perf_counter()
-    rollout.trajectory(conditions)
+    tape.rolled()
     return time.perf_counter() - started
 
 

@@ -17,8 +17,9 @@ import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from accuquant.calibration.reference import states_of
 from accuquant.calibration.session import Session, open_session
-from accuquant.core.objective import full_gradient, group_gradient
+from accuquant.core.trajectory import full_gradient, group_gradient
 from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe
 
@@ -52,28 +53,25 @@ class SavedBytes:
         return tensor, Token()
 
 
-def peak_bytes(session: Session, steps: int, mode: str, batch: int) -> tuple[int, int | None]:
+def peak_bytes(session: Session, steps: int, mode: str) -> tuple[int, int | None]:
     """Peak of saved bytes, and of CUDA memory where there is one, for the group of steps 0 ... steps - 1."""
-    reference = session.reference.take(torch.arange(batch, device=session.reference.latents.device))
+    tape = session.reference.tapes[0]
     for layer in session.layers.values():
         layer.requires_grad_(True)
         layer.zero_grad()
 
-    def denoise(i: int, x: Tensor) -> Tensor:
-        return session.rollout.predict(i, x, reference.conditions)
-
-    weights = {p.untyped_storage().data_ptr() for p in session.rollout.denoiser.parameters()}
-    saved, cuda = SavedBytes(weights), reference.latents.device.type == "cuda"
+    weights = {p.untyped_storage().data_ptr() for p in session.network.parameters()}
+    saved, cuda = SavedBytes(weights), tape.state(0).latents[0].is_cuda
     before = 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept[0]):
-        data = (denoise, session.rollout.solver, reference.latents, reference.predictions, 0, steps)
         if mode == "full back-propagation":
-            full_gradient(*data)
+            full_gradient(tape.step, states_of(tape), 0, steps)
         else:
-            group_gradient(*data, gradient=mode, variances=reference.variances)  # type: ignore[arg-type]
+            variances = session.reference.variances
+            group_gradient(tape.step, states_of(tape), 0, steps, mode, variances=variances)  # type: ignore[arg-type]
     return saved.peak, torch.cuda.max_memory_allocated() - before if cuda else None
 
 
@@ -85,11 +83,11 @@ def main(
     """Measure every M and mode in one process."""
     loaded = load_recipe(recipe, [f"data.num_samples={batch}", f"objective.batch_size={batch}"])
     session = open_session(loaded, Reporter())
-    steps = [m for m in STEPS if m <= session.rollout.num_steps]
+    steps = [m for m in STEPS if m <= session.num_steps]
     rows: list[dict[str, Any]] = []
     for mode in MODES:
         for m in steps:
-            saved, cuda = peak_bytes(session, m, mode, batch)
+            saved, cuda = peak_bytes(session, m, mode)
             rows.append({"mode": mode, "steps_per_group": m, "saved_bytes": saved, "cuda_bytes": cuda})
             print(f"{mode:24} M = {m:2}: {saved / 1e6:8.1f} MB", flush=True)
     out.mkdir(parents=True, exist_ok=True)
