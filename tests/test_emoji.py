@@ -19,6 +19,7 @@ from tools.emoji.check import kin, questions
 from tools.emoji.data import BACKGROUNDS, SPLITS, Emoji, load_emoji, paint, prompt, render, split, varied_prompt
 from tools.emoji.judge import found_among, moved
 from tools.emoji.text import MAX_TOKENS, draw, tokens, train_tokenizer, weights
+from tools.train_emoji import is_written
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {
@@ -217,3 +218,10 @@ def test_the_whole_run_writes_two_models_that_load(packages: Path, tmp_path: Pat
         assert (folder / "samples.png").stat().st_size > 1000
         assert all(file.stat().st_mode & 0o777 == 0o644 for file in folder.rglob("*") if file.is_file())
     assert {file.name for file in (tmp_path / "docs").iterdir()} == {"sd3-training.png", "unet-training.png"}
+
+    # Once more there is nothing left to do but to look at it; another training is written in its place.
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert again.returncode == 0 and again.stdout.count("is there already") == 2, again.stderr
+    assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert not is_written(tmp_path / "out" / "emoji-sd3", {"seed": 1})

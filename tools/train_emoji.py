@@ -119,7 +119,8 @@ def train(options: Options) -> None:
         save_judge(judge, emoji, folder / "judge")
         finish(folder, folder / "judge", SD3_CARD, facts, real, options.num_check, **call)
 
-    bundle.write_folder(out / "emoji-sd3", make(networks), 40_000_000, fill)
+    if not is_written(out / "emoji-sd3", facts):
+        bundle.write_folder(out / "emoji-sd3", make(networks), 40_000_000, fill)
 
     # 4. The U-Net on the same latents.
     make = partial(unet.make_pipeline, vae=vae, tokenizer=tokenizer)
@@ -132,7 +133,23 @@ def train(options: Options) -> None:
     def fill_unet(folder: Path) -> None:
         finish(folder, out / "emoji-sd3" / "judge", UNET_CARD, facts, real, options.num_check, **call)
 
-    bundle.write_folder(out / "emoji-unet", make(unets), 12_000_000, fill_unet)
+    if not is_written(out / "emoji-unet", facts):
+        bundle.write_folder(out / "emoji-unet", make(unets), 12_000_000, fill_unet)
+
+
+def is_written(folder: Path, facts: Facts) -> bool:
+    """Whether an earlier run wrote the folder of this very training, and checked it."""
+    file = folder / "training.json"
+    if not file.is_file():
+        return False
+    record = json.loads(file.read_text())
+    rows = [Found(**row) for row in record.pop("check")]
+    # what was measured, in floats, may differ in last digits
+    settings, found = ({k: v for k, v in of.items() if not isinstance(v, float)} for of in (facts, record))
+    if settings != found:
+        return False
+    print(f"{folder} is there already\n{table(rows)}")
+    return True
 
 
 def of_stage(name: str, trained: Facts) -> Facts:
