@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTPipeline
-from helpers import decoder_input
+from helpers import decoder_input, dit_tapes, finals, recorded_finals
 from pipelines import make_pipeline
 
-from accuquant.calibration.session import open_model
+from accuquant.calibration.opened import planned_model
 from accuquant.evaluation.costs import cost_metrics
 from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.pipeline.loading import BUNDLED
-from accuquant.model.rollout import Rollout
 from accuquant.programs.describe import describe
 from accuquant.recipe import Sampling
 from accuquant.recipe.file import list_shipped, load_recipe
@@ -57,22 +56,22 @@ def test_digits_are_recognised(pipeline: DiTPipeline) -> None:
     assert (found == torch.tensor(labels)).float().mean() >= 0.85
 
 
-def test_rollout_is_equal_to_its_pipeline(pipeline: DiTPipeline) -> None:
+def test_tape_is_equal_to_its_pipeline(pipeline: DiTPipeline) -> None:
     sampling = Sampling(num_inference_steps=10, guidance_scale=1.5)
-    rollout = Rollout(pipeline, sampling)
-    latents, _ = rollout.trajectory(rollout.conditions([3, 8], [0, 1]))
-    handed = 1 / pipeline.vae.config.scaling_factor * latents[-1]
-    assert torch.equal(handed, decoder_input(pipeline, [3, 8], [0, 1], sampling))
+    tapes = dit_tapes(pipeline, 10, labels=(3, 8))
+    handed = decoder_input(pipeline, [3, 8], [0, 1], sampling).flatten(1)
+    for found in (recorded_finals(tapes), finals(tapes)):
+        assert torch.equal(1 / pipeline.vae.config.scaling_factor * found, handed)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("dit_w8a8", 0.27), ("dit_w4a8", 0.16)])
 def test_recipes_keep_the_promised_size(name: str, limit: float) -> None:
     """The plan's bytes, which test_calibrate holds against the file, of all quantized layers."""
     recipe = load_recipe(name)
-    rollout, planned, _ = open_model(recipe)
+    model, planned = planned_model(recipe)
     assert sum(p.spec is not None for p in planned) == 6 * (4 + 2 + 1)
     sizes = {p.name: p.quantized_bytes(recipe.quantization.timestep_groups) for p in planned}
-    size = cost_metrics(planned, rollout.denoiser, sizes)["size"]
+    size = cost_metrics(planned, model.network, sizes)["size"]
     assert size["layers_ratio"] <= limit
 
 

@@ -105,7 +105,7 @@ def check_row(pipeline: DiffusionPipeline, row: Row) -> None:
             classes = _number_of_classes(pipeline)
             if type(value) is not int or not 0 <= value < (classes or 2**31):
                 known = f"one of this model's classes, 0 to {classes - 1}" if classes else "a whole number from 0 on"
-                raise RecipeError(f"{key} must be {known}")
+                raise RecipeError(f"{key} must be {known} (found {value!r})")
     if not set(row) - {FOR_PEOPLE}:
         raise RecipeError("it says nothing that the pipeline could be called with")
 

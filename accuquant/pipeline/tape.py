@@ -118,12 +118,12 @@ class Tape:
     def per_sample(self, state: State) -> Tensor:
         """(B, N) all that the latents of a state hold of each of the B samples.
 
-        Of halves that guidance keeps equal (DiT steps both) the first counts.
+        Of halves that begin equal the first counts: DiT's pipeline steps both halves of guidance, and returns that one.
         """
         parts = []
-        for latents in state.latents:
-            half, odd = divmod(len(latents), 2) if latents.dim() else (0, 1)
-            if half and not odd and half % self.num_samples == 0 and same(latents[:half], latents[half:]):
+        for latents, first in zip(state.latents, self.state(0).latents, strict=True):
+            half, odd = divmod(len(first), 2) if first.dim() else (0, 1)
+            if half and not odd and half % self.num_samples == 0 and same(first[:half], first[half:]):
                 latents = latents[:half]
             parts.append(latents.reshape(self.num_samples, -1))
         return torch.cat(parts, 1)

@@ -77,7 +77,8 @@ def run_until(module: nn.Module, run: Callable[[], object], times: int = 0) -> C
             run()
     except _Reached as reached:
         return reached.call
-    raise LookupError(f"{type(module).__name__} was called {made} times before the model had run to its end")
+    what = f"no {type(module).__name__} was called" if not made else f"{type(module).__name__} was called {made} times"
+    raise LookupError(f"{what} before the model had run to its end")
 
 
 class _Reached(Exception):

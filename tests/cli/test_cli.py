@@ -121,13 +121,15 @@ def test_dry_run_predicts_the_run_and_writes_nothing(workplace: Path, export: Pa
         ),
         (["recipe.yaml", "--set", "quantization.rules.0.group_size=24"], "group_size 24 does not divide the 32 inputs"),
         (["recipe.yaml", "--set", "sampling.scheduler=DDIMSchedular"], "(did you mean 'DDIMScheduler'?)"),
-        (["recipe.yaml", "--set", "sampling.scheduler=DDPMScheduler"], "DDPMScheduler cannot be calibrated"),
         (
             ["recipe.yaml", "--set", "data.path=digit.jsonl"],
             "data.path: no file 'digit.jsonl' (did you mean 'digits.jsonl'?)",
         ),
-        (["recipe.yaml", "--set", "data.path=prompts.jsonl"], "has no 'class_id', which this model is conditioned on"),
-        (["recipe.yaml", "--set", "data.path=high.jsonl"], "high.jsonl has class_id 1000; this model has 0 to 999"),
+        (["recipe.yaml", "--set", "data.path=prompts.jsonl"], "DiTPipeline takes no 'prompt'"),
+        (
+            ["recipe.yaml", "--set", "data.path=high.jsonl"],
+            "class_id must be one of this model's classes, 0 to 999 (found 1000)",
+        ),
         (["recipe.yaml", "--set", "model.device=meta"], "model.device: 'meta' is not available here"),
         (["recipe.yaml", "--set", "model.id=./nowhere"], "model.id: './nowhere' is not a diffusers pipeline folder"),
         (["recipe.yaml", "--set", "model.id=bundled:nothing"], "model.id: no bundled model 'nothing'"),

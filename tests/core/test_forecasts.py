@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import recipe_tree
+from helpers import recipe_tree, sampled
 
 from accuquant.core.forecasts import FORECASTS, Forecast
 from accuquant.errors import CheckpointError, RecipeError
 from accuquant.export.load import load_export, recipe_of
-from accuquant.pipeline.loading import denoiser_of
-from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache
@@ -82,20 +80,17 @@ def test_a_new_forecast_goes_from_the_recipe_to_a_loaded_export(
     assert (stored["estimation"], stored["order"]) == ("damped", 1)
     recipe = recipe_of(folder)
     pipeline = load_export(folder, recipe)
-    controller = controller_of(denoiser_of(pipeline))
+    controller = controller_of(pipeline.transformer)
     assert controller is not None
     assert all(isinstance(forecast, damped) for forecast in controller.forecasts.values())
-    rollout = Rollout(pipeline, recipe.sampling)
-
-    def final() -> torch.Tensor:
-        return rollout.trajectory(rollout.conditions([1, 2], [3, 4]))[0][-1]
-
-    loaded = final()
-    detach_cache(rollout.denoiser)
-    with cached(rollout.denoiser, Cache(**CACHE)):
-        assert torch.equal(final(), loaded)
-    with cached(rollout.denoiser, Cache(**CACHE | {"estimation": "taylor"})):
-        assert not torch.equal(final(), loaded)
+    sampling, network = recipe.sampling, pipeline.transformer
+    how = {"steps": sampling.num_inference_steps, "guidance": sampling.guidance_scale}
+    loaded = sampled(pipeline, **how)
+    detach_cache(network)
+    with cached(network, Cache(**CACHE)):
+        assert torch.equal(sampled(pipeline, **how), loaded)
+    with cached(network, Cache(**CACHE | {"estimation": "taylor"})):
+        assert not torch.equal(sampled(pipeline, **how), loaded)
 
     monkeypatch.delitem(FORECASTS, "damped")
     monkeypatch.delitem(ESTIMATIONS, "damped")

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import busy_cores
+from helpers import busy_cores, dit_tapes
 from pipelines import make_pipeline
 
 from accuquant.cli import plan_view
 from accuquant.evaluation.costs import CallSeconds, call_seconds
-from accuquant.model.rollout import Rollout
-from accuquant.recipe import Sampling
 
 
 def test_a_busy_machine_changes_what_is_now_and_not_what_was_free() -> None:
     """Threads that wait for each other's cores: seen 20 to 50 times slower, which once made 63 minutes of 84 s."""
-    rollout = Rollout(make_pipeline(), Sampling(num_inference_steps=4, guidance_scale=1.5))
-    conditions = rollout.conditions([1] * 8, list(range(8)))
+    (tape,) = dit_tapes(make_pipeline(), 4, labels=[1] * 8)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        quiet = call_seconds(rollout, conditions)
+        quiet = call_seconds(tape)
         with busy_cores():
-            busy = call_seconds(rollout, conditions)
+            busy = call_seconds(tape)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -32,7 +32,11 @@ from accuquant.recipe.file import parse_recipe
 QUIET = Reporter(quiet=True)
 CACHE = {"target_nfc": 3, "order": 1, "trials": 1, "corrected": True}
 OBJECTIVE = {"iterations": 24, "cached_iterations": 1, "batch_size": 2, "steps_per_group": "auto"}
-KEPT = ("reference.safetensors", "initial.json", "auto.json", "state.safetensors")
+REFERENCE = (  # two batches of calibration samples, and four of validation
+    *(f"reference/calibration/{k}.safetensors" for k in range(2)),
+    *(f"reference/validation/{k}.safetensors" for k in range(4)),
+)
+KEPT = (*REFERENCE, "initial.json", "auto.json", "state.safetensors")
 KEPT_OF_CACHE = ("cache.json", "naive.safetensors", "naive.json", "state-cached.safetensors")
 
 
@@ -210,7 +214,7 @@ def test_killed_after_every_file_a_run_goes_on_to_the_same_result(
         *(Path("out.partial") / "export" / name for name in exported),
     }
     assert_same_weights(whole, output)
-    naive = [load_file(folder / "naive.safetensors")["latents"] for folder in (whole, output)]
+    naive = [load_file(folder / "naive.safetensors")["images"] for folder in (whole, output)]
     assert torch.equal(*naive)
     assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in whole.iterdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.yaml"]
@@ -374,7 +378,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("room", "named"), [(20_000, "out.partial/reference.safetensors"), (200_000, "out.partial/export")]
+    ("room", "named"), [(20_000, "out.partial/reference/calibration/0.safetensors"), (200_000, "out.partial/export")]
 )
 def test_a_full_disk_is_one_line(model_folder: Path, tmp_path: Path, room: int, named: str) -> None:
     recipe = write_recipe(model_folder, tmp_path / "out")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuquant.model.rollout import Rollout
 from helpers import recipe_tree
 from layers import oracle, relative
 from test_triton import needs_triton, run_file
@@ -18,7 +19,6 @@ from accuquant.calibration.layers import TrainableLayer
 from accuquant.export.load import load_export
 from accuquant.kernels import cuda, select
 from accuquant.kernels.integers import integer_product
-from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe.file import parse_recipe

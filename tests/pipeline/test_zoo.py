@@ -17,8 +17,8 @@ from zoo.images import IMAGES, Example
 from zoo.others import OTHERS
 from zoo.videos import VIDEOS
 
-from accuquant.pipeline.loading import left_out
 from accuquant.pipeline.coordinates import noise_levels
+from accuquant.pipeline.loading import left_out
 from accuquant.pipeline.record import record, rehearse
 from accuquant.pipeline.rows import call_of
 

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 import accuquant.programs.calibrate
 from accuquant import CheckpointError, cache_stats, disable_cache
+from accuquant.calibration.opened import planned_model
 from accuquant.calibration.plan import count_macs
-from accuquant.calibration.session import open_model
 from accuquant.cli.main import app
 from accuquant.core.schedule import interval_steps
 from accuquant.programs.calibrate import calibrate
@@ -30,8 +30,8 @@ from accuquant.recipe.file import parse_recipe
 QUIET = Reporter(quiet=True)
 CONFIG = Path("transformer/config.json")
 CACHED = r"transformer_blocks\.\d+\.(attn1|ff)\..*"  # what does not run at a skipped step
-INTERVAL = {"interval": 2, "order": 1}  # full at 0, 1, 3 and 5 of six steps
-TARGET = {"target_nfc": 3, "order": 1, "trials": 3}
+INTERVAL: dict[str, Any] = {"interval": 2, "order": 1}  # full at 0, 1, 3 and 5 of six steps
+TARGET: dict[str, Any] = {"target_nfc": 3, "order": 1, "trials": 3}
 
 
 def run(*arguments: str | Path, code: int = 0) -> Result:
@@ -139,9 +139,10 @@ def test_metrics_say_what_the_cache_does_and_saves(model_folder: Path, fixed: tu
     tokens = 2 * 3 * 16 * 32 * 4  # of three samples with guidance, float32, in one factor
     assert cache["nbytes"] == 4 * (3 * tokens + 4 * 2 * 3)  # output, difference and input, and a ratio for each sample
 
-    rollout, planned, _ = open_model(make_recipe(model_folder, Path("unused"), INTERVAL))
-    first = rollout.conditions([1], [0])
-    planned = count_macs(rollout.denoiser, planned, lambda: rollout.predict(0, first.noise, first), 1)
+    model, planned = planned_model(make_recipe(model_folder, Path("unused"), INTERVAL))
+    pipeline = loaded(model_folder)
+    planned = count_macs(pipeline.transformer, planned, lambda: draw(pipeline, 1), 2)  # of two samples
+    assert model.counted(planned) == planned
     floats = sum(p.macs * 32 * 32 for p in planned)
     expected = sum(p.bit_operations * (4 / 6 if re.fullmatch(CACHED, p.name) else 1) for p in planned) / floats
     assert cache["bit_operations_ratio"] == pytest.approx(expected)

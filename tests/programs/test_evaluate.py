@@ -18,11 +18,11 @@ from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.evaluation.images import image_metrics
 from accuquant.evaluation.measure import latent_metrics
 from accuquant.export.load import load_export, recipe_of
-from accuquant.model.rollout import Rollout
-from accuquant.pipeline.data import load_split
+from accuquant.pipeline.data import Split, load_split
 from accuquant.programs.calibrate import calibrate
 from accuquant.programs.evaluate import evaluate
 from accuquant.progress import Reporter
+from accuquant.recipe import Recipe
 from accuquant.recipe.file import parse_recipe
 from accuquant.runtime.layer import quantized_layers
 
@@ -43,6 +43,19 @@ def metrics_of(folder: Path) -> dict[str, object]:
     return found
 
 
+def plain(folder: Path) -> DiTPipeline:
+    pipeline = DiTPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def classes(recipe: Recipe, pipeline: DiTPipeline) -> tuple[list[int], list[int]]:
+    """That are calibrated on, and that are held out."""
+    split: Split = load_split(recipe.data, pipeline)
+    calibration, held_out = ([row["class_id"] for row in rows] for rows in (split.calibration, split.held_out))
+    return calibration, held_out
+
+
 def test_evaluating_again_gives_the_same_figures(export: Path) -> None:
     before = metrics_of(export)
     evaluate(export, recipe_of(export), QUIET)
@@ -52,14 +65,13 @@ def test_evaluating_again_gives_the_same_figures(export: Path) -> None:
 def test_figures_are_those_of_images_sampled_with_plain_diffusers(export: Path, model_folder: Path) -> None:
     """Nothing of ours but the format: both pipelines, same classes and noise, and the formulas of PSNR and L2."""
     metrics, recipe = evaluate(export, recipe_of(export), QUIET), recipe_of(export)
-    split = load_split(recipe.data, "class_id")
-    assert set(metrics["held_out"]) <= set(split.held_out) and not set(metrics["held_out"]) & set(split.calibration)
+    calibration, held_out = classes(recipe, plain(model_folder))
+    assert set(metrics["held_out"]) <= set(held_out) and not set(metrics["held_out"]) & set(calibration)
     images = []
     for folder in (model_folder, export):
-        pipeline = DiTPipeline.from_pretrained(folder)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = plain(folder)
         generators = [torch.Generator().manual_seed(1_000_000 + i) for i in range(3)]
-        inputs = [split.held_out[i % len(split.held_out)] for i in range(3)]
+        inputs = [held_out[i % len(held_out)] for i in range(3)]
         out = pipeline(inputs, guidance_scale=1.5, num_inference_steps=6, generator=generators, output_type="np").images
         images.append(torch.tensor(out, dtype=torch.float64))
     error = (images[0] - images[1]).square().mean()
@@ -69,7 +81,7 @@ def test_figures_are_those_of_images_sampled_with_plain_diffusers(export: Path, 
 def test_latent_figures_by_hand() -> None:
     reference = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [3.0, 4.0]]])  # two time steps of two samples
     latents = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.5], [3.0, 3.0]]])
-    found = latent_metrics(latents[..., None, None], reference[..., None, None])
+    found = latent_metrics(latents, reference)
     assert found["relative_l2_per_step"] == pytest.approx([0, 0.15])
     assert found["relative_l2_per_step_std"] == pytest.approx([0, 0.1 / math.sqrt(2)])
     spread = {"mean": 0.15, "std": 0.1 / math.sqrt(2), "min": 0.1, "max": 0.2}
@@ -106,16 +118,17 @@ def test_the_module_with_three_bits_is_found_to_be_the_worst(export: Path) -> No
 def test_module_error_is_that_of_its_own_output(export: Path, model_folder: Path) -> None:
     """By hand for one module: both twins get the inputs of the full-precision model."""
     name, recipe = "transformer_blocks.1.attn1.to_q", recipe_of(export)
-    pipeline = DiTPipeline.from_pretrained(model_folder)
-    pipeline.set_progress_bar_config(disable=True)
-    quantized = quantized_layers(load_export(export, recipe).transformer)[name]
-    full, held_out = Rollout(pipeline, recipe.sampling), load_split(recipe.data, "class_id").held_out
+    pipeline = plain(model_folder)
+    quantized, held_out = quantized_layers(load_export(export, recipe).transformer)[name], classes(recipe, pipeline)[1]
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = full.denoiser.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append((a[0], out)))
-    full.trajectory(full.conditions([held_out[i] for i in range(3)], [1_000_000 + i for i in range(3)]))
+    module = pipeline.transformer.get_submodule(name)
+    handle = module.register_forward_hook(lambda m, a, out: seen.append((a[0], out)))
+    generators = [torch.Generator().manual_seed(1_000_000 + i) for i in range(3)]
+    sampling = {"num_inference_steps": 6, "guidance_scale": 1.5, "output_type": "latent"}
+    pipeline([held_out[i] for i in range(3)], generator=generators, **sampling)
     handle.remove()
     error, energy = 0.0, 0.0
-    for t, (x, out) in zip(full.timesteps, seen, strict=True):
+    for t, (x, out) in zip(pipeline.scheduler.timesteps, seen, strict=True):
         quantized.clock.set(float(t))
         error += float((quantized(x) - out).square().sum())
         energy += float(out.square().sum())

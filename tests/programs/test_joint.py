@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_weights, interrupted_and_resumed, recipe_tree
+from helpers import assert_same_weights, decoder_input, finals, interrupted_and_resumed, recipe_tree
 
 from accuquant.calibration.objectives.cached import CachedTrajectory
-from accuquant.calibration.session import Session, open_session
+from accuquant.calibration.opened import open_model
+from accuquant.calibration.session import Session, open_session, validation_error
 from accuquant.cli.main import app
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
 from accuquant.evaluation.measure import held_out_reference
 from accuquant.evaluation.report import percent
 from accuquant.export.load import load_export, recipe_of
-from accuquant.pipeline.loading import denoiser_of, load_pipeline
-from accuquant.model.rollout import Rollout
 from accuquant.programs.calibrate import calibrate
 from accuquant.programs.evaluate import evaluate
 from accuquant.progress import Reporter
@@ -52,18 +51,19 @@ def metrics(export: Path) -> dict[str, Any]:
 def test_the_parts_of_the_error_are_measured_apart(export: Path, metrics: dict[str, Any]) -> None:
     """Each against the pipelines themselves: quantized alone, cached alone, both."""
     recipe = recipe_of(export)
-    full = load_pipeline(recipe.model)
-    plain, both = Rollout(full, recipe.sampling), Rollout(load_export(export, recipe), recipe.sampling)
-    alone = Rollout(load_export(export, recipe.model_copy(update={"cache": None})), recipe.sampling)
-    held_out = held_out_reference(plain, recipe.data, recipe.evaluation, QUIET)
+    full, both = open_model(recipe), load_export(export, recipe)
+    alone = load_export(export, recipe.model_copy(update={"cache": None}))
+    held_out = held_out_reference(full, recipe, QUIET)
+    classes = [row["class_id"] for row in held_out.samples.rows]
 
-    def error(rollout: Rollout) -> float:
-        return float(relative_l2(rollout.trajectory(held_out.conditions)[0][-1], held_out.latents[-1]).mean())
+    def error(pipeline: Any) -> float:
+        found = decoder_input(pipeline, classes, held_out.samples.seeds, recipe.sampling)
+        return float(relative_l2(found.flatten(1), held_out.latents[-1]).mean())
 
     assert metrics["E_q"] == pytest.approx(error(alone), rel=1e-6)
     assert metrics["E_qc"] == pytest.approx(error(both), rel=1e-6)
-    with cached(plain.denoiser, Cache(**CACHE)):  # type: ignore[arg-type]
-        assert metrics["E_c"] == pytest.approx(error(plain), rel=1e-6)
+    with cached(full.network, Cache(**CACHE)):  # type: ignore[arg-type]
+        assert metrics["E_c"] == pytest.approx(error(full.recorder.pipeline), rel=1e-6)
     assert metrics["interaction"] == pytest.approx(metrics["E_qc"] - metrics["E_q"] - metrics["E_c"])
     assert len({metrics["E_q"], metrics["E_c"], metrics["E_qc"], metrics["E_naive"]}) == 4
     assert metrics["final_relative_l2"]["mean"] == pytest.approx(metrics["E_qc"], rel=1e-6)
@@ -130,9 +130,8 @@ def test_calibrating_with_the_cache_lowers_the_error_with_the_cache(
     cache = CachePlan.of(Cache(**CACHE))  # type: ignore[arg-type]
 
     def error() -> float:
-        with cached(session.rollout.denoiser, cache):
-            latents, _ = session.rollout.trajectory(session.validation.conditions)
-        return float(relative_l2(latents[-1], session.validation.latents[-1]).mean())
+        with cached(session.network, cache):
+            return validation_error(session)
 
     before = error()
     session.loop(recipe.objective, 2, cache).run()
@@ -164,18 +163,17 @@ def test_without_a_cache_section_there_is_nothing_to_calibrate_with(model_folder
 
 def test_an_export_keeps_its_cache_apart_from_its_weights(export: Path) -> None:
     pipeline = load_export(export, recipe_of(export, ["cache=null"]))
-    attach_cache(denoiser_of(pipeline), Cache(interval=2, order=1))
+    attach_cache(pipeline.transformer, Cache(interval=2, order=1))
 
 
 def test_the_session_is_left_without_a_cache(model_folder: Path, tmp_path: Path) -> None:
     recipe = make_recipe(model_folder, tmp_path / "out", objective={"iterations": 1, "batch_size": 2})
     session: Session = open_session(recipe, QUIET)
-    before, _ = session.rollout.trajectory(session.validation.conditions)
+    before = finals(session.validation.tapes)
     plan = CachePlan.of(Cache(**CACHE))  # type: ignore[arg-type]
     tuner = session.loop(recipe.objective.model_copy(update={"iterations": 0}), 1, plan)
     tuner.run()
-    after, _ = session.rollout.trajectory(session.validation.conditions)
-    assert torch.equal(before, after)
+    assert torch.equal(before, finals(session.validation.tapes))
 
 
 def test_the_dry_run_names_the_cache(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

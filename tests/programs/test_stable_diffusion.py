@@ -1,4 +1,4 @@
-"""Stable Diffusion's U-Net, from the rollout to an export with CacheQuant's cache."""
+"""Stable Diffusion's U-Net, from its tape to an export with CacheQuant's cache."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers import recipe_tree
+from helpers import finals, recipe_tree, recorded_finals
 from pipelines import make_stable_diffusion
 
-from accuquant.model.rollout import Rollout
+from accuquant.pipeline.data import Samples
+from accuquant.pipeline.recorder import Recorder
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Sampling
@@ -21,10 +22,10 @@ from accuquant.runtime.layer import quantized_layers
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_the_rollout_is_the_pipeline(guidance_scale: float) -> None:
+def test_the_tape_is_the_pipeline(guidance_scale: float) -> None:
     pipeline = make_stable_diffusion()
-    rollout = Rollout(pipeline, Sampling(num_inference_steps=4, guidance_scale=guidance_scale))
-    found, _ = rollout.trajectory(rollout.conditions(["a cat", "dog"], [1, 2]))
+    recorder = Recorder(pipeline, Sampling(num_inference_steps=4, guidance_scale=guidance_scale))
+    tapes = [recorder.tape(Samples([{"prompt": "a cat"}, {"prompt": "dog"}], [1, 2]))]
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     expected = pipeline(
         ["a cat", "dog"],
@@ -33,7 +34,8 @@ def test_the_rollout_is_the_pipeline(guidance_scale: float) -> None:
         generator=generators,
         output_type="latent",
     ).images
-    assert torch.equal(found[-1], expected)
+    assert torch.equal(recorded_finals(tapes), expected.flatten(1))
+    assert torch.equal(finals(tapes), expected.flatten(1))
 
 
 def test_convolutions_and_cachequants_feature_are_exported(tmp_path: Path) -> None:

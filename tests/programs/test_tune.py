@@ -13,14 +13,13 @@ from helpers import TYPES, assert_same_weights, tune_recipe
 from typer.testing import CliRunner
 
 from accuquant.calibration.loop import UpdateLoop
+from accuquant.calibration.opened import open_model
 from accuquant.calibration.session import open_session
 from accuquant.cli.main import app
 from accuquant.core.schedule import DIFFUSERS_OFFSET, filled_interval_steps
 from accuquant.errors import RecipeError
 from accuquant.export.run_folder import RunFolder
 from accuquant.files import KeptFiles
-from accuquant.pipeline.loading import load_pipeline
-from accuquant.model.rollout import Rollout
 from accuquant.programs import tune as tuning
 from accuquant.programs.calibrate import calibrate
 from accuquant.programs.tune import chosen_recipe, hand_over, kept_in, tune
@@ -114,10 +113,10 @@ def test_the_chosen_point_keeps_to_the_budget_and_is_the_best(tuned: Path) -> No
     assert (naive["ratio"]["mean"], naive["ratio"]["standard_error"]) == (0, 0)
     assert chosen["ratio"]["mean"] <= 2 * chosen["ratio"]["standard_error"]
     recipe = load_recipe(tuned / "recipe.yaml")
-    timesteps = Rollout(load_pipeline(recipe.model), recipe.sampling).timesteps
+    levels = open_model(recipe).levels
     offset = DIFFUSERS_OFFSET if "offset" in naive["cache"] else None
     full_steps = filled_interval_steps(8, chosen["asked_nfc"], 2, offset)
-    assert found["naive"]["full_timesteps"] == [float(timesteps[i]) for i in full_steps]
+    assert found["naive"]["full_timesteps"] == [levels[i] for i in full_steps]
     for words in ("interval", "offset-1 interval"):  # the better of both
         same = [row for row in rows if row["cache"] == f"taylor 2, {words} steps" and row["types"] == chosen["types"]]
         assert same and all(row["ratio"]["mean"] >= 0 for row in same)

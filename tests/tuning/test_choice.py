@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tune_recipe
+from helpers import recorded_finals, tune_recipe
 
 from accuquant.calibration.session import further_validation, open_session
 from accuquant.core.choice import cheapest_equal, difference, leaders, log_error
 from accuquant.errors import RecipeError
 from accuquant.files import KeptFiles
-from accuquant.pipeline.data import load_split
 from accuquant.progress import Reporter
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.budget import LEADERS, type_combinations
@@ -172,14 +171,15 @@ def test_further_samples_go_on_from_those_there_are_and_are_kept(place: Place, t
     kept = KeptFiles(tmp_path, QUIET)
     combination = replace(place.combination, recipe=whole)
     session = open_session(whole, QUIET, kept.inside("eight"))
-    split = load_split(recipe.data, "class_id")
-    given = (place.session, split, recipe.data, (4, 8), recipe.evaluation.batch_size, QUIET, kept)
-    conditions, final = further_validation(*given)
-    assert torch.equal(conditions.noise, session.validation.conditions.noise[4:])
-    torch.testing.assert_close(final, session.validation.latents[-1][4:], rtol=1e-3, atol=1e-3)  # of other batches
-    written = (tmp_path / "validation-4-8.safetensors").stat().st_mtime_ns
-    assert torch.equal(further_validation(*given)[1], final)
-    assert (tmp_path / "validation-4-8.safetensors").stat().st_mtime_ns == written
+    given = (place.session, recipe.data, (4, 8), recipe.evaluation.batch_size, QUIET, kept)
+    tapes, whole_set = further_validation(*given), session.validation.tapes
+    noise = [torch.cat([tape.per_sample(tape.state(0)) for tape in of]) for of in (tapes, whole_set)]
+    assert torch.equal(noise[0], noise[1][4:])
+    final = recorded_finals(tapes)
+    torch.testing.assert_close(final, recorded_finals(whole_set)[4:], rtol=1e-3, atol=1e-3)  # of other batches
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "validation-4-8").iterdir()}
+    assert written and torch.equal(recorded_finals(further_validation(*given)), final)
+    assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "validation-4-8").iterdir()}
 
     eight = Place(combination, place.section, session, (1.0, 0.5), Tried(tmp_path / "eight" / "tried.jsonl"), QUIET)
     extended = place.extended(place.own(4)[0], 8)
