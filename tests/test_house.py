@@ -244,7 +244,7 @@ def test_rule_notices_a_private_name(code):
         ("accuquant.runtime.checkpoint", "accuquant.calibration.layers"),
         ("accuquant.calibration.loop", "accuquant.caching.search"),
         ("accuquant.tuning.candidates", "accuquant.programs.calibrate"),
-        ("accuquant.model.rollout", "accuquant"),
+        ("accuquant.pipeline.tape", "accuquant"),
         ("accuquant.programs.evaluate", "accuquant.cli.main"),
         ("accuquant.programs.evaluate", "accuquant.no_such_module"),
     ],

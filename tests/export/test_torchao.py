@@ -146,12 +146,12 @@ def test_a_stranger_gets_calibrations_integers_and_our_arithmetic(
     recipe = make_recipe(model_folder, tmp_path / "out", rules)
     session = open_session(recipe, QUIET)
     session.loop(recipe.objective, 1).run()
-    denoiser = session.rollout.denoiser
+    denoiser = session.network
     twin = copy.deepcopy(denoiser)
     harden_model(twin, twin.step_clock)
     set_arithmetic(twin, "reference")
     convert_model(denoiser, dict.fromkeys(trainable_layers(denoiser), 3), torch.float32)
-    session.rollout.pipeline.save_pretrained(tmp_path / "saved")
+    session.model.recorder.pipeline.save_pretrained(tmp_path / "saved")
 
     found = stranger(tmp_path / "saved", tmp_path)
     layers = quantized_layers(twin)
@@ -250,14 +250,12 @@ def test_folder_holds_no_pickle_and_says_what_it_is(export: Path) -> None:
 
 
 def test_figures_are_those_a_stranger_finds(export: Path, model_folder: Path, tmp_path: Path) -> None:
-    metrics, held_out = (
-        json.loads((export / "metrics.json").read_text()),
-        load_split(recipe_of(export).data, "class_id"),
-    )
-    classes = [held_out.held_out[i % len(held_out.held_out)] for i in range(3)]
-    found = stranger(export, tmp_path, classes)["images"].double()
+    metrics = json.loads((export / "metrics.json").read_text())
     pipeline = DiTPipeline.from_pretrained(model_folder)
     pipeline.set_progress_bar_config(disable=True)
+    held_out = load_split(recipe_of(export).data, pipeline).held_out
+    classes = [held_out[i % len(held_out)]["class_id"] for i in range(3)]
+    found = stranger(export, tmp_path, classes)["images"].double()
     noise = [torch.Generator().manual_seed(1_000_000 + i) for i in range(3)]
     full = pipeline(classes, guidance_scale=1.5, num_inference_steps=6, generator=noise, output_type="np").images
     error = (found - torch.tensor(full, dtype=torch.float64)).square().mean()

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuquant.model.rollout import Rollout
-from helpers import recipe_tree
+from helpers import dit_tapes, finals, recipe_tree
 from layers import oracle, relative
 from test_triton import needs_triton, run_file
 from torch import Tensor, nn
@@ -47,11 +46,10 @@ def test_calibration_and_loading_on_the_device(model_folder: Path, tmp_path: Pat
     tree["model"]["device"] = "cuda"
     recipe = parse_recipe(tree, "test")
     pipeline = load_export(calibrate(recipe, Reporter(quiet=True)), recipe)
-    rollout = Rollout(pipeline, recipe.sampling)
-    conditions = rollout.conditions([1, 2], [3, 4])
-    integers = rollout.trajectory(conditions)[0]
+    tapes = dit_tapes(pipeline, recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale)
+    integers = finals(tapes)
     set_arithmetic(pipeline.transformer, "reference")
-    reference = rollout.trajectory(conditions)[0]
+    reference = finals(tapes)
     assert integers.is_cuda and float((integers - reference).norm() / reference.norm()) < 2e-2
 
 

@@ -121,8 +121,11 @@ def test_byte_order_mark_and_blank_lines_are_no_data(tmp_path: Path) -> None:
         ('{"class_label": 3}', f": DiTPipeline takes no 'class_label' (did you mean 'class_labels'?); {TAKES}: "),
         ('{"class_labels": 3, "guidance_scale": 2}', " has other keys than the lines before it, class_labels: "),
         ('{"class_id": 3}', " has other keys than the lines before it, class_labels: "),
-        *((f'{{"class_labels": {value}}}', f": class_labels must be {CLASS}: ") for value in NO_CLASSES),
-        ('{"class_id": -1}', f": class_id must be {CLASS}: "),
+        *(
+            (f'{{"class_labels": {value}}}', f": class_labels must be {CLASS} (found {json.loads(value)!r}): ")
+            for value in NO_CLASSES
+        ),
+        ('{"class_id": -1}', f": class_id must be {CLASS} (found -1): "),
     ],
 )
 def test_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -137,7 +140,7 @@ def test_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 def test_a_class_of_a_model_that_does_not_say_how_many_it_has(tmp_path: Path) -> None:
     pipeline = make_pipeline(layers=1)
     pipeline.transformer.register_to_config(num_embeds_ada_norm=None)
-    with pytest.raises(RecipeError, match=r"line 2 of .*: class_labels must be a whole number from 0 on: "):
+    with pytest.raises(RecipeError, match=r"line 2 of .*: class_labels must be a whole number from 0 on \(found -1\)"):
         split(write(tmp_path / "d.jsonl", [5000, -1]), pipeline)
 
 

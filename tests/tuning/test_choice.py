@@ -200,9 +200,8 @@ def test_what_was_given_is_not_given_again_after_an_interruption(
 ) -> None:
     candidates = place.own(4)
     found = settle(place, candidates, False, lambda calibrated: None)
-    again = Place(
-        place.combination, place.section, place.session, place.seconds, Tried(tmp_path / "tried.jsonl"), QUIET, tmp_path
-    )
+    tried, kept = Tried(tmp_path / "tried.jsonl"), KeptFiles(tmp_path, QUIET)
+    again = Place(place.combination, place.section, place.session, place.seconds, tried, QUIET, kept)
     assert again.tried.candidates == place.tried.candidates
 
     def refuse(*_: Any) -> None:
