@@ -96,9 +96,10 @@ class Stage:
 
 def prolongable(run: Run, name: str, steps: int, rate: float, batch: int) -> Stage:
     """A long stage that is looked at on its way; its recipe leaves the steps out, so that there may be more of them."""
-    schedule = constant_then_linear(steps, max(1, steps // 4))
-    often: dict[str, Any] = {"log_every": 50, "save_every": 120, "watch_every": 1000}
-    return Stage(run, name, steps, rate, schedule, f"batch={batch}", ema_decay=0.999, **often)
+    schedule, recipe = constant_then_linear(steps, max(1, steps // 4)), f"batch={batch}"
+    return Stage(
+        run, name, steps, rate, schedule, recipe, ema_decay=0.999, save_every=120, log_every=50, watch_every=1000
+    )
 
 
 def train_stage(
