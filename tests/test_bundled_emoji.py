@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from accuquant.pipeline.loading import BUNDLED, left_out, load_pipeline
+from accuquant.pipeline.loading import BUNDLED, load_pipeline
 from accuquant.recipe import Model
 from tools.emoji.check import recognised, sample
 from tools.emoji.data import SPLITS, prompt, split
 from tools.emoji.judge import load_judge
+from tools.train_emoji import load
 
 LIMITS = {"emoji-sd3": 40e6}
 
@@ -25,9 +26,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> DiffusionPipeline:
-    loaded = DiffusionPipeline.from_pretrained(folder, **left_out(str(folder)))
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
+    return load(folder)
 
 
 def test_files_are_small_and_for_everyone(folder: Path) -> None:

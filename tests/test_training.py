@@ -51,6 +51,13 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path: Path) -> None:
     assert resumed_facts["final_loss"] == pytest.approx(facts["final_loss"])
 
 
+def test_a_finished_run_taken_up_again_says_the_same(tmp_path: Path) -> None:
+    _, facts = train_stage(stage(tmp_path), make, fit)
+    _, again = train_stage(stage(tmp_path), make, fit)
+    assert facts["seconds"] > 0
+    assert all(facts[key] == again[key] for key in ("steps", "seconds", "final_loss"))
+
+
 def test_a_run_that_has_not_begun_to_fall_can_be_prolonged(tmp_path: Path) -> None:
     calls = 0
 

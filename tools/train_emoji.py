@@ -144,9 +144,7 @@ def is_written(folder: Path, facts: Facts) -> bool:
         return False
     record = json.loads(file.read_text())
     rows = [Found(**row) for row in record.pop("check")]
-    # what was measured, in floats, may differ in last digits
-    settings, found = ({k: v for k, v in of.items() if not isinstance(v, float)} for of in (facts, record))
-    if settings != found:
+    if record != facts:
         return False
     print(f"{folder} is there already\n{table(rows)}")
     return True

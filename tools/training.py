@@ -96,9 +96,10 @@ class Stage:
 
 def prolongable(run: Run, name: str, steps: int, rate: float, batch: int) -> Stage:
     """A long stage that is looked at on its way; its recipe leaves the steps out, so that there may be more of them."""
-    schedule = constant_then_linear(steps, max(1, steps // 4))
-    often: dict[str, Any] = {"log_every": 50, "save_every": 120, "watch_every": 1000}
-    return Stage(run, name, steps, rate, schedule, f"batch={batch}", ema_decay=0.999, **often)
+    schedule, recipe = constant_then_linear(steps, max(1, steps // 4)), f"batch={batch}"
+    return Stage(
+        run, name, steps, rate, schedule, recipe, ema_decay=0.999, save_every=120, log_every=50, watch_every=1000
+    )
 
 
 def train_stage(
@@ -156,10 +157,13 @@ def train_stage(
 
     clock = time.monotonic
     start = saved_at = clock()
+    taken = seconds
 
     def save(step: int) -> None:
+        nonlocal taken
+        taken = seconds + clock() - start
         tensors = {key: tensor.cpu() for key, tensor in state().items()} | {"rng": generator.get_state()}
-        figures = {"step": step, "seconds": seconds + clock() - start, "curve": curve}
+        figures = {"step": step, "seconds": taken, "curve": curve}
         metadata = {"recipe": stage.of} | {key: json.dumps(value) for key, value in figures.items()}
         partial = stage.checkpoint.with_suffix(".partial")
         save_file(tensors, partial, metadata)
@@ -200,11 +204,9 @@ def train_stage(
                 print(f"{stage.name}: stopped, saved at step {step + 1} of {stage.steps}")
                 raise SystemExit(128 + told[0])
 
-    if first < stage.steps:
-        seconds += clock() - start
     torch._foreach_copy_([p.data for p in weights], averages)
     final_loss = curve[-1][1] if curve else None
-    facts = {"steps": stage.steps, "final_loss": final_loss, "seconds": seconds, "curve": curve}
+    facts = {"steps": stage.steps, "final_loss": final_loss, "seconds": taken, "curve": curve}  # as saved
     return model.requires_grad_(False), facts
 
 

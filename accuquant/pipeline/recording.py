@@ -120,10 +120,8 @@ class _Writer(TorchDispatchMode):
             return out
         if not any(self.is_hot(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             return func(*args, **kwargs)
-        if (
-            func is torch.ops.aten._local_scalar_dense.default
-        ):  # a number is no tensor; the self-check sees if it matters
-            return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return func(*args, **kwargs)  # a number is no tensor; the self-check sees if it matters
         if torch.Tag.inplace_view in func.tags:
             return self._reshaped(func, args, kwargs)
         for tensor in written:

@@ -34,7 +34,7 @@ class Networks(nn.Module):
 def make_unet(text_width: int) -> UNet2DConditionModel:
     """Two resolutions, a residual block on the way down and two on the way up; attention at the lower one, and between.
 
-    At the higher one attention would take a third of a training step on a CPU.
+    At the higher one attention would take half of a training step on a CPU.
     """
     return UNet2DConditionModel(
         sample_size=16,
