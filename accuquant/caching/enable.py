@@ -14,7 +14,7 @@ from torch import nn
 from accuquant.caching.search import CHOICE_SAMPLES, search_on_rows
 from accuquant.errors import CacheError
 from accuquant.pipeline.recorder import Recorder
-from accuquant.pipeline.rows import Row, as_row
+from accuquant.pipeline.rows import Row, as_row, classes_of
 from accuquant.pipeline.seams import takes, unwrapped
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
@@ -144,9 +144,7 @@ def known_rows(pipeline: DiffusionPipeline) -> list[Row]:
         CacheError: the pipeline takes neither.
     """
     if takes(pipeline, "class_labels"):
-        labels: Any = getattr(pipeline, "labels", {})
-        config: Any = denoiser_of_any(pipeline).config
-        classes = sorted(set(labels.values())) or list(range(int(config.num_embeds_ada_norm)))
+        classes = classes_of(pipeline)
         return [{"class_labels": one} for one in random.Random(0).sample(classes, min(len(classes), CHOICE_SAMPLES))]
     if not takes(pipeline, "prompt"):
         raise CacheError(

@@ -8,6 +8,7 @@ from functools import cached_property
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from accuquant.calibration.kinds import kinds_of
 from accuquant.calibration.methods import METHODS
 from accuquant.calibration.objectives import AUTO, OBJECTIVES
 from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
@@ -74,7 +75,18 @@ class OpenedModel:
 
     def plan(self, rules: tuple[Rule, ...]) -> list[PlannedModule]:
         """What the rules make of the denoisers' modules, see `plan_modules`."""
-        return plan_modules(self.network, rules, [one.prefix for one in self.denoisers if one.prefix])
+        prefixes = [one.prefix for one in self.denoisers if one.prefix]
+        return plan_modules(self.network, rules, prefixes, lambda: self.kinds)
+
+    @cached_property
+    def kinds(self) -> dict[str, frozenset[str]]:
+        """What the modules of the denoisers are for, see `kinds_of`."""
+        found = dict[str, frozenset[str]]()
+        for one in self.denoisers:
+            step = min(one.levels)
+            own = kinds_of(one.network, lambda step=step: self.rehearsal.step(step, self.rehearsal.state(step)))  # type: ignore[misc]
+            found |= {one.prefix + name: kinds for name, kinds in own.items()}
+        return found
 
     def counted(self, planned: list[PlannedModule]) -> list[PlannedModule]:
         """The planned modules with their multiply-adds, per sample and step of their denoiser."""

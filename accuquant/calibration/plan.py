@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from accuquant.calibration.kinds import KINDS
 from accuquant.core.packing import packed_columns
 from accuquant.errors import AccuQuantError, RecipeError, closest
 from accuquant.kernels.select import fixed
 from accuquant.recipe import Rule
+from accuquant.recipe.rule import patterns_of
 from accuquant.runtime.observe import Call, observed
 from accuquant.runtime.spec import Conv, LayerSpec
 
 FLOAT_BITS = 32
+GROUP_SIZES = (64, 32, 16, 8)  # that `group_size: auto` takes the largest of, as published settings do
 
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One Linear or Conv2d of the denoiser. ``spec`` is None where it stays float; ``macs`` are per sample and call."""
+    """One Linear or Conv2d of the denoiser.
+
+    Attributes:
+        spec: None where it stays float.
+        macs: multiply-adds per sample and call.
+        kinds: what it is for, where a rule goes by kind.
+    """
 
     name: str
     kind: str
@@ -30,6 +39,7 @@ class PlannedModule:
     spec: LayerSpec | None
     tune: bool
     macs: int = 0
+    kinds: frozenset[str] = frozenset()
 
     @property
     def float_bytes(self) -> int:
@@ -59,46 +69,60 @@ class PlannedModule:
         return self.macs * self.spec.weight_type.bits * activation
 
 
-def plan_modules(denoiser: nn.Module, rules: tuple[Rule, ...], prefixes: Sequence[str] = ()) -> list[PlannedModule]:
-    """Apply the rules to every Linear and Conv2d; the first rule whose pattern matches a name in full decides.
+def plan_modules(
+    denoiser: nn.Module,
+    rules: tuple[Rule, ...],
+    prefixes: Sequence[str] = (),
+    kinds: Callable[[], Mapping[str, frozenset[str]]] = dict,
+) -> list[PlannedModule]:
+    """Apply the rules to every Linear and Conv2d; the first rule that names a module decides.
 
     Args:
         prefixes: that a pattern may leave out: names of several denoisers and a point.
+        kinds: finds the kinds of modules by name; asked where a rule goes by kind.
 
     Raises:
         RecipeError: a pattern is no regular expression, a rule decides nothing, or a group size does not fit.
         AccuQuantError: ACCUQUANT_PATH names no path; after hours it would be said too late.
     """
     fixed()
-    patterns = [_compile(i, rule.modules) for i, rule in enumerate(rules)]
+    for i, rule in enumerate(rules):
+        _check_patterns(i, rule)
     layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    by_kind = any(one in KINDS for rule in rules for one in patterns_of(rule.modules))
+    known = kinds() if by_kind else {}
     decided = [0] * len(rules)
     planned = []
     for name, module in layers.items():
-        index = next((i for i, pattern in enumerate(patterns) if matches(pattern, name, prefixes)), None)
+        own = known.get(name, frozenset())
+        index = next((i for i, rule in enumerate(rules) if matches(rule, name, own, prefixes)), None)
         spec, tune = None, False
         if index is not None:
             rule = rules[index]
             decided[index] += 1
             if rule.weight != "float":
-                spec, tune = _spec(rule), rule.tune
+                columns = module.weight.flatten(1).shape[1]
+                spec, tune = _spec(rule, columns), rule.tune
                 try:
                     Conv.of(module, name)
-                    spec.num_groups(module.weight.flatten(1).shape[1], name)
+                    spec.num_groups(columns, name)
                 except AccuQuantError as error:
                     raise RecipeError(f"quantization.rules.{index}: {error}") from error
-        rows, columns = module.weight.flatten(1).shape
-        planned.append(PlannedModule(name, type(module).__name__, (rows, columns), module.bias is not None, spec, tune))
+        shape, bias = module.weight.flatten(1).shape, module.bias is not None
+        planned.append(PlannedModule(name, type(module).__name__, (shape[0], shape[1]), bias, spec, tune, kinds=own))
     for i, count in enumerate(decided):
-        if not count:
-            raise RecipeError(_unused(i, rules[i].modules, patterns[i], list(layers)))
+        if not count and not rules[i].optional:
+            raise RecipeError(_unused(i, rules[i], layers, known))
     return planned
 
 
-def matches(pattern: str | re.Pattern[str], name: str, prefixes: Sequence[str] = ()) -> bool:
-    """Whether a rule's pattern is of this module, with or without the denoiser's name before it."""
+def matches(rule: Rule, name: str, kinds: frozenset[str] = frozenset(), prefixes: Sequence[str] = ()) -> bool:
+    """Whether a rule names this module, by its kind or by its name, with or without the denoiser's before it."""
     names = [name, *(name.removeprefix(prefix) for prefix in prefixes)]
-    return any(re.fullmatch(pattern, one) for one in names)
+    return any(
+        one in kinds if one in KINDS else any(re.fullmatch(one, each) for each in names)
+        for one in patterns_of(rule.modules)
+    )
 
 
 def count_macs(
@@ -116,11 +140,14 @@ def count_macs(
     return [replace(p, macs=rows.get(p.name, 0) * p.shape[0] * p.shape[1] // batch) for p in planned]
 
 
-def _spec(rule: Rule) -> LayerSpec:
+def _spec(rule: Rule, columns: int) -> LayerSpec:
+    size = rule.group_size
+    if size == "auto":
+        size = next((fits for fits in GROUP_SIZES if columns % fits == 0 and columns > fits), None)
     return LayerSpec(
         weight=rule.weight,
         activation=rule.activation,
-        group_size=rule.group_size,
+        group_size=size,
         symmetric=rule.symmetric,
         activation_scale=rule.activation_scale,
         activation_symmetric=rule.activation_symmetric
@@ -129,21 +156,35 @@ def _spec(rule: Rule) -> LayerSpec:
     )
 
 
-def _compile(index: int, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(
-            f"quantization.rules.{index}.modules: {pattern!r} is no regular expression ({error})"
-        ) from error
+def _check_patterns(index: int, rule: Rule) -> None:
+    for pattern in patterns_of(rule.modules):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RecipeError(
+                f"quantization.rules.{index}.modules: {pattern!r} is no regular expression ({error})"
+            ) from error
 
 
-def _unused(index: int, text: str, pattern: re.Pattern[str], names: list[str]) -> str:
-    where = f"quantization.rules.{index}.modules: {text!r} "
-    if any(pattern.fullmatch(n) for n in names):
-        return where + "decides no module: an earlier rule matches everything it does; move it up or drop it"
-    inside = [n for n in names if pattern.search(n)]
-    if inside:
-        return where + f"matches no module in full; it is found inside {inside[0]!r}: add .* where the rest may follow"
-    close = closest(text.replace("\\", ""), names, cutoff=0)
-    return where + f"matches no Linear or Conv2d of this model; a similar name: {close or 'none'}"
+def _unused(index: int, rule: Rule, names: Iterable[str], kinds: Mapping[str, frozenset[str]]) -> str:
+    """What is wrong with a rule that decides nothing."""
+    where, names = f"quantization.rules.{index}.modules: ", list(names)
+    if any(matches(rule, name, kinds.get(name, frozenset())) for name in names):
+        return f"{where}{_said(rule)} decides no module: an earlier rule takes all it names; move it up or drop it"
+    for text in patterns_of(rule.modules):
+        if text in KINDS:
+            there = sorted(set().union(*kinds.values()))
+            return f"{where}{text!r} is a kind that this model has none of; it has {', '.join(there)}"
+        if inside := [name for name in names if re.search(text, name)]:
+            return (
+                f"{where}{text!r} matches no module in full; it is found inside {inside[0]!r}: add .* where the rest "
+                "may follow"
+            )
+    text = patterns_of(rule.modules)[0]
+    close = closest(text, KINDS, cutoff=0.75) or closest(text.replace("\\", ""), names, cutoff=0)
+    what = "kind" if close in KINDS else "name"
+    return f"{where}{_said(rule)} matches no Linear or Conv2d of this model; a similar {what}: {close or 'none'}"
+
+
+def _said(rule: Rule) -> str:
+    return " and ".join(map(repr, patterns_of(rule.modules)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -199,6 +200,36 @@ def inspect(
         table, lines = contents(folder, measure)
         out.print(table)
         typer.echo("\n" + "\n".join(lines))
+
+
+@app.command(
+    epilog="Examples:\n\naccuquant new bundled:emoji-sd3\n\naccuquant new ./my-flux --preset w4a8 -o my_flux.yaml"
+)
+def new(
+    model: Annotated[str, typer.Argument(help="`bundled:NAME`, a local folder in diffusers format, or a hub id.")],
+    preset: Annotated[str, typer.Option(help="w8a8, w4a8, w8a16, w4a16 or fp8.")] = "w8a8",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Recipe to write, if not MODEL_PRESET.yaml here.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="JSON-lines file of rows that the pipeline is called with; shipped if absent.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="num_inference_steps; the pipeline's own if absent.", min=2)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing recipe.")] = False,
+) -> None:
+    """Write a recipe for any diffusers pipeline: rules by kind of module, found from one recorded call.
+
+    The recipe's comments say how many modules each rule catches, what share of the products they are, and what stays
+    float and why.
+    """
+    with _readable_errors():
+        _quiet_diffusers()
+        from accuquant.cli.plan_view import print_caught
+        from accuquant.programs.new import new_recipe
+
+        target = output or Path(f"{re.sub('[^A-Za-z0-9]+', '_', model.rpartition(':')[2]).strip('_')}_{preset}.yaml")
+        print_caught(new_recipe(model, preset, target, data, steps, overwrite))
+        typer.echo(f"\nrecipe: {target}\nnext: accuquant calibrate {target} --dry-run")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.table import Table
 from accuquant.errors import RecipeError
 from accuquant.evaluation.card import figures
 from accuquant.recipe import Cache, Recipe
+from accuquant.recipe.rule import patterns_of
 
 BUSY = 2.0  # times that a call of the denoiser takes longer than on a free machine, from which on it is said
 
@@ -57,6 +58,20 @@ def print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> Non
     for name, value in rows:
         out.print(f"{name:26} {value}")
     out.print("\ndry run: nothing was written")
+
+
+def print_caught(found: list[Any]) -> None:
+    """What each rule of a new recipe catches."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("modules", "weight", "activation", "count", "of the products", "of the weights"):
+        table.add_column(column)
+    for one in found:
+        if one.rule is None and not one.modules:
+            continue
+        named = "no rule names them" if one.rule is None else ", ".join(patterns_of(one.rule.modules))
+        types = ("float", "float") if one.rule is None else (one.rule.weight, one.rule.activation)
+        table.add_row(named, *types, str(len(one.modules)), f"{one.products:.1%}", f"{one.weights:.1%}")
+    out.print(table)
 
 
 def time_words(costs: dict[str, Any]) -> str:

@@ -102,7 +102,7 @@ def check_row(pipeline: DiffusionPipeline, row: Row) -> None:
         if argument == "prompt" and not isinstance(value, str):
             raise RecipeError(f"{key} must be text")
         if argument == "class_labels":
-            classes = _number_of_classes(pipeline)
+            classes = number_of_classes(pipeline)
             if type(value) is not int or not 0 <= value < (classes or 2**31):
                 known = f"one of this model's classes, 0 to {classes - 1}" if classes else "a whole number from 0 on"
                 raise RecipeError(f"{key} must be {known} (found {value!r})")
@@ -110,7 +110,7 @@ def check_row(pipeline: DiffusionPipeline, row: Row) -> None:
         raise RecipeError("it says nothing that the pipeline could be called with")
 
 
-def _number_of_classes(pipeline: DiffusionPipeline) -> int | None:
+def number_of_classes(pipeline: DiffusionPipeline) -> int | None:
     """Of a class-conditional transformer or U-Net, where its config says it."""
     for component in pipeline.components.values():
         config = getattr(component, "config", None)
@@ -118,6 +118,12 @@ def _number_of_classes(pipeline: DiffusionPipeline) -> int | None:
             if isinstance(found := getattr(config, key, None), int):
                 return found
     return None
+
+
+def classes_of(pipeline: DiffusionPipeline) -> list[int]:
+    """The numbers of the classes that a pipeline was trained on: those that have names, or all there are."""
+    labels: dict[str, int] = getattr(pipeline, "labels", {})
+    return sorted(set(labels.values())) or list(range(number_of_classes(pipeline) or 0))
 
 
 def asked_for(row: Row) -> Any:

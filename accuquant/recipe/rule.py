@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from accuquant.recipe.base import Section
+from accuquant.errors import nearest
+from accuquant.recipe.base import Section, found
 
 NumberType = Literal["int8", "int6", "int4", "int3", "fp8"]
+Kind = Literal["linear", "conv", "attention", "mlp", "modulation", "embedding", "first", "last"]
+
+
+def _patterns(value: Any) -> Any:
+    """One or several, each a text that says something."""
+    several = isinstance(value, list | tuple)
+    if several and value and all(isinstance(one, str) and one for one in value):
+        return tuple(value)
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError(f"must be a regular expression or a kind of modules, or a list of them (found {found(value)})")
+
+
+Modules = Annotated[str | tuple[str, ...], BeforeValidator(_patterns)]
+NAMED = (
+    "regular expression, matched against the whole module name; or a kind, found in any model: "
+    f"{', '.join(get_args(Kind))}; or a list of these"
+)
+
+
+def patterns_of(modules: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Each of what `modules` names: regular expressions and kinds."""
+    return (modules,) if isinstance(modules, str) else modules
+
+
+def _size_or_auto(value: Any) -> Any:
+    if value is None or value == "auto" or (type(value) is int and value >= 8):
+        return value
+    raise ValueError(f"must be a whole number from 8 on, or auto (found {found(value)}){nearest(value, ['auto'])}")
 
 
 class Rule(Section):
-    """What becomes of the Linear and Conv2d modules whose name the pattern matches in full; the first match wins."""
+    """What becomes of the Linear and Conv2d modules that it names; the first rule that names a module decides."""
 
-    modules: str = Field(description="regular expression, matched against the whole module name")
+    modules: Modules = Field(description=NAMED)
     weight: Literal[NumberType, "float"] = Field(description="fp8 is e4m3, for GPUs that multiply it")
     activation: Literal[NumberType, "float"] = "float"
     granularity: Literal["channel", "group"] = Field("channel", description="a weight scale per row, or group of it")
-    group_size: int | None = Field(None, ge=8, description="weights per scale, with `granularity: group`")
+    group_size: Annotated[int | Literal["auto"] | None, BeforeValidator(_size_or_auto)] = Field(
+        None,
+        description="weights per scale, with `granularity: group`; auto: the most of 64, 32, 16 and 8 that divides a "
+        "row, and where none does the row",
+    )
     symmetric: bool = Field(True, description="weight zero point fixed at 0")
     activation_scale: Literal["static", "dynamic"] = Field(
         "static", description="static: one per timestep group, measured; dynamic: one per token, at run time"
@@ -28,6 +62,7 @@ class Rule(Section):
         description="activation zero point fixed at 0; dynamic scales have none, static ones do unless this is set",
     )
     tune: bool = Field(True, description="calibration may change these modules; false keeps their initial scales")
+    optional: bool = Field(False, description="that no module is left for this rule is no mistake")
 
     @model_validator(mode="after")
     def _consistent(self) -> Rule:

@@ -14,6 +14,7 @@ from accuquant.errors import nearest
 from accuquant.recipe.base import Number, Section, found
 from accuquant.recipe.cache import Cache
 from accuquant.recipe.export import Export, check_torchao
+from accuquant.recipe.presets import PRESETS, with_preset
 from accuquant.recipe.rule import Rule
 from accuquant.recipe.tune import Tune
 
@@ -57,7 +58,10 @@ class Data(Section):
 
 
 class Quantization(Section):
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    preset: str | None = Field(
+        None, description=f"{', '.join(PRESETS)}: rules by kind that fit any model; written out after `rules`"
+    )
+    rules: tuple[Rule, ...] = Field(min_length=1, description="of modules, the first that names one decides")
     timestep_groups: int = Field(10, ge=1, description="static activation scales are kept per group of steps")
     initialization: str = Field(
         "mse", min_length=1, description="how the first scales are found: `mse` or `round_to_nearest`"
@@ -66,6 +70,11 @@ class Quantization(Section):
         False,
         description="modules that read one tensor, as Q, K, V do, have one static scale: it is quantized once",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_out(cls, given: Any) -> Any:
+        return with_preset(given)
 
 
 class LearningRates(Section):

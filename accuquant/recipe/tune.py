@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from accuquant.recipe.base import Number, Section
 from accuquant.recipe.cache import check_estimation
-from accuquant.recipe.rule import Rule
+from accuquant.recipe.rule import NAMED, Modules, Rule
 
 Estimation = Annotated[str, BeforeValidator(check_estimation)]
 Schedule = Literal["interval", "dps", "rcs", "best"]
@@ -19,7 +19,7 @@ Learning = Literal["forecast", "weights", "both"]
 class ModuleClass(Section):
     """Modules that share their types, and the rules to choose from, each without its own `modules`."""
 
-    modules: str = Field(description="regular expression, matched against the whole module name")
+    modules: Modules = Field(description=NAMED)
     choose: tuple[Rule, ...] = Field(min_length=1, description="types, as in quantization.rules")
 
     @model_validator(mode="before")
@@ -27,7 +27,7 @@ class ModuleClass(Section):
     def _same_modules(cls, given: Any) -> Any:
         if isinstance(given, dict) and isinstance(given.get("choose"), list):
             same = {"modules": given.get("modules")}
-            # a tuple: after this, strict mode no longer knows that it reads JSON
+            # tuples: after this, strict mode no longer knows that it reads JSON
             return given | {"choose": tuple(r | same if isinstance(r, dict) else r for r in given["choose"])}
         return given
 
@@ -77,6 +77,6 @@ class Tune(Section):
             raise ValueError("orders: must be from 1 to 4; estimation reuse is order 0")
         if max(self.levels) != 1.0 or min(self.levels) <= 0:
             raise ValueError("levels: must be shares of the budget, above 0, with 1.0 among them")
-        if len({rule.modules for rule in self.types}) < len(self.types):
+        if len({each.modules for each in self.types}) < len(self.types):
             raise ValueError("types: two classes have the same modules")
         return self

@@ -111,11 +111,21 @@ class Conv:
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    @staticmethod
+    def holds(module: nn.Conv2d) -> bool:
+        """Whether it is the product of one matrix with unfolded patches that zeros surround."""
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Conv | None:
+        """None of a Linear.
+
+        Raises:
+            AccuQuantError: the convolution is of a kind that cannot be quantized.
+        """
         if not isinstance(module, nn.Conv2d):
             return None
-        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        if not cls.holds(module) or isinstance(module.padding, str):
             raise AccuQuantError(
                 f"{name}: grouped or specially padded convolutions stay float; give them weight: float"
             )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
 from accuquant.calibration.choice import search_cost
 from accuquant.calibration.opened import planned_model
+from accuquant.calibration.plan import matches
 from accuquant.calibration.session import Session, job_of, open_session, validation_error
 from accuquant.core.forecasts import FORECASTS
 from accuquant.core.schedule import filled_interval_steps
@@ -95,7 +95,7 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
         chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
         rules = (*chosen, *recipe.quantization.rules)
-        deciding = {next((i for i, rule in enumerate(rules) if matches(rule, p.name)), None) for p in planned}
+        deciding = {_deciding(rules, p.name, model.kinds.get(p.name, frozenset())) for p in planned}
         kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in deciding)  # the rest is outdone
         modules = [replace(p, macs=macs[p.name]) for p in model.plan(kept)]
         operations = {p.name: p.bit_operations / float32 for p in modules}
@@ -151,8 +151,9 @@ def error_tables(section: Tune, combinations: list[Combination], kept: KeptFiles
         picks = tuple(min(k, len(errors) - 1) for errors in types)
         session = open_session(next(c for c in combinations if c.picks == picks).recipe, reporter, kept)
         for i, each in enumerate(section.types):
-            for name, layer in session.layers.items():
-                layer.quantized = matches(each.choose[0], name)
+            for p in session.planned:
+                if p.name in session.layers:
+                    session.layers[p.name].quantized = matches(each.choose[0], p.name, p.kinds)
             types[i][picks[i]] = validation_error(session)
     steps, cache = session.num_steps, list[tuple[int, float]]()
     settings = base_settings(combinations[0].recipe.cache)
@@ -187,8 +188,9 @@ def step_times(session: Session, settings: dict[str, Any], section: Tune) -> tup
     return statistics.median(full), statistics.median(skipped)
 
 
-def matches(rule: Rule, name: str) -> bool:
-    return re.fullmatch(rule.modules, name) is not None
+def _deciding(rules: tuple[Rule, ...], name: str, kinds: frozenset[str]) -> int | None:
+    """Number of the rule that decides a module."""
+    return next((i for i, rule in enumerate(rules) if matches(rule, name, kinds)), None)
 
 
 def _words(rule: Rule) -> str:
