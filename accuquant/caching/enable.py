@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from accuquant.caching.search import CHOICE_SAMPLES, search_on_rows
+from accuquant.core.coordinate import Coordinate
 from accuquant.errors import CacheError
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.rows import Row, as_row, classes_of
@@ -19,9 +21,12 @@ from accuquant.pipeline.seams import takes, unwrapped
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import shipped_folder
+from accuquant.runtime.cache.features import attends
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache, hook_of
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats
+
+HELPERS = re.compile(r"ControlNet|Adapter|Autoencoder|VQ|Encoder")  # may be told the noise level, and do not denoise
 
 
 def enable_cache(
@@ -121,20 +126,30 @@ def cache_stats(target: DiffusionPipeline | nn.Module) -> CacheStats:
 
 
 def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
-    """The transformer or U-Net of any pipeline; a module is its own."""
+    """The only component of a pipeline that denoises; a module is its own.
+
+    Raises:
+        CacheError: there is none, or there are several.
+    """
     if isinstance(target, nn.Module):
         inner = getattr(target, "_orig_mod", target)  # of a module that torch.compile has wrapped
         assert isinstance(inner, nn.Module)
         return inner
-    if getattr(target, "transformer_2", None) is not None:
-        raise CacheError(
-            f"{type(target).__name__} has two denoisers; enable a cache on pipeline.transformer and on "
-            "pipeline.transformer_2, each apart"
-        )
-    for name in ("transformer", "unet"):
-        if isinstance(module := getattr(target, name, None), nn.Module):
-            return denoiser_of_any(module)
-    raise CacheError(f"{type(target).__name__} has neither a transformer nor a unet to cache")
+    found = {name: part for name, part in target.components.items() if isinstance(part, nn.Module) and _denoises(part)}
+    if len(found) == 1:
+        return denoiser_of_any(next(iter(found.values())))
+    name, names = type(target).__name__, list(found)
+    if not found:
+        raise CacheError(f"no component of {name} both attends and is told how noisy its input is: nothing to cache")
+    each = " and on ".join(f"pipeline.{one}" for one in names)
+    raise CacheError(f"{name} has {len(names)} denoisers; enable a cache on {each}, each apart")
+
+
+def _denoises(part: nn.Module) -> bool:
+    """Whether a component is called at every noise level and is what the others serve, as far as its type tells."""
+    inner = getattr(part, "_orig_mod", part)
+    told = Coordinate.usual(inspect.signature(inner.forward).parameters) is not None
+    return told and HELPERS.search(type(inner).__name__) is None and any(attends(module) for module in inner.modules())
 
 
 def known_rows(pipeline: DiffusionPipeline) -> list[Row]:

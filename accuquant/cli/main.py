@@ -279,11 +279,13 @@ def _nothing_lost(output: str, suffix: str) -> Iterator[None]:
 
 def _quiet_diffusers(verbose: bool = False) -> None:
     """Import diffusers, which takes seconds, and leave its bars and warnings to those who ask for them."""
-    from diffusers.utils import logging
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
     if not verbose:
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        for logging in (of_diffusers, of_transformers):
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
 
 
 @contextmanager

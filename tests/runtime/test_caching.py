@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from accuquant.errors import CacheError
 from accuquant.recipe import Cache, TaylorSeerConfig
-from accuquant.runtime.cache.features import MODULES
+from accuquant.runtime.cache.features import cached_modules
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
 from accuquant.runtime.cache.plan import CachePlan
 
@@ -96,7 +97,7 @@ def test_offset_one_is_the_taylorseer_of_diffusers(pipeline: DiTPipeline, warmup
         disable_cache_before_step=warmup,
         max_order=2,
         taylor_factors_dtype=torch.float32,
-        cache_identifiers=[MODULES],
+        cache_identifiers=list(map(re.escape, cached_modules(pipeline.transformer)[0])),
     )
     apply_taylorseer_cache(model, theirs)
     registry = HookRegistry.check_if_exists_or_initialize(model)

@@ -1,20 +1,28 @@
-"""Which modules of a denoiser a cache takes: attention and MLP of every block, or runs of blocks."""
+"""Which modules of a denoiser a cache takes: attention and MLP of every block, or runs of blocks.
+
+They are found by what a model is made of, not by its names: a module that calls itself attention and has projections of
+its own attends; a block is what has one at hand, and its other parts of several layers are its MLPs.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from accuquant.core.forecasts import FORECASTS
 from accuquant.errors import CacheError
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.spec import Layer
 
-BLOCKS = r"(transformer_blocks|blocks|.*attentions\.\d+\.transformer_blocks)\.\d+"
-MODULES = BLOCKS + r"\.(attn\d?|ff|ffn|ff_context|img_mlp|txt_mlp)"
-FUSED = r"single_transformer_blocks\.\d+"  # attention and MLP side by side, and one projection of both
+ATTENDS = re.compile(r"Attention|Attn")
+NO_MLP = re.compile(r"Norm|Embed|Resnet|ResBlock|Modulat|Ada(LN|Group)|Attention|Attn|Transformer|Sampl")
+CONDITIONS = re.compile(r"[Ee]mbed")  # what is around attention that serves conditions: refiners of text
+FUSED = ("norm", "attn", "proj_mlp", "proj_out")  # attention and MLP side by side, and one projection of both
 
 
 def cached_features(
@@ -35,36 +43,67 @@ def cached_features(
 def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[list[str], list[str]]:
     """Names of the modules a cache takes, and of the fused blocks.
 
+    Args:
+        pattern: the modules, or the last projections of fused blocks; by default attention and MLP of every block.
+
     Raises:
-        CacheError: the pattern, or ours, matches none.
+        CacheError: the pattern matches none, or nothing attends.
     """
-    names = [name for name, _ in denoiser.named_modules() if name]
     try:
-        re.compile(pattern or MODULES)
+        asked = re.compile(pattern or ".*")
     except re.error as error:
         raise CacheError(f"cache.modules: {pattern!r} is no regular expression: {error}") from error
+    names = [name for name, _ in denoiser.named_modules() if name]
+    fused = [name for name in names if all(hasattr(denoiser.get_submodule(name), part) for part in FUSED)]
+    inside = [f"{block}." for block in fused]
+    candidates = names if pattern else sorted(_attention_and_mlps(denoiser), key=names.index)
     found = list[str]()
-    for name in names:  # a module inside one that is cached already never runs alone
-        if re.fullmatch(pattern or MODULES, name) and not any(name.startswith(f"{outer}.") for outer in found):
+    for name in candidates:  # a module inside one that is cached already never runs alone
+        outer = (*(f"{each}." for each in found), *inside)
+        if asked.fullmatch(name) and name not in fused and not name.startswith(outer):
             found.append(name)
-    fused = [
-        name
-        for name in names
-        if re.fullmatch(FUSED, name)
-        and all(hasattr(denoiser.get_submodule(name), part) for part in ("norm", "attn", "proj_mlp", "proj_out"))
-        and re.fullmatch(pattern or ".*", f"{name}.proj_out")
-    ]
-    # attention with the MLP in it (Flux2) is a cached module like any other; parts of fused blocks are not
-    singles = [f"{name}.attn" for name in names if re.fullmatch(FUSED, name) and name not in fused]
-    found += [name for name in singles if name in names and re.fullmatch(pattern or ".*", name) and name not in found]
-    found = [name for name in found if not any(name == block or name.startswith(f"{block}.") for block in fused)]
+    fused = [block for block in fused if asked.fullmatch(f"{block}.proj_out")]
     if not found and not fused:
         shown = ", ".join(name for name in names if name.count(".") == 2) or ", ".join(names[:8])
-        raise CacheError(
-            f"no module of {type(denoiser).__name__} matches {pattern or MODULES!r}, the cache would do nothing; "
-            f"its modules include {shown[:200]}"
-        )
+        what = f"no module of {type(denoiser).__name__} " + (f"matches {pattern!r}" if pattern else "attends")
+        raise CacheError(f"{what}, the cache would do nothing; its modules include {shown[:200]}")
     return found, fused
+
+
+def _attention_and_mlps(denoiser: nn.Module) -> Iterator[str]:
+    """Of every block, but for those that serve conditions: they may do so before the first step as well."""
+    for name, block in denoiser.named_modules():
+        around = [type(denoiser.get_submodule(outer)).__name__ for outer in _and_outer(name)]
+        if any(CONDITIONS.search(one) for one in (*around, name)):
+            continue
+        children = dict(block.named_children())
+        attending = [child for child, module in children.items() if attends(module)]
+        prefix = f"{name}." if name else ""
+        yield from (f"{prefix}{child}" for child in attending)
+        if attending and not attends(block):
+            yield from (f"{prefix}{child}" for child, module in children.items() if _is_mlp(module))
+
+
+def _and_outer(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a module is an attention: it says so, and projects by itself."""
+    own = sum(is_layer(child) for child in module.children())
+    return own > 1 and ATTENDS.search(type(module).__name__) is not None
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    several = sum(is_layer(inner) for inner in module.modules()) > 1
+    return several and not isinstance(module, nn.ModuleList) and NO_MLP.search(type(module).__name__) is None
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it multiplies with weights: a layer of torch's or ours, or one that an adapter is around."""
+    return isinstance(module, nn.Linear | _ConvNd | Layer) or hasattr(module, "base_layer")
 
 
 def cached_blocks(

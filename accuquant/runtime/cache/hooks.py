@@ -332,6 +332,7 @@ def _coordinate(denoiser: nn.Module, names: list[str], plan: CachePlan) -> Coord
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     """hidden_states and, of joint attention, encoder_hidden_states: the inputs of its two outputs."""
-    hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+    tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
+    hidden = args[0] if args else kwargs.get("hidden_states", tensors[0] if tensors else None)
     other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     return tuple(t for t in (hidden, other) if isinstance(t, Tensor))

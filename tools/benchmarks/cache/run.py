@@ -46,7 +46,7 @@ from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache
 from accuquant.recipe.file import load_recipe
-from accuquant.runtime.cache.features import MODULES, cached_modules
+from accuquant.runtime.cache.features import cached_modules
 from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats
@@ -194,7 +194,7 @@ def diffusers_taylorseer(bench: Bench, nfc: int, order: int) -> dict[str, Any]:
         disable_cache_before_step=2,
         max_order=order,
         taylor_factors_dtype=torch.float32,
-        cache_identifiers=[MODULES],
+        cache_identifiers=list(map(re.escape, cached_modules(bench.denoiser)[0])),
     )
     denoiser, counted, (tape,) = bench.denoiser, [0], bench.judged(HELD_OUT)
     name = cached_modules(denoiser)[0][-1]
