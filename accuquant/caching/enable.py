@@ -135,14 +135,20 @@ def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
         inner = getattr(target, "_orig_mod", target)  # of a module that torch.compile has wrapped
         assert isinstance(inner, nn.Module)
         return inner
-    found = {name: part for name, part in target.components.items() if isinstance(part, nn.Module) and _denoises(part)}
+    found = denoisers_in(target)
     if len(found) == 1:
-        return denoiser_of_any(next(iter(found.values())))
-    name, names = type(target).__name__, list(found)
+        return next(iter(found.values()))
+    name = type(target).__name__
     if not found:
         raise CacheError(f"no component of {name} both attends and is told how noisy its input is: nothing to cache")
-    each = " and on ".join(f"pipeline.{one}" for one in names)
-    raise CacheError(f"{name} has {len(names)} denoisers; enable a cache on {each}, each apart")
+    each = " and on ".join(f"pipeline.{one}" for one in found)
+    raise CacheError(f"{name} has {len(found)} denoisers; enable a cache on {each}, each apart")
+
+
+def denoisers_in(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The components of a pipeline that denoise, by name, as far as their types tell."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: denoiser_of_any(part) for name, part in parts.items() if _denoises(part)}
 
 
 def _denoises(part: nn.Module) -> bool:
