@@ -12,7 +12,7 @@ from accuquant.registration import register
 from accuquant.version import __version__
 
 if TYPE_CHECKING:
-    from accuquant.caching.enable import cache_stats, compile_cached, disable_cache, enable_cache
+    from accuquant.caching.enable import cache_stats, compile_cached, disable_cache, enable_cache, reset_cache
     from accuquant.recipe import Cache, FORAConfig, Recipe, RFCConfig, TaylorSeerConfig
     from accuquant.recipe.file import load_recipe
     from accuquant.runtime.arithmetic import set_arithmetic
@@ -36,6 +36,7 @@ _HOMES = {
     "disable_cache": "accuquant.caching.enable",
     "enable_cache": "accuquant.caching.enable",
     "load_recipe": "accuquant.recipe.file",
+    "reset_cache": "accuquant.caching.enable",
     "set_arithmetic": "accuquant.runtime.arithmetic",
 }
 
@@ -58,6 +59,7 @@ __all__ = [
     "disable_cache",
     "enable_cache",
     "load_recipe",
+    "reset_cache",
     "set_arithmetic",
 ]
 

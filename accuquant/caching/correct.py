@@ -122,7 +122,7 @@ def _fit_on_own_trajectory(
         if not (plan.corrected_quantization if is_computed else plan.corrected):
             return output
         found = fit_affine(output, true[module], ridge)
-        (computed if is_computed else forecasts).setdefault(module, {})[controller.timestep] = found
+        (computed if is_computed else forecasts).setdefault(module, {})[controller.state.timestep] = found
         return apply_affine(found, output)
 
     controller.correct = correct
@@ -147,13 +147,13 @@ def _fit_as_published(
         timestep = session.levels[i]
         controller.enter(None, timestep, tape.state(i).latents[0])
         true = features_at(session, controller, i, tape, full_precision=True)
-        if controller.full and plan.corrected_quantization:
+        if controller.state.full and plan.corrected_quantization:
             noisy = features_at(session, controller, i, tape, full_precision=False)
             for module, (_, output) in noisy.items():
                 computed.setdefault(module, {})[timestep] = fit_affine(output, true[module][1], ridge)
         for module, (input, output) in true.items():
             forecast = controller.forecasts[module]
-            if controller.full:
+            if controller.state.full:
                 memories[module] = forecast.update(memories.get(module), i, output, input)
             elif plan.corrected:
                 plain = forecast.predict(memories[module], i, input)

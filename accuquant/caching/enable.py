@@ -21,10 +21,12 @@ from accuquant.pipeline.seams import takes, unwrapped
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
 from accuquant.recipe.file import shipped_folder
+from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.features import attends
 from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache, hook_of
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats
+from accuquant.runtime.calls import follow
 
 HELPERS = re.compile(r"ControlNet|Adapter|Autoencoder|VQ|Encoder")  # may be told the noise level, and do not denoise
 
@@ -81,6 +83,8 @@ def enable_cache(
         recorder = Recorder(target, Sampling(num_inference_steps=steps, guidance_scale=float(guidance)))
         rows = [as_row(value) for value in inputs] if inputs else known_rows(target)
         config = search_on_rows(recorder, rows, seed, config, Reporter(quiet=not progress))
+    if isinstance(target, DiffusionPipeline):
+        follow(target)
     return attach_cache(denoiser, config).plan
 
 
@@ -91,6 +95,15 @@ def disable_cache(target: DiffusionPipeline | nn.Module) -> None:
         CacheError: there is none.
     """
     detach_cache(denoiser_of_any(target))
+
+
+def reset_cache(target: DiffusionPipeline | nn.Module) -> None:
+    """Begin a new trajectory: for sampling loops of one's own. Calls of pipelines each begin one by themselves.
+
+    Raises:
+        CacheError: there is no cache.
+    """
+    _controller(target).reset()
 
 
 def compile_cached(target: DiffusionPipeline | nn.Module, **options: Any) -> None:
@@ -118,11 +131,14 @@ def cache_stats(target: DiffusionPipeline | nn.Module) -> CacheStats:
     Raises:
         CacheError: there is no cache.
     """
+    return _controller(target).stats()
+
+
+def _controller(target: DiffusionPipeline | nn.Module) -> Controller:
     denoiser = denoiser_of_any(target)
-    controller = controller_of(denoiser)
-    if controller is None:
+    if (controller := controller_of(denoiser)) is None:
         raise CacheError(f"{type(denoiser).__name__} has no cache of accuquant; call enable_cache first")
-    return controller.stats()
+    return controller
 
 
 def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:

@@ -272,7 +272,7 @@ def record_features(
                 every = math.ceil(len(names) / max(1, RECORDED_BYTES // each))
             if module in names and names.index(module) % every == 0:
                 pair = inputs[0].flatten(1).cpu(), tensor.flatten(1).cpu()
-                kept.setdefault(f"{controller.context} {module}", []).append(pair)
+                kept.setdefault(f"{controller.state.context} {module}", []).append(pair)
 
         controller.see = record
         tape.rolled()

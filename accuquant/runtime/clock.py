@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -66,9 +67,8 @@ class StepClock:
             raise AccuQuantError(f"timestep edges must descend strictly, found {edges}")
         self.edges, self.coordinate = edges, coordinate or Coordinate()
         self.position = 0
-        # the current group: a tensor, so that one graph serves all groups
-        self.index = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._group: int | None = 0  # the same number, where it is known without asking the device
+        self._in_graphs = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self._of_thread = threading.local()  # threads may share a denoiser
         self.last_input = LastInput()
 
     @classmethod
@@ -96,10 +96,20 @@ class StepClock:
         return [self.group_of(float(t)) for t in timesteps]
 
     @property
+    def index(self) -> Tensor:
+        """(1,) the current group: a tensor, so that one graph serves all groups."""
+        if torch.compiler.is_compiling():
+            return self._in_graphs
+        index: Tensor = getattr(self._of_thread, "index", self._in_graphs)
+        return index
+
+    @property
     def group(self) -> int:
-        if self._group is None:
-            self._group = int(self.index)
-        return self._group
+        """The current group; the device is asked once."""
+        known: int | None = getattr(self._of_thread, "group", None)
+        if known is None:
+            known = self._of_thread.group = int(self.index)
+        return known
 
     def set(self, timestep: float | Tensor) -> None:
         """Have the level be this one; the largest, where there is one for each sample or token.
@@ -109,7 +119,16 @@ class StepClock:
         device = timestep.device if isinstance(timestep, Tensor) else "cpu"  # whatever the default device is
         value = torch.as_tensor(timestep, dtype=torch.float64, device=device).flatten().amax(0, keepdim=True)
         edges = torch.tensor(self.edges, dtype=torch.float64, device=value.device)
-        self.index, self._group = (value < edges).sum(0, keepdim=True), None
+        self._in_graphs = (value < edges).sum(0, keepdim=True)
+        if not torch.compiler.is_compiling():
+            self._of_thread.index, self._of_thread.group = self._in_graphs, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_of_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._of_thread = threading.local()
 
     def attach(self, denoiser: nn.Module) -> None:
         """Follow the denoiser's calls: the argument that says the level is read before each forward pass.

@@ -78,7 +78,7 @@ def test_the_deviation_is_what_the_blocks_add() -> None:
             tape.step(0, tape.state(0))
         controller.paused = False
         tape.step(0, tape.state(0))
-        ((memory,),) = controller.memories.values()
+        ((memory,),) = controller.state.memories.values()
         expected = seen["transformer_blocks.2"].output - seen["transformer_blocks.1"].input
         assert memory is not None
         assert torch.equal(memory.factors[0], expected)

@@ -162,7 +162,7 @@ def test_two_calls_of_a_step_are_remembered_apart() -> None:
     with cached(pipeline.transformer, FORECASTS[1]) as controller:
         steps = CachedSteps(tape, controller, levels_of(tape), STEPS)
         assert compared(tape, steps, weights, 1, 9, "terminal") < 1e-10
-        contexts = {context for context, _ in controller.memories}
+        contexts = {context for context, _ in controller.state.memories}
     assert contexts == {"cond", "uncond"}
 
 

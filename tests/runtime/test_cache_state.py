@@ -90,7 +90,7 @@ def test_batch_size_and_guidance_may_change_between_runs(pipeline: DiTPipeline, 
 def test_the_pipeline_itself_begins_anew(pipeline: DiTPipeline, controller: Controller) -> None:
     """Its end resets the cache, and the record of the run can be read after it."""
     first = images(pipeline)
-    assert controller.memories == {}
+    assert controller.state.memories == {}
     stats = controller.stats()
     images(pipeline, class_labels=[8, 9])
     assert (images(pipeline) == first).all()
@@ -367,10 +367,10 @@ def test_memory_is_free_after_the_last_step_when_it_is_known(pipeline: DiTPipeli
     controller = attach_cache(freed, config.changed(num_inference_steps=steps))
     for _ in range(2):
         for i in range(steps):
-            assert i == 0 or controller.memories
+            assert i == 0 or controller.state.memories
             for label in (COND, UNCOND)[:calls]:
                 assert torch.equal(call(freed, i, label), call(plain, i, label))
-        assert controller.memories == {}
+        assert controller.state.memories == {}
         assert kept.memories
     assert controller.stats() == kept.stats()
 
@@ -390,9 +390,9 @@ def test_a_latent_that_is_written_in_place_is_another_latent(pipeline: DiTPipeli
     controller, latent = attach_cache(copy.deepcopy(pipeline.transformer), EVERY_THIRD), torch.zeros(1, 4, 8, 8)
     controller.enter(None, 900.0, latent)
     controller.enter(None, 900.0, latent)
-    assert controller.context == "call 1"
+    assert controller.state.context == "call 1"
     controller.enter(None, 900.0, latent.add_(1))
-    assert controller.context == "call 0"
+    assert controller.state.context == "call 0"
 
 
 def test_a_step_more_than_was_promised_is_an_error(pipeline: DiTPipeline) -> None:

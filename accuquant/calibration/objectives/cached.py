@@ -42,7 +42,7 @@ class CachedTrajectory(GradientSource):
 
         def note(module: str, forecast: Tensor, last: Tensor) -> Tensor:
             relative = float((forecast - last).norm() / last.norm().clamp_min(1e-20))
-            lengths.setdefault(controller.timestep, {})[module] = min(max(relative, LEAST_UNIT), 1.0)
+            lengths.setdefault(controller.state.timestep, {})[module] = min(max(relative, LEAST_UNIT), 1.0)
             return forecast
 
         with cached(material.network, self.cache, material.fitted) as controller:

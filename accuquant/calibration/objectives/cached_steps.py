@@ -57,7 +57,7 @@ class CachedSteps:
         after = self.tape.step(i, State(state.latents, state.history))
         features = state.features
         if full:
-            layout, features = taken_apart(self.controller.memories)
+            layout, features = taken_apart(self.controller.state.memories)
         self.layouts[i + 1] = layout
         return State(after.latents, after.history, features)
 

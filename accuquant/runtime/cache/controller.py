@@ -1,12 +1,15 @@
-"""The state of a feature cache: counts the steps of a trajectory, decides which are full, keeps the modules' memories.
+"""A feature cache's decisions: which steps of a trajectory are full, and what forecasts are made from at the others.
 
-It learns of every call of the denoiser, in pipelines that name their calls (`cache_context`) and in those that do not:
+It learns of every call of the denoiser, in pipelines that name their calls (`cache_context`) and in those that do not.
+What it knows belongs to the call of the pipeline that is running (`accuquant.runtime.calls`); outside of one:
 
 - a timestep against the trajectory's direction (most fall, Mochi's rise), another batch size, or another latent at the
   first timestep begins a new trajectory;
 - without named contexts, calls at one timestep with the same latent are the calls of guidance, told apart by order;
 - a later timestep that is called again with another latent is a step of its own (Heun, PNDM). Guidance whose two calls
   have different latents has to name them.
+
+As soon as the scheduler has made a step, its steps are those of the trajectory, whatever is called between them.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from accuquant.core.schedule import RCS, interval_is_full
 from accuquant.errors import CacheError
 from accuquant.runtime.cache.fitted import Fitted, Noise
 from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.cache.state import Memories, State
 from accuquant.runtime.cache.stats import CacheStats, Trace
+from accuquant.runtime.calls import current_run
 from accuquant.runtime.observe import Call
 
 
 class Controller:
-    """The state that all hooks of one denoiser share.
+    """What all hooks of one denoiser share.
 
     Args:
         modules: names of the cached ones, whose outputs are forecast.
@@ -46,121 +51,133 @@ class Controller:
     ) -> None:
         self.plan, self.modules, self.bypassed, self.begins = plan, modules, bypassed, begins or {}
         self.forecasts = {module: plan.forecast(module, (noise or {}).get(module)) for module in modules}
-        self.last = Trace()
-        self.driven = self.follows_calls = self.paused = False
+        self.last, self.paused = Trace(), False
         self.fitted: Fitted | None = None  # what `correct` and `weigh` take theirs from
         self.correct: Callable[[str, Tensor, bool], Tensor] | None = None  # module, output, whether it was computed
         self.weigh: Callable[[str, Tensor, Tensor], Tensor] | None = None  # module, forecast, last output
         self.see: Callable[[str, tuple[Tensor, ...], Any], None] | None = None  # module, inputs, what it computed
-        order = max(1, plan.order)
-        self.rcs = RCS(plan.tau, order, plan.warmup, plan.max_gap) if plan.tau is not None else None
-        self._forget()
 
-    def reset(self) -> None:
-        """Begin a new trajectory; the record of the last one stays for `stats`."""
-        if self.step >= 0:
-            self.last = self.trace
-        self._forget()
+    @property
+    def state(self) -> State:
+        """Of the run that this is asked in."""
+        run = current_run()
+        found: State | None = run.states.get(self)
+        return self._fresh() if found is None else found
 
-    def _forget(self) -> None:
-        self.step, self.timestep, self.batch, self.direction = -1, 0.0, 0, 0.0
-        self.nbytes = 0
-        self.context, self.calls, self.calls_before = "", list[str](), 0
-        self.named = self.forced = False
-        self.full: bool | None = None
-        self.latent: Tensor | None = None
-        self.memories: dict[tuple[str, str], tuple[Memory | None, ...]] = {}
-        self.tapped: dict[str, Tensor] = {}
-        self.timesteps_done = 0  # of the listed full timesteps after the first
-        self.trace = Trace()
-        if self.rcs is not None:
-            self.rcs.reset()
+    def _fresh(self) -> State:
+        plan, run = self.plan, current_run()
+        rcs = None
+        if plan.tau is not None:
+            rcs = RCS(plan.tau, max(1, plan.order), plan.warmup, plan.max_gap)
+        made = run.states[self] = State(rcs, run.scheduler_steps)
+        return made
+
+    def ended(self, state: State) -> None:
+        """A trajectory is over; its record stays for `stats`."""
+        if state.step >= 0:
+            self.last = state.trace
+
+    def reset(self) -> State:
+        """Begin a new trajectory."""
+        self.ended(self.state)
+        return self._fresh()
 
     def enter(self, name: str | None, timestep: float, latent: Tensor) -> None:
         """The denoiser is called."""
-        if self.driven and self.follows_calls:
-            self.context = name or f"call {len(self.calls)}"
-            self.calls.append(self.context)
-        if self.driven or self.paused:
+        state, run = self.state, current_run()
+        if state.driven and state.follows_calls:
+            state.context = name or f"call {len(state.calls)}"
+            state.calls.append(state.context)
+        if state.driven or self.paused:
             return
-        same, moved = self.step >= 0 and timestep == self.timestep, timestep - self.timestep
-        repeated = name in self.calls if name else self.latent is not None and not _equal(self.latent, latent)
-        again = same and bool(repeated)
-        turned = moved * self.direction < 0
-        if turned or (again and self.step == 0) or (not same and self.batch not in (0, len(latent))):
-            self.reset()
-        elif self.step == 0 and not same:
-            self.direction = moved
-        same = same and not again and self.step >= 0
-        self.named = name is not None
+        stepped = run.scheduler_steps > state.scheduler_steps[1]
+        state.scheduler_steps = (state.scheduler_steps[0], run.scheduler_steps)
+        moved = timestep - state.timestep
+        if state.step == 0 and moved != 0:
+            state.direction = moved
+        if run.is_call and state.sees_scheduler:
+            same = not stepped
+            if len(latent) != state.batch and not same:
+                self._other_batch(state)
+        else:
+            same = state.step >= 0 and moved == 0
+            repeated = name in state.calls if name else state.latent is not None and not _equal(state.latent, latent)
+            again = same and bool(repeated)
+            turned = moved * state.direction < 0
+            if turned or (again and state.step == 0) or (not same and state.batch not in (0, len(latent))):
+                state = self.reset()
+            same = same and not again and state.step >= 0
+        state.named = name is not None
         if not same:
-            self._next_step(timestep, len(latent))
-        self.context = name or f"call {len(self.calls)}"
-        self.calls.append(self.context)
-        self.latent = latent.clone()  # a loop may write the next latent into the same tensor
+            self._next_step(state, timestep, len(latent))
+        state.context = name if name and name not in state.calls else f"{name or 'call'} {len(state.calls)}"
+        state.calls.append(state.context)
+        state.latent = latent.clone()  # a loop may write the next latent into the same tensor
 
-    def drive(
-        self,
-        context: str | None,
-        step: int,
-        timestep: float,
-        full: bool,
-        memories: dict[tuple[str, str], tuple[Memory | None, ...]],
-    ) -> None:
+    def _other_batch(self, state: State) -> None:
+        """Guidance was taken off or put on midway: what is known of the samples is of no use, and the step is full."""
+        state.memories, state.nbytes, state.tapped, state.calls = {}, 0, {}, []
+        if state.rcs is not None:
+            state.rcs.memory = None
+
+    def drive(self, context: str | None, step: int, timestep: float, full: bool, memories: Memories) -> None:
         """Have the next calls be this step, full or not, from these memories; new ones keep their graph.
 
         Args:
             context: of all calls; None tells them apart by the names that they have, or by their order.
         """
-        self.driven, self.step, self.timestep, self.full = True, step, timestep, full
-        self.follows_calls, self.context, self.calls = context is None, context or "", []
-        self.memories = dict(memories)
-        self.trace.full = [full]
+        state = self.state
+        state.driven, state.step, state.timestep, state.full = True, step, timestep, full
+        state.follows_calls, state.context, state.calls = context is None, context or "", []
+        state.memories = dict(memories)
+        state.trace.full = [full]
 
-    def _next_step(self, timestep: float, batch: int) -> None:
-        before, now = self.calls_before, len(self.calls)
-        if self.step + 1 == self.plan.num_inference_steps:
-            raise CacheError(f"cache.num_inference_steps is {self.step + 1}, and a step more was sampled; correct it")
-        self.step, self.timestep, self.batch, self.forced = self.step + 1, timestep, batch, False
-        self.full = self._scheduled(timestep)
+    def _next_step(self, state: State, timestep: float, batch: int) -> None:
+        before, now = state.calls_before, len(state.calls)
+        if state.step + 1 == self.plan.num_inference_steps:
+            raise CacheError(f"cache.num_inference_steps is {state.step + 1}, and a step more was sampled; correct it")
+        state.step, state.timestep, state.batch, state.forced = state.step + 1, timestep, batch, False
+        state.full = self._scheduled(state, timestep)
         # Unnamed calls at the first timestep may have been a trajectory that was aborted right there: two calls are
         # believed to be guidance only when the second step has two as well.
-        if not self.named and self.step == 1 and now > 1:
-            self.forced = True
-        if not self.named and self.step >= 2 and now != before:
-            self.memories = {key: _restarted(m) for key, m in self.memories.items() if key[0] in self.calls}
-            self.nbytes = sum(m.nbytes() for ms in self.memories.values() for m in ms if m)
-            self.forced = True
-        if self.forced and self.rcs is None:
-            self.full = True
-        self.calls_before, self.calls = now, []
-        self.trace.full.append(bool(self.full))
+        believed = state.named or state.sees_scheduler
+        if not believed and state.step == 1 and now > 1:
+            state.forced = True
+        if not believed and state.step >= 2 and now != before:
+            state.memories = {key: _restarted(m) for key, m in state.memories.items() if key[0] in state.calls}
+            state.nbytes = sum(m.nbytes() for ms in state.memories.values() for m in ms if m)
+            state.forced = True
+        if state.forced and state.rcs is None:
+            state.full = True
+        state.calls_before, state.calls = now, []
+        state.trace.full.append(bool(state.full))
 
-    def _scheduled(self, timestep: float) -> bool | None:
+    def _scheduled(self, state: State, timestep: float) -> bool | None:
         """None where RCS decides, once the watched input is known."""
-        plan, step = self.plan, self.step
-        if self.rcs is not None:
+        plan, step = self.plan, state.step
+        if state.rcs is not None:
             return None
         if plan.full_steps is not None:
             return step in plan.full_steps
         if plan.full_timesteps is not None:  # at the first step at or below each listed value, or as soon as may be
-            due = sum(t >= timestep for t in plan.full_timesteps[1:]) > self.timesteps_done
-            self.timesteps_done += due and step > 0
+            due = sum(t >= timestep for t in plan.full_timesteps[1:]) > state.listed_done
+            state.listed_done += due and step > 0
             return step == 0 or due
         assert plan.interval is not None
         return interval_is_full(step, plan.interval, plan.warmup, plan.offset)
 
     def computes(self, module: str, input: Tensor) -> bool:
         """Whether this module is computed now; the first question in a step is what RCS answers by its input."""
-        if self.full is None:
-            assert self.rcs is not None
-            self.full = self.rcs.is_full(self.step, input, self.forced)
-            self.trace.input_errors.append(self.rcs.history[-1])
-            self.trace.full[-1] = self.full
-        known = (self.context, module) in self.memories
+        state = self.state
+        if state.full is None:
+            assert state.rcs is not None
+            state.full = state.rcs.is_full(state.step, input, state.forced)
+            state.trace.input_errors.append(state.rcs.history[-1])
+            state.trace.full[-1] = state.full
+        known = (state.context, module) in state.memories
         if not known:
-            self.trace.full[-1] = True
-        return self.full or not known
+            state.trace.full[-1] = True
+        return state.full or not known
 
     def corrected(self, module: str, output: Any) -> Any:
         """What a full step computed; the first of several outputs is the one that is corrected."""
@@ -181,9 +198,10 @@ class Controller:
     def remember(self, module: str, inputs: tuple[Tensor, ...], output: Any) -> None:
         if self.see is not None:
             self.see(module, inputs, output)
-        key, tensors = (self.context, module), output if isinstance(output, tuple) else (output,)
-        old = self.memories.get(key) or (None,) * len(tensors)
-        self.nbytes -= sum(memory.nbytes() for memory in old if memory)
+        state = self.state
+        key, tensors = (state.context, module), output if isinstance(output, tuple) else (output,)
+        old = state.memories.get(key) or (None,) * len(tensors)
+        state.nbytes -= sum(memory.nbytes() for memory in old if memory)
         memories = list[Memory | None]()
         for i, (memory, tensor) in enumerate(zip(old, tensors, strict=True)):
             if not isinstance(tensor, Tensor):
@@ -191,37 +209,39 @@ class Controller:
                 continue
             memory = memory if memory and memory.factors[0].shape == tensor.shape else None
             stored, input = self._stored(tensor), self._stored(inputs[min(i, len(inputs) - 1)])
-            memories.append(self.forecasts[module].update(memory, self.step, stored, input))
-        self.memories[key] = tuple(memories)
-        self.nbytes += sum(memory.nbytes() for memory in memories if memory)
-        watched = self.rcs.memory.nbytes() if self.rcs is not None and self.rcs.memory is not None else 0
-        self.trace.nbytes = max(self.trace.nbytes, self.nbytes + watched)
-        if self.plan.num_inference_steps == self.step + 1:
-            del self.memories[key]  # before the decoder needs the room
+            memories.append(self.forecasts[module].update(memory, state.step, stored, input))
+        state.memories[key] = tuple(memories)
+        state.nbytes += sum(memory.nbytes() for memory in memories if memory)
+        watched = state.rcs.memory.nbytes() if state.rcs is not None and state.rcs.memory is not None else 0
+        state.trace.nbytes = max(state.trace.nbytes, state.nbytes + watched)
+        if self.plan.num_inference_steps == state.step + 1:
+            del state.memories[key]  # before the decoder needs the room
 
     def predict(self, module: str, inputs: tuple[Tensor, ...]) -> Any:
-        key, outputs = (self.context, module), list[Tensor | None]()
-        for i, memory in enumerate(self.memories[key]):
+        state = self.state
+        key, outputs = (state.context, module), list[Tensor | None]()
+        for i, memory in enumerate(state.memories[key]):
             if memory is None:
                 outputs.append(None)
                 continue
             input = inputs[min(i, len(inputs) - 1)]
-            output = self.forecasts[module].predict(memory, self.step, self._stored(input))
+            output = self.forecasts[module].predict(memory, state.step, self._stored(input))
             if self.weigh is not None:
                 output = self.weigh(module, output, memory.factors[0])
             output = output.to(input.device, input.dtype)
             outputs.append(output if self.correct is None or i > 0 else self.correct(module, output, False))
-        if self.plan.num_inference_steps == self.step + 1:
-            del self.memories[key]
+        if self.plan.num_inference_steps == state.step + 1:
+            del state.memories[key]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _stored(self, tensor: Tensor) -> Tensor:
         dtype = getattr(torch, self.plan.factors_dtype) if self.plan.factors_dtype else tensor.dtype
-        tensor = tensor if self.driven else tensor.detach()
+        tensor = tensor if self.state.driven else tensor.detach()
         return tensor.to(self.plan.factors_device or tensor.device, dtype)
 
     def stats(self) -> CacheStats:
-        trace = self.trace if self.step >= 0 else self.last
+        state = self.state
+        trace = state.trace if state.step >= 0 else self.last
         full = tuple(i for i, computed in enumerate(trace.full) if computed)
         return CacheStats(full, len(trace.full), trace.nbytes, tuple(trace.input_errors), self.modules)
 

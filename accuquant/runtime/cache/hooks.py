@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,15 @@ from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.calls import calling_pipeline, current_run, follow
 
 HOOK = "accuquant_cache"
 FITTED = "cache_correction"  # the denoiser's submodule that holds what was fitted, to be saved with the weights
 
-_eager: Callable[[Any], Any] = torch.compiler.disable(recursive=False)  # what a hook calls is compiled all the same
+NO_GRAPH = "a denoiser with a feature cache is no single graph: call accuquant.compile_cached in place of torch.compile"
+
+# what a hook calls is compiled all the same
+_eager: Callable[[Any], Any] = torch.compiler.disable(recursive=False, reason=NO_GRAPH)
 
 
 class Hook(ModelHook):
@@ -50,18 +55,38 @@ class Hook(ModelHook):
         raise CacheError("a copy of a cached model would run the original's weights; call disable_cache before copying")
 
 
+class Contexts(StateManager):
+    """The name that a pipeline gives its next call of the denoiser; it belongs to the pipeline's own call."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        super().__init__(dict)
+
+    @property
+    def _context(self) -> Any:
+        return self.controller.state.given_context
+
+    @_context.setter
+    def _context(self, context: Any) -> None:
+        self.controller.state.given_context = context
+
+
 class Calls(Hook):
     """On the denoiser: tells the controller of each call, and of a pipeline's reset.
 
     Calls are followed by a pre-hook of torch's: offloading puts back forward methods as it found them.
+
+    Args:
+        parts: what else is hooked, and how: a module may be replaced later, by one with an adapter around it.
     """
 
     _is_stateful = True
     handle: Any = None  # of the pre-hook
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, parts: dict[str, Callable[[], Hook]]) -> None:
         super().__init__(controller)
-        self.contexts = StateManager(dict)
+        self.contexts, self.parts = Contexts(controller), parts
+        self.hooked: dict[str, nn.Module] = {}
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.names = list(inspect.signature(module.forward).parameters)
@@ -74,20 +99,34 @@ class Calls(Hook):
         level = self.coordinate.of(given.pop(self.coordinate.argument))
         ordered = [given[name] for name in self.names if name in given]  # however the caller ordered them
         latent = next(leaf for leaf in tree_leaves(ordered) if isinstance(leaf, Tensor))
-        context = self.contexts._context
+        begins = not current_run().is_call and self.controller.state.step < 0
+        if begins and (pipeline := calling_pipeline()) is not None:
+            follow(pipeline)  # its next call is known as one
+        self.hook_parts(module)
+        context = self.controller.state.given_context
         self.controller.enter(context.name if context else None, level, latent)
+
+    def hook_parts(self, denoiser: nn.Module) -> None:
+        """Have the hooks on the modules that are there now."""
+        for name, make in self.parts.items():
+            part, before = denoiser.get_submodule(name), self.hooked.get(name)
+            if part is before:
+                continue
+            if before is not None:
+                _unhook(before)
+            _hook(part, make())
+            self.hooked[name] = part
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """A pipeline is done."""
         stats, order = self.controller.stats(), self.controller.plan.highest_order
-        if self.controller.step >= 0 and stats.nfc <= order and stats.nfc < stats.num_steps:
+        if self.controller.state.step >= 0 and stats.nfc <= order and stats.nfc < stats.num_steps:
             warnings.warn(
                 f"order {order} needs {order + 1} full computations, this trajectory of {stats.num_steps} steps had "
                 f"{stats.nfc}: a lower order was used. Lower order or interval",
                 stacklevel=2,
             )
         self.controller.reset()
-        self.contexts._context = None
         return module
 
 
@@ -108,7 +147,7 @@ class Cached(Hook):
             return self.compute(*args, **kwargs)
         inputs = _inputs(args, kwargs)
         if self.tap:
-            inputs = (self.controller.tapped.pop(self.tap),)
+            inputs = (self.controller.state.tapped.pop(self.tap),)
         if not self.controller.computes(self.name, inputs[0]):
             return self.controller.predict(self.name, inputs)
         output = self.controller.corrected(self.name, self.compute(*args, **kwargs))
@@ -129,7 +168,7 @@ class Deviation(Hook):
         output = self.compute(*args, **kwargs)
         if not isinstance(output, Tensor):
             raise CacheError(f"feature: blocks: {self.name} gives {type(output).__name__}; use feature: modules")
-        first = self.controller.tapped.pop(self.name, hidden)
+        first = self.controller.state.tapped.pop(self.name, hidden)
         computed = output - first
         deviation = self.controller.corrected(self.name, computed)
         self.controller.remember(self.name, (first,), deviation)
@@ -152,7 +191,7 @@ class Bypassed(Hook):
         hidden = _inputs(args, kwargs)[0]
         if self.controller.paused or self.controller.computes(self.name, hidden):
             if self.first:
-                self.controller.tapped[self.name] = hidden
+                self.controller.state.tapped[self.name] = hidden
             return self.compute(*args, **kwargs)
         if hasattr(module, "downsamplers"):  # a U-Net counts what it is given for its skip connections
             return hidden, (hidden,) * (len(module.resnets) + len(module.downsamplers or ()))  # type: ignore[arg-type]
@@ -164,7 +203,7 @@ class Tap(Hook):
 
     @_eager
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        self.controller.tapped[self.name] = output[0] if isinstance(output, tuple) else output
+        self.controller.state.tapped[self.name] = output[0] if isinstance(output, tuple) else output
         return output
 
 
@@ -173,7 +212,7 @@ class Skipped(Hook):
 
     @_eager
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tapped = self.controller.tapped[self.name]
+        tapped = self.controller.state.tapped[self.name]
         if self.controller.paused or self.controller.computes(f"{self.name}.proj_out", tapped):
             return self.compute(*args, **kwargs)
         inputs = _inputs(args, kwargs)
@@ -211,26 +250,26 @@ def attach_cache(denoiser: nn.Module, plan: CachePlan | Cache, fitted: Fitted | 
         asked = {True: plan.corrected_quantization, False: plan.corrected}
 
         def correct(module: str, output: Tensor, computed: bool) -> Tensor:
-            return found.correct(module, output, controller.timestep, computed) if asked[computed] else output
+            return found.correct(module, output, controller.state.timestep, computed) if asked[computed] else output
 
         controller.correct = correct
     if plan.learned:
         if found is None or not set(modules) <= set(found.learned_modules):
             raise CacheError("learned_timesteps: nothing was learned for this model; `accuquant calibrate` does")
-        controller.weigh = lambda module, output, last: found.weigh(module, output, last, controller.timestep)
-    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-    calls = Calls(controller)
+        controller.weigh = lambda module, output, last: found.weigh(module, output, last, controller.state.timestep)
+    parts: dict[str, Callable[[], Hook]] = {}
+    for name in modules[: len(modules) - len(fused)]:
+        parts[name] = partial(Deviation if begins else Cached, controller, name)
+    for name in bypassed:
+        parts[name] = partial(Bypassed, controller, modules[0], name in begins.values())
+    for block in fused:
+        parts[f"{block}.norm"] = partial(Tap, controller, block)
+        parts |= dict.fromkeys((f"{block}.proj_mlp", f"{block}.attn"), partial(Skipped, controller, block))
+        parts[f"{block}.proj_out"] = partial(Cached, controller, f"{block}.proj_out", tap=block)
+    registry, calls = HookRegistry.check_if_exists_or_initialize(denoiser), Calls(controller, parts)
     _hook(denoiser, calls)
     calls.handle = denoiser.register_forward_pre_hook(calls.follow, with_kwargs=True)
-    for name in modules[: len(modules) - len(fused)]:
-        _hook(denoiser.get_submodule(name), Deviation(controller, name) if begins else Cached(controller, name))
-    for name in bypassed:
-        _hook(denoiser.get_submodule(name), Bypassed(controller, modules[0], name in begins.values()))
-    for block in fused:
-        _hook(denoiser.get_submodule(f"{block}.norm"), Tap(controller, block))
-        _hook(denoiser.get_submodule(f"{block}.proj_mlp"), Skipped(controller, block))
-        _hook(denoiser.get_submodule(f"{block}.attn"), Skipped(controller, block))
-        _hook(denoiser.get_submodule(f"{block}.proj_out"), Cached(controller, f"{block}.proj_out", tap=block))
+    calls.hook_parts(denoiser)
     registry.invalidate_child_registries_cache()
     if hasattr(denoiser, "_cache_config"):
         denoiser._cache_config = plan  # type: ignore[assignment]  # so that diffusers' own caches refuse to join
@@ -248,23 +287,7 @@ def detach_cache(denoiser: nn.Module) -> None:
     if controller_of(denoiser) is None:
         raise CacheError(f"{type(denoiser).__name__} has no cache of accuquant")
     for module in denoiser.modules():
-        if (hook := hook_of(module)) is None:
-            continue
-        registry: Any = module._diffusers_hook
-        if isinstance(hook, Calls):
-            hook.handle.remove()
-        outer, last = vars(module)["forward"], registry._hook_order[-1] == HOOK
-        on_top = last and outer is not hook.wrapper and vars(module).get("_old_forward") is hook.wrapper
-        registry.remove_hook(HOOK, recurse=False)
-        if on_top:  # accelerate came later and called ours
-            module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
-        elif last and outer is not hook.wrapper:  # ours is gone already: accelerate has put back what it had found
-            module.forward = outer
-        forward = vars(module).get("forward")
-        if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
-            del module.forward
-        if not registry.hooks:
-            del module._diffusers_hook
+        _unhook(module)
     if "_cache_config" in vars(denoiser):
         del denoiser._cache_config
     vars(denoiser).pop("_reset_stateful_cache", None)
@@ -308,6 +331,27 @@ def hook_of(module: nn.Module) -> Hook | None:
 def _hook(module: nn.Module, hook: Hook) -> None:
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
     hook.wrapper = module.forward
+
+
+def _unhook(module: nn.Module) -> None:
+    """Take our hook off a module, if it has one."""
+    if (hook := hook_of(module)) is None:
+        return
+    registry: Any = module._diffusers_hook
+    if isinstance(hook, Calls):
+        hook.handle.remove()
+    outer, last = vars(module)["forward"], registry._hook_order[-1] == HOOK
+    on_top = last and outer is not hook.wrapper and vars(module).get("_old_forward") is hook.wrapper
+    registry.remove_hook(HOOK, recurse=False)
+    if on_top:  # accelerate came later and called ours
+        module._old_forward, module.forward = module.forward, outer  # type: ignore[assignment]
+    elif last and outer is not hook.wrapper:  # ours is gone already: accelerate has put back what it had found
+        module.forward = outer
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
+        del module.forward
+    if not registry.hooks:
+        del module._diffusers_hook
 
 
 def _coordinate(denoiser: nn.Module, names: list[str], plan: CachePlan) -> Coordinate:
