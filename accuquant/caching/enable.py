@@ -15,11 +15,11 @@ from torch import nn
 from accuquant.caching.search import CHOICE_SAMPLES, search_on_rows
 from accuquant.core.coordinate import Coordinate
 from accuquant.errors import CacheError
-from accuquant.pipeline.recorder import Recorder
+from accuquant.pipeline.recorder import Recorder, usual_sampling
 from accuquant.pipeline.rows import Row, as_row, classes_of
-from accuquant.pipeline.seams import takes, unwrapped
+from accuquant.pipeline.seams import takes
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Sampling
+from accuquant.recipe import Cache
 from accuquant.recipe.file import shipped_folder
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.features import attends
@@ -75,12 +75,7 @@ def enable_cache(
             raise CacheError("a target is searched by sampling: give enable_cache the whole pipeline, or set tau")
         if controller_of(denoiser) is not None:
             raise CacheError(f"{type(denoiser).__name__} has a cache already; call disable_cache first")
-        usual = inspect.signature(unwrapped(target)).parameters
-        steps = num_inference_steps or usual["num_inference_steps"].default
-        guidance = guidance_scale
-        if guidance is None:
-            guidance = usual["guidance_scale"].default if "guidance_scale" in usual else 1.0
-        recorder = Recorder(target, Sampling(num_inference_steps=steps, guidance_scale=float(guidance)))
+        recorder = Recorder(target, usual_sampling(target, num_inference_steps, guidance_scale))
         rows = [as_row(value) for value in inputs] if inputs else known_rows(target)
         config = search_on_rows(recorder, rows, seed, config, Reporter(quiet=not progress))
     if isinstance(target, DiffusionPipeline):

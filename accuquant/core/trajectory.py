@@ -64,6 +64,7 @@ def group_gradient(
     loss: Loss = "terminal",
     variances: Sequence[Tensor] | None = None,
     initial: State | None = None,
+    scale: float = 1.0,
 ) -> float:
     """Add one group's gradient to ``.grad`` of whatever ``step`` depends on, and return the loss.
 
@@ -72,6 +73,7 @@ def group_gradient(
         start, stop: the group is steps start ... stop - 1, M = stop - start.
         variances: for each latent of a state its marginal variance (T + 1,), needed by ``gradient="variance"``.
         initial: the state to start from instead of ``reference[start]``.
+        scale: what is added is the gradient times this; the share of one element is too small for float16.
     """
     if gradient == "variance" and variances is None:
         raise ValueError("gradient='variance' needs the latents' variances")
@@ -85,6 +87,7 @@ def group_gradient(
     states[stop] = _detached(after)
     value, errors = group_errors(states, reference, start, stop, loss)
 
+    errors = {k: tuple(scale * error for error in of) for k, of in errors.items()}
     cotangents: list[Tensor | None] = [*errors[stop], *(None for _ in after.history + after.features)]
     for i in reversed(range(start, stop)):
         if i < stop - 1:
@@ -98,11 +101,11 @@ def group_gradient(
                 if gradient != "exact":
                     later = cotangents[k]
                     assert later is not None
-                    scale = 1.0 if variances is None or gradient == "identity" else _shrink(variances[k], i)
-                    passed[k] = scale * later
+                    shrunk = 1.0 if variances is None or gradient == "identity" else _shrink(variances[k], i)
+                    passed[k] = shrunk * later
                 if i in errors:
                     own = passed[k]
-                    passed[k] = errors[i][k] if own is None else own + errors[i][k]
+                    passed[k] = errors[i][k] if own is None else own + errors[i][k].to(own.dtype)
             cotangents = passed
         states.pop(i + 1)
     return float(value)
@@ -131,13 +134,18 @@ def group_errors(
     compared = list(range(start + 1, stop + 1)) if loss == "dense" else [stop]
     ends = zip(reference[stop].latents, reference[start].latents, strict=True)
     count = len(reference[stop].latents)
-    norms = [(e - s).square().sum().clamp_min(1e-12) * len(compared) * count for e, s in ends]
+    norms = [(wide(e) - wide(s)).square().sum().clamp_min(1e-12) * len(compared) * count for e, s in ends]
     values, errors = [], {}
     for k in compared:
-        differences = [a - b for a, b in zip(states[k].latents, reference[k].latents, strict=True)]
+        differences = [wide(a) - wide(b) for a, b in zip(states[k].latents, reference[k].latents, strict=True)]
         values += [d.square().sum() / norm for d, norm in zip(differences, norms, strict=True)]
         errors[k] = tuple(2 * d / norm for d, norm in zip(differences, norms, strict=True))
     return torch.stack(values).sum(), errors
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: the squares of a batch of latents, summed, are too large for float16."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def groups(num_steps: int, steps_per_group: int) -> list[tuple[int, int]]:
@@ -178,6 +186,6 @@ def _detached(state: State) -> State:
 
 def _backward(outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> None:
     """Into weights and leaves; an output that nothing learned enters has no graph."""
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+    pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
     if pairs:
         torch.autograd.backward([o for o, _ in pairs], [c for _, c in pairs])

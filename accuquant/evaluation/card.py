@@ -22,7 +22,7 @@ base_model: {model}
 ```
 
 Measured on {num_samples} held-out samples against full precision, same noise
-({scheduler}, {num_inference_steps} steps, guidance {guidance_scale}):
+({scheduler}, {num_inference_steps} steps, {guidance}):
 
 | figure | value |
 |---|---|
@@ -52,7 +52,8 @@ def model_card(export: Export, dtype: str, metrics: dict[str, Any]) -> str:
     calibration, used = metrics["calibration"], metrics.get("arithmetic")
     how = "with M = {steps_per_group} denoising steps per group, gradient `{gradient}`".format(**calibration)
     return CARD.format(
-        **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps", "guidance_scale")},
+        **{k: metrics[k] for k in ("model", "num_samples", "scheduler", "num_inference_steps")},
+        guidance="the usual guidance" if metrics["guidance_scale"] is None else f"guidance {metrics['guidance_scale']}",
         **{k: calibration[k] for k in ("network_evaluations", "seconds")},
         how="by block reconstruction" if calibration["target"] == "blocks" else how,
         loading=LOADING[export.format].format(name=Path(export.output).name, dtype=dtype, torchao=TORCHAO_VERSIONS),

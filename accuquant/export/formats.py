@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from accuquant.calibration.layers import trainable_layers
 from accuquant.calibration.opened import OpenedModel
 from accuquant.calibration.plan import PlannedModule
 from accuquant.calibration.session import Session
@@ -55,6 +56,8 @@ def write_format(session: Session, format: Format, dimensions: dict[str, int], d
         dtype: of the model.
     """
     for one, clock in zip(session.model.denoisers, session.clocks, strict=True):
+        if not trainable_layers(one.network):  # the rules leave it as it is
+            continue
         if format == "torchao":
             own = {n.removeprefix(one.prefix): d for n, d in dimensions.items() if n.startswith(one.prefix)}
             convert_model(one.network, own, dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from accuquant.errors import AccuQuantError
-from accuquant.pipeline.recording import Autocast, Call, Constant, Mark, Operation, Place, Recording
+from accuquant.pipeline.recording import Around, Call, Constant, Mark, Operation, Place, Recording
 from accuquant.pipeline.seams import mapped
 
 
@@ -69,8 +69,7 @@ class Invoke:
     given: Template
     outputs: tuple[int, ...]
     held: tuple[Tensor, ...]
-    context: str | None
-    autocast: tuple[Autocast, ...]
+    around: Around
     writes: bool
 
 
@@ -138,8 +137,7 @@ class Lowering:
                             given,
                             outputs,
                             tuple(event.held),
-                            event.context,
-                            event.autocast,
+                            event.around,
                             event.writes,
                         )
                     )

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from accuquant.pipeline.cut import cut
 from accuquant.pipeline.lowering import Lowering, TapeError
+from accuquant.pipeline.processors import processors_kept
 from accuquant.pipeline.recording import Call, Outputs, Place, Recording, write_down
 from accuquant.pipeline.seams import Seams, mapped, previous_sample, takes, unwrapped
 from accuquant.pipeline.tape import Tape, run, same
@@ -58,7 +59,7 @@ def recorded(
     """
     if takes(pipeline, "output_type"):
         call = {"output_type": "latent"} | call
-    with repeatable(call) as again:
+    with repeatable(call) as again, processors_kept(pipeline):
         recording = write_down(pipeline, again(), known, progress)
         calls = [event for event in recording.events if isinstance(event, Call)]
         if not calls:
@@ -144,6 +145,8 @@ def check_networks(pipeline: DiffusionPipeline, tape: Tape) -> None:
         equal = all(
             torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, tape.state(2).latents, strict=True)
         )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a network says when it is called out of turn
         equal, reason = False, f" ({type(error).__name__}: {error})"
     if not equal:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from accuquant.errors import AccuQuantError, RecipeError
@@ -14,11 +17,51 @@ from accuquant.files import KeptFiles
 from accuquant.pipeline.data import Samples
 from accuquant.pipeline.record import recorded
 from accuquant.pipeline.recording import OtherOutputs, Outputs
-from accuquant.pipeline.rows import call_of, needs_single_calls
-from accuquant.pipeline.seams import takes
+from accuquant.pipeline.rows import Row, call_of, needs_single_calls
+from accuquant.pipeline.seams import takes, unwrapped
 from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import Sampling
+
+
+def usual_sampling(
+    pipeline: DiffusionPipeline, num_inference_steps: int | None = None, guidance_scale: float | None = None
+) -> Sampling:
+    """The sampling that a pipeline's call has by default, but for what is given.
+
+    Raises:
+        RecipeError: the pipeline has no number of steps of its own, or what is given cannot be.
+    """
+    parameters, name = inspect.signature(unwrapped(pipeline)).parameters, type(pipeline).__name__
+
+    steps = num_inference_steps
+    if steps is None and "num_inference_steps" in parameters:
+        steps = parameters["num_inference_steps"].default
+    if not isinstance(steps, int):
+        raise RecipeError(f"num_inference_steps: {name} has no number of steps by default; say how many")
+    try:
+        return Sampling(num_inference_steps=steps, guidance_scale=guidance_scale)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"{first['loc'][0]}: {first['msg'].replace('Input should be', 'must be')}") from error
+
+
+def check_alike(tapes: Sequence[Tape], rows: Sequence[Row]) -> None:
+    """Whether runs can be calibrated on together: they have as many steps, and samples of one size.
+
+    Args:
+        rows: the first of each tape.
+
+    Raises:
+        RecipeError: they have not.
+    """
+    found = [(len(tape), tape.per_sample(tape.state(0)).shape[1]) for tape in tapes]
+    for one, row in zip(found, rows, strict=True):
+        if one != found[0]:
+            raise RecipeError(
+                f"data: all rows have to make as many steps, and samples of one size: {rows[0]} makes {found[0][0]} "
+                f"steps of {found[0][1]} numbers, and {row} {one[0]} of {one[1]}; calibrate on one size and strength"
+            )
 
 
 @dataclass(frozen=True)
@@ -62,6 +105,7 @@ class Recorder:
                     if kept is not None:
                         kept.write_tensors(name, {f"{c}.{i}": t for c, ts in outputs.items() for i, t in enumerate(ts)})
                 found.append(tape)
+        check_alike(found, [batch.rows[0] for batch in batches])
         return found
 
     def batches(self, samples: Samples, batch_size: int) -> list[Samples]:
@@ -105,16 +149,13 @@ class Recorder:
         known: Outputs | None = None,
     ) -> tuple[Tape, Outputs]:
         pipeline = self.pipeline
-        setting = {
-            "num_inference_steps": self.sampling.num_inference_steps,
-            "guidance_scale": self.sampling.guidance_scale,
-        }
+        setting = self.sampling.model_dump(include={"num_inference_steps", "guidance_scale"}, exclude_none=True)
         call = call_of(pipeline, samples.rows, samples.seeds, setting, self.folder)
         if images and takes(pipeline, "output_type"):
             call["output_type"] = "pt"
         try:
             tape, outputs = recorded(pipeline, call, known, progress)
-        except (AccuQuantError, OtherOutputs):
+        except (AccuQuantError, OtherOutputs, torch.OutOfMemoryError):
             raise
         except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, NotImplementedError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from accuquant.pipeline.processors import Processors, changed_processors, processors_of
 from accuquant.pipeline.seams import Seams, mapped, previous_sample, step_sample, unwrapped
 
 RANDOM = re.compile(r"aten::(rand|normal|uniform|bernoulli|exponential|multinomial)")
@@ -54,6 +55,20 @@ class Autocast:
 
 
 @dataclass(frozen=True)
+class Around:
+    """What a network was called under.
+
+    Attributes:
+        context: diffusers' cache context.
+        processors: of its attention, by name, where the pipeline had set others for its run.
+    """
+
+    context: str | None
+    autocast: tuple[Autocast, ...]
+    processors: Processors | None
+
+
+@dataclass(frozen=True)
 class Operation:
     """``outputs = function(*args, **kwargs)``; trees with `Place` and `Constant` where tensors were."""
 
@@ -73,8 +88,7 @@ class Call:
     kwargs: Any
     outputs: Any
     held: list[Tensor]  # what it returned, for as long as the recording is being worked on
-    context: str | None  # diffusers' cache context
-    autocast: tuple[Autocast, ...]
+    around: Around
     writes: bool  # whether it wrote into what it was given
 
 
@@ -279,7 +293,7 @@ def write_down(
     """
     writer = _Writer()
     recording, given_before = writer.recording, dict[Any, Any]()
-    calls = 0
+    calls, before_run = 0, processors_of(pipeline)
 
     def evaluated(name: str, method: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         if known is None or (known and calls not in known):
@@ -300,15 +314,15 @@ def write_down(
     def on_call(name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         nonlocal calls
         given, named = writer.encode((args, kwargs))
-        modes, tensors = autocast_state(), [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        around = Around(seams.contexts.get(name), autocast_state(), changed_processors(pipeline, name, before_run))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         with _disable_current_modes():
             before = [version(t) for t in tensors]
             out = evaluated(name, method, args, kwargs, tensors)
             writes = before != [version(t) for t in tensors]
             held = [t.clone() for t in tree_leaves(out) if isinstance(t, Tensor)]
         calls += 1
-        context = seams.contexts.get(name)
-        recording.events.append(Call(name, given, named, writer.heat(out), held, context, modes, writes))
+        recording.events.append(Call(name, given, named, writer.heat(out), held, around, writes))
         return out
 
     def on_step(name: str, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -54,9 +54,8 @@ def call_of(
         if missing := [i for i, row in enumerate(rows) if key not in row]:
             raise RecipeError(f"data: row {missing[0]} of a batch has no {key!r}, and others have: {rows[missing[0]]}")
         values = [opened(row[key], folder) for row in rows]
-        if one_each(parameters[argument]):
-            # many that animate or edit one picture say that they take several, and do not
-            call[argument] = values[0] if len(values) == 1 and isinstance(values[0], Image.Image) else values
+        if one_each(parameters[argument]) and not isinstance(values[0], Image.Image | list):
+            call[argument] = values
         elif any(value != values[0] for value in values):
             raise RecipeError(f"data: {key!r} is one for a whole call of {name}, and rows of a batch differ in it")
         else:
@@ -133,16 +132,25 @@ def asked_for(row: Row) -> Any:
 
 
 def needs_single_calls(pipeline: DiffusionPipeline, rows: Sequence[Row]) -> bool:
-    """Whether rows differ in something that the pipeline takes one of for a whole call."""
+    """Whether rows differ in something that the pipeline takes one of for a whole call, or hold pictures.
+
+    Of a list of pictures each pipeline makes something else: samples, references of one sample, frames, or an error.
+    """
     parameters = inspect.signature(unwrapped(pipeline)).parameters
     keys = {key for row in rows for key in row} - {FOR_PEOPLE}
     single = [key for key in keys if (p := parameters.get(FORMER.get(key, key))) is not None and not one_each(p)]
-    return any(row.get(key) != rows[0].get(key) for key in single for row in rows)
+    differ = any(row.get(key) != rows[0].get(key) for key in single for row in rows)
+    return differ or any(is_picture(value) for row in rows for value in row.values())
 
 
 def one_each(parameter: inspect.Parameter) -> bool:
     """Whether a pipeline takes a list of this, with one for each sample."""
     return "list" in str(parameter.annotation).lower()
+
+
+def is_picture(value: Any) -> bool:
+    """Whether a row's value names one."""
+    return isinstance(value, str) and value.lower().endswith(PICTURES) and "\n" not in value
 
 
 def opened(value: Any, folder: Path) -> Any:
@@ -151,7 +159,7 @@ def opened(value: Any, folder: Path) -> Any:
     Raises:
         RecipeError: it cannot be read.
     """
-    if not (isinstance(value, str) and value.lower().endswith(PICTURES) and "\n" not in value):
+    if not is_picture(value):
         return value
     path = folder / value
     try:

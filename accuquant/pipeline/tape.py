@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from accuquant.core.trajectory import State
 from accuquant.pipeline.lowering import Apply, Instruction, Invoke
+from accuquant.pipeline.processors import processing
 
 Components = Mapping[str, Callable[..., Any]]
 
@@ -180,12 +181,14 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 @contextmanager
 def called_as(one: Invoke, network: Any) -> Iterator[None]:
-    """The mixed precision and the cache context that a network was recorded with."""
+    """The mixed precision, the cache context and the attention processors that a network was recorded with."""
     with ExitStack() as stack:
-        for mode in one.autocast:
+        if one.around.processors is not None:
+            stack.enter_context(processing(network, one.around.processors))
+        for mode in one.around.autocast:
             stack.enter_context(torch.autocast(mode.device_type, mode.dtype, mode.enabled))
-        if one.context is not None:
-            stack.enter_context(network.cache_context(one.context))
+        if one.around.context is not None:
+            stack.enter_context(network.cache_context(one.around.context))
         yield
 
 

@@ -26,7 +26,7 @@ from accuquant.recipe.presets import PRESETS
 from accuquant.recipe.rule import patterns_of
 
 WHY = {"first": "reads the latents", "last": "writes the output", "embedding": "embeds conditions"}
-STEPS, GUIDANCE, GROUPS = 50, 1.0, 10  # where a pipeline's call has no default, and as recipes have
+STEPS, GROUPS = 50, 10  # where a pipeline's call has no default, and as recipes have
 IMAGENET = 1000
 
 
@@ -86,12 +86,11 @@ def usual_sampling(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """The steps and the guidance that the pipeline's call has by default."""
     parameters = inspect.signature(unwrapped(pipeline)).parameters
 
-    def default(key: str, otherwise: float) -> Any:
+    def default(key: str) -> Any:
         value = parameters[key].default if key in parameters else None
-        return value if isinstance(value, int | float) else otherwise
+        return value if isinstance(value, int | float) else None
 
-    steps = int(default("num_inference_steps", STEPS))
-    return {"num_inference_steps": steps, "guidance_scale": max(1.0, float(default("guidance_scale", GUIDANCE)))}
+    return {"num_inference_steps": default("num_inference_steps") or STEPS, "guidance_scale": default("guidance_scale")}
 
 
 def given_data(data: str) -> tuple[str, Path]:
@@ -180,7 +179,7 @@ def as_yaml(recipe: Recipe, data: str, found: list[Caught], never: dict[str, int
             f"# {recipe.model.id}, found from one recorded call; --dry-run says what it costs",
             f"model:\n  id: {json.dumps(recipe.model.id)}\n",
             f"sampling:\n  num_inference_steps: {sampling.num_inference_steps}\n"
-            f"  guidance_scale: {sampling.guidance_scale:g}\n",
+            f"  guidance_scale: {'null' if sampling.guidance_scale is None else sampling.guidance_scale}\n",
             f"data:\n  path: {json.dumps(data)}\n",
             f"quantization:\n  timestep_groups: {recipe.quantization.timestep_groups}\n  rules:",
             *rules,

@@ -42,7 +42,9 @@ class Sampling(Section):
 
     scheduler: str | None = Field(None, description="a diffusers scheduler class; the model's own if absent")
     num_inference_steps: int = Field(50, ge=2, le=1000)
-    guidance_scale: Number = Field(1.5, ge=1.0, description="1.0 switches classifier-free guidance off")
+    guidance_scale: Number | None = Field(
+        1.5, ge=0.0, description="1.0 switches classifier-free guidance off; null: what the pipeline has by default"
+    )
 
 
 class Data(Section):
@@ -181,19 +183,12 @@ class Recipe(Section):
         m = self.objective.steps_per_group
         if m != "auto" and m > steps:
             raise ValueError(f"objective.steps_per_group is {m} but sampling has only {steps} steps")
-        if self.cache is not None:
-            known = self.cache.num_inference_steps
-            if known is not None and known != steps:
-                raise ValueError(f"cache.num_inference_steps is {known}, sampling.num_inference_steps {steps}")
-            if self.cache.decides_while_running and "forecast" in (self.objective.cached_learn or ()):
-                raise ValueError(
-                    "objective.cached_learn: 'forecast' is learned of each skipped step, and those that RCS skips "
-                    "differ from sample to sample; use cache.interval or cache.target_nfc"
-                )
-            try:
-                self.cache.check_steps(steps)
-            except ValueError as error:
-                raise ValueError(f"cache.{error}") from error
+        learns_forecasts = "forecast" in (self.objective.cached_learn or ())
+        if self.cache is not None and self.cache.decides_while_running and learns_forecasts:
+            raise ValueError(
+                "objective.cached_learn: 'forecast' is learned of each skipped step, and those that RCS skips "
+                "differ from sample to sample; use cache.interval or cache.target_nfc"
+            )
         if groups > steps:
             raise ValueError(f"quantization.timestep_groups is {groups} but sampling has only {steps} steps")
         if self.quantization.share_activation_scales and not any(rule.static for rule in self.quantization.rules):

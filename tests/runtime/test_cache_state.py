@@ -371,7 +371,7 @@ def test_memory_is_free_after_the_last_step_when_it_is_known(pipeline: DiTPipeli
             for label in (COND, UNCOND)[:calls]:
                 assert torch.equal(call(freed, i, label), call(plain, i, label))
         assert controller.state.memories == {}
-        assert kept.memories
+        assert kept.state.memories
     assert controller.stats() == kept.stats()
 
 

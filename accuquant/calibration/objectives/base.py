@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from accuquant.calibration.plan import PlannedModule
@@ -119,6 +120,11 @@ class GradientSource(ABC):
         self.parameters = material.parameters
         self.network_evaluations = 0
 
+    @property
+    def scale(self) -> float:
+        """What gradients are multiplied by on their way back: the share of one element is too small for float16."""
+        return 2.0**16 if self.material.tape(0).state(0).latents[0].dtype == torch.float16 else 1.0
+
     @classmethod
     @abstractmethod
     def cost(cls, job: Job) -> Cost:
@@ -136,6 +142,13 @@ class GradientSource(ABC):
         Returns:
             the loss, and what the history has to say of this update beside it.
         """
+
+    def scaled_back(self) -> None:
+        """Divide ``.grad`` of the parameters by `scale`."""
+        if self.scale != 1:
+            for parameter in (p for of in self.parameters.values() for p in of.values()):
+                if parameter.grad is not None:
+                    parameter.grad /= self.scale
 
     def where(self, update: int) -> str:
         """What the update learns from, in words for an error."""

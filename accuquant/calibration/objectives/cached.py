@@ -74,9 +74,11 @@ class CachedTrajectory(GradientSource):
             stop,
             gradient=of.objective.gradient,
             loss=of.objective.loss,
+            scale=self.scale,
             variances=of.reference.variances if of.objective.gradient == "variance" else None,
             initial=steps.before(start, reference),
         )
+        self.scaled_back()
         self.network_evaluations += steps.full_evaluations
         return loss, {"steps_per_group": stop - start}
 

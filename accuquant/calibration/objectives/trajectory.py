@@ -58,9 +58,11 @@ class Trajectory(GradientSource):
             stop,
             gradient=of.objective.gradient,
             loss=of.objective.loss,
+            scale=self.scale,
             variances=of.reference.variances if of.objective.gradient == "variance" else None,
             initial=self.drifted[of.draws.tape(update)][start] if self.drifted else None,
         )
+        self.scaled_back()
         return loss, {"steps_per_group": stop - start}
 
     def where(self, update: int) -> str:
@@ -72,7 +74,8 @@ class Trajectory(GradientSource):
         for k, states in enumerate(self.drifted):
             for i, state in enumerate(states):
                 found |= {f"drifted/{k}/{i}/{n}": tensor for n, tensor in enumerate(state.tensors)}
-        return found
+        # a solver keeps a tensor in several states, and a file holds none twice
+        return {name: tensor.clone() for name, tensor in found.items()}
 
     def resume(self, update: int, network_evaluations: int, state: dict[str, Tensor]) -> None:
         super().resume(update, network_evaluations, state)
