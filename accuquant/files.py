@@ -118,8 +118,8 @@ class KeptFiles:
     def read_json(self, name: str) -> Any | None:
         return self.read(name, lambda path: json.loads(path.read_text(encoding="utf-8")))
 
-    def read_tensors(self, name: str, device: str = "cpu") -> dict[str, Tensor] | None:
-        return self.read(name, lambda path: load_file(path, device=device))
+    def read_tensors(self, name: str) -> dict[str, Tensor] | None:
+        return self.read(name, load_file)
 
     def write_text(self, name: str, text: str) -> None:
         write_text(self.path(name), text)

@@ -73,10 +73,21 @@ def fit_correction(
         what was given, with the correction.
 
     Raises:
-        CacheError: the denoiser is called more than once in a step.
+        CacheError: the denoiser is called more than once in a step, two steps are at one noise level, or the pipeline
+            takes single samples only.
     """
     forecasts, computed = Maps(), Maps()  # by kind of step
-    tape, denoiser = session.few(CORRECTION_SAMPLES, CORRECTION_SAMPLES)[0], session.model.only
+    (tape, *others), denoiser = session.few(CORRECTION_SAMPLES, CORRECTION_SAMPLES), session.model.only
+    if others:
+        raise CacheError(
+            f"corrected: {type(tape.pipeline).__name__} takes these samples one by one, and a correction is fitted to "
+            "several at once; leave corrected and corrected_quantization out"
+        )
+    if len(set(session.levels)) < len(session.levels):
+        raise CacheError(
+            "corrected: two steps of this scheduler are at one noise level, by which a correction is found again; "
+            "leave corrected and corrected_quantization out, or take another scheduler"
+        )
     if any(sum(one.component == denoiser.name for one in step.calls) > 1 for step in tape.steps):
         raise CacheError(
             f"corrected: {type(tape.pipeline).__name__} calls {denoiser.name} more than once in a step, and a "

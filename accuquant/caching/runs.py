@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,8 +39,14 @@ class Runs:
         """Those that most of a search is made on."""
         return self.few(self.samples, self.samples)
 
-    def timesteps(self, steps: Iterable[int]) -> tuple[float, ...]:
-        return tuple(self.levels[i] for i in steps)
+    def listed(self, steps: Sequence[int]) -> dict[str, tuple[Any, ...]]:
+        """How a plan says which steps are full: by noise level, that other numbers of steps find them as well.
+
+        By number where two steps are at one level, as Heun's are.
+        """
+        if len(set(self.levels)) < len(self.levels):
+            return {"full_steps": tuple(steps)}
+        return {"full_timesteps": tuple(self.levels[i] for i in steps)}
 
 
 def errors_from(tape: Tape, state: State, images: Tensor | None) -> list[Tensor]:

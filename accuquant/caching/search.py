@@ -188,9 +188,8 @@ def _search_steps(runs: Runs, config: Cache, nfc: int, reporter: Reporter, fitte
                 if error(tried) < errors[best]:
                     best, moved = tried, True
                 advance(f"{errors[best]:.4f}")
-    timesteps = runs.timesteps(best)
     reporter.say(f"cache: {len(best)} full steps of {num_steps}, error {errors[best]:.4f} on calibration samples")
-    return CachePlan.of(config, full_timesteps=timesteps, measured_nfc=(float(len(best)), 0.0))
+    return CachePlan.of(config, **runs.listed(best), measured_nfc=(float(len(best)), 0.0))
 
 
 def _search_tau(runs: Runs, config: Cache, nfc: float, reporter: Reporter, fitted: Fitted | None) -> CachePlan:
@@ -234,18 +233,18 @@ def _dps(runs: Runs, config: Cache, reporter: Reporter, fitted: Fitted | None) -
     except ValueError as error:
         raise CacheError(f"cache.{'interval' if config.interval else 'target_nfc'}: {error}") from error
     reporter.say(f"cache: {len(steps)} full steps of {runs.num_steps}, by the features of {count} samples")
-    timesteps = runs.timesteps(steps)
-    return CachePlan.of(config, full_timesteps=timesteps, measured_nfc=(float(len(steps)), 0.0))
+    return CachePlan.of(config, **runs.listed(steps), measured_nfc=(float(len(steps)), 0.0))
 
 
 def record_grams(runs: Runs, config: Cache, fitted: Fitted | None = None) -> tuple[Tensor, Tensor]:
     """Inner products of the cached modules' inputs and outputs over one full trajectory, each (modules, B, T, T)."""
-    tape = runs.few(RECORDED_SAMPLES, RECORDED_SAMPLES)[0]
-    grams, kept = [], record_features(runs, tape, config, fitted=fitted)
-    for side in (0, 1):
-        stacked = [torch.stack([pair[side] for pair in pairs]).double() for pairs in kept.values()]
-        grams.append(torch.stack([torch.einsum("ibd,jbd->bij", x, x) for x in stacked]))
-    return grams[0], grams[1]
+    grams: tuple[list[Tensor], list[Tensor]] = [], []
+    for tape in runs.few(RECORDED_SAMPLES, RECORDED_SAMPLES):
+        kept = record_features(runs, tape, config, fitted=fitted)
+        for side in (0, 1):
+            stacked = [torch.stack([pair[side] for pair in pairs]).double() for pairs in kept.values()]
+            grams[side].append(torch.stack([torch.einsum("ibd,jbd->bij", x, x) for x in stacked]))
+    return torch.cat(grams[0], 1), torch.cat(grams[1], 1)
 
 
 @torch.no_grad()
@@ -282,13 +281,14 @@ def record_features(
 def _nfc_of_seconds(runs: Runs, config: Cache, fitted: Fitted | None) -> float:
     """NFC at which one trajectory takes the asked time, from the times of all steps full and of the fewest."""
     fewest = min(runs.num_steps, max(config.warmup, config.forecast_order + 1))
-    tape, seconds = runs.usual()[0], list[float]()
+    tapes, seconds = runs.usual(), list[float]()
     for full in (runs.num_steps, fewest):
         with cached(runs.denoiser, CachePlan.of(config, full_steps=tuple(range(full))).uncorrected, fitted):
             times = []
             for _ in range(3):
                 started = time.perf_counter()
-                tape.rolled()
+                for tape in tapes:
+                    tape.rolled()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - started)
@@ -298,8 +298,8 @@ def _nfc_of_seconds(runs: Runs, config: Cache, fitted: Fitted | None) -> float:
         return runs.num_steps
     if not seconds[1] < config.target_seconds:
         raise CacheError(
-            f"target_seconds: {config.target_seconds:g} s cannot be met; {tape.num_samples} samples take "
-            f"{seconds[1]:.2f} s with {fewest} full steps and {seconds[0]:.2f} s with all"
+            f"target_seconds: {config.target_seconds:g} s cannot be met; {sum(tape.num_samples for tape in tapes)} "
+            f"samples take {seconds[1]:.2f} s with {fewest} full steps and {seconds[0]:.2f} s with all"
         )
     share = (config.target_seconds - seconds[1]) / max(seconds[0] - seconds[1], 1e-9)
     return min(runs.num_steps, fewest + math.floor(share * (runs.num_steps - fewest)))

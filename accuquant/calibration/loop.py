@@ -94,7 +94,7 @@ class UpdateLoop:
 
     @property
     def network_evaluations(self) -> int:
-        """Forward calls of the denoiser so far."""
+        """Denoising steps that the network was evaluated for so far."""
         return self.source.network_evaluations
 
     def run(self, state: Path | None = None, progress: Callable[[dict[str, Any]], None] | None = None) -> None:

@@ -28,7 +28,7 @@ class PlannedModule:
 
     Attributes:
         spec: None where it stays float.
-        macs: multiply-adds per sample and call.
+        macs: multiply-adds per sample and denoising step.
         kinds: what it is for, where a rule goes by kind.
     """
 
@@ -62,7 +62,7 @@ class PlannedModule:
 
     @property
     def bit_operations(self) -> int:
-        """Multiply-adds times weight bits times activation bits, per sample and call."""
+        """Multiply-adds times weight bits times activation bits, per sample and denoising step."""
         if self.spec is None:
             return self.macs * FLOAT_BITS * FLOAT_BITS
         activation = self.spec.activation_type.bits if self.spec.activation_type else FLOAT_BITS
@@ -112,7 +112,7 @@ def plan_modules(
         planned.append(PlannedModule(name, type(module).__name__, (shape[0], shape[1]), bias, spec, tune, kinds=own))
     for i, count in enumerate(decided):
         if not count and not rules[i].optional:
-            raise RecipeError(_unused(i, rules[i], layers, known))
+            raise RecipeError(_unused(i, rules[i], layers, known, prefixes))
     return planned
 
 
@@ -166,10 +166,12 @@ def _check_patterns(index: int, rule: Rule) -> None:
             ) from error
 
 
-def _unused(index: int, rule: Rule, names: Iterable[str], kinds: Mapping[str, frozenset[str]]) -> str:
+def _unused(
+    index: int, rule: Rule, names: Iterable[str], kinds: Mapping[str, frozenset[str]], prefixes: Sequence[str]
+) -> str:
     """What is wrong with a rule that decides nothing."""
     where, names = f"quantization.rules.{index}.modules: ", list(names)
-    if any(matches(rule, name, kinds.get(name, frozenset())) for name in names):
+    if any(matches(rule, name, kinds.get(name, frozenset()), prefixes) for name in names):
         return f"{where}{_said(rule)} decides no module: an earlier rule takes all it names; move it up or drop it"
     for text in patterns_of(rule.modules):
         if text in KINDS:

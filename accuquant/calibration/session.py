@@ -195,7 +195,7 @@ def sample_references(
     """Full-precision trajectories of the calibration samples, and of those that choices are made by.
 
     Args:
-        kept: keeps them in a file, so that a resumed run need not sample them again.
+        kept: keeps them in a folder, so that a resumed run need not sample them again.
     """
     data, size = recipe.data, recipe.objective.batch_size
     calibration = calibration_samples(model.split, data)

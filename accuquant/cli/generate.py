@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from accuquant.errors import RecipeError, nearest
 from accuquant.export.load import exported_networks, load_export, recipe_of
 from accuquant.pipeline.data import Samples, load_split
 from accuquant.pipeline.recorder import Recorder
-from accuquant.pipeline.rows import Row, asked_for, call_of
+from accuquant.pipeline.rows import FORMER, Row, asked_for, call_of
 from accuquant.pipeline.seams import takes
 from accuquant.progress import Reporter
 from accuquant.runtime.arithmetic import set_arithmetic
@@ -37,7 +38,8 @@ def generate(
         reference: compute in float on the dequantized values instead of integers.
 
     Raises:
-        RecipeError: the folder is no export, this model has no such class, or ``target`` is no name of a PNG.
+        RecipeError: the folder is no export, this model has no such class, the pipeline wants more than that or gives
+            no pictures, or ``target`` is no name of a PNG.
     """
     if target.suffix.lower() != ".png":
         raise RecipeError(f"--output {target}: the grid is a PNG; give a file name that ends in .png")
@@ -52,7 +54,12 @@ def generate(
             set_arithmetic(network, "reference")
     classes = takes(pipeline, "class_labels")
     split = load_split(recipe.data, pipeline)
-    rows: list[Row] = [{"class_labels": _class_id(t, pipeline)} if classes else {"prompt": t} for t in inputs]
+    known = split.calibration[0]  # what a row has beside what is asked for: a size, a picture
+    beside = {
+        key: value for key, value in known.items() if FORMER.get(key, key) not in ("class_labels", "prompt", "label")
+    }
+    asked: list[Row] = [{"class_labels": _class_id(t, pipeline)} if classes else {"prompt": t} for t in inputs]
+    rows = [beside | row for row in asked]
     if not rows:
         rows = sorted(split.calibration + split.held_out, key=lambda row: str(asked_for(row)))[:DEFAULT_IMAGES]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +68,36 @@ def generate(
     setting = recipe.sampling.model_dump(include={"num_inference_steps", "guidance_scale"}, exclude_none=True)
     samples, images = Samples(rows, [seed + i for i in range(len(rows))]), list[Image.Image]()
     for part in Recorder(pipeline, recipe.sampling, split.folder).batches(samples, len(samples)):
-        images += pipeline(**call_of(pipeline, part.rows, part.seeds, setting, split.folder)).images
+        images += pictures(called(pipeline, call_of(pipeline, part.rows, part.seeds, setting, split.folder)))
     grid(images).save(target)
+
+
+def called(pipeline: Any, call: dict[str, Any]) -> Any:
+    """What the pipeline gives.
+
+    Raises:
+        RecipeError: it does not take this call.
+    """
+    try:
+        return pipeline(**call)
+    except (ValueError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"{type(pipeline).__name__} cannot be called with {', '.join(call)}: {reason}") from error
+
+
+def pictures(made: Any) -> list[Image.Image]:
+    """One of each sample: its image, or the frame in the middle of its film.
+
+    Raises:
+        RecipeError: the pipeline gives neither.
+    """
+    if isinstance(found := getattr(made, "images", None), list):
+        return found
+    if isinstance(films := getattr(made, "frames", None), list):
+        return [film[len(film) // 2] for film in films]
+    if isinstance(films, np.ndarray):  # (B, F, H, W, C) in [0, 1]
+        return [Image.fromarray((255 * film[len(film) // 2]).round().astype("uint8")) for film in films]
+    raise RecipeError(f"{type(made).__name__} holds neither images nor frames: load the export with diffusers instead")
 
 
 def grid(images: list[Image.Image]) -> Image.Image:

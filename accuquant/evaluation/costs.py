@@ -55,22 +55,22 @@ class CallSeconds(NamedTuple):
 
 
 @torch.no_grad()
-def call_seconds(tape: Tape, step: int = 0) -> CallSeconds:
+def call_seconds(tape: Tape) -> CallSeconds:
     """Time of one step: the least of several after one that warms up, for other work comes and goes.
 
     Where it stays, no call is quiet, and threads that wait for each other's cores make each many times slower. So on a
     CPU calls of one thread are measured too, by the time that this thread had a core: free cores do not take longer.
     Not of a model so large that one thread would take `MOST_ALONE` seconds.
     """
-    state = tape.state(step)
+    state = tape.state(0)
     is_cuda = state.latents[0].is_cuda
 
     def least(clock: Callable[[], float]) -> float:
-        tape.step(step, state)
+        tape.step(0, state)
         found, begun = list[float](), time.perf_counter()
         while len(found) < LEAST_CALLS or (len(found) < MOST_CALLS and time.perf_counter() - begun < CALLS_SECONDS):
             started = clock()
-            tape.step(step, state)
+            tape.step(0, state)
             if is_cuda:
                 torch.cuda.synchronize()
             found.append(clock() - started)

@@ -59,11 +59,23 @@ class HeldOut:
     def finals(self) -> list[State]:
         return [tape.state(len(tape)) for tape in self.tapes]
 
-    def images(self, finals: list[State]) -> Tensor | None:
-        """Images (B, C, H, W) in [0, 1] of the last states of a model, as the pipeline decodes them; None of none."""
-        parts = [tape.images(state) for tape, state in zip(self.tapes, finals, strict=True)]
-        found = [part for part in parts if part is not None]
-        return torch.cat(found).float() if len(found) == len(parts) else None
+    def frames(self, finals: list[State]) -> Tensor | None:
+        """What the pipeline makes of the last states of a model: (B, F, C, H, W) in [0, 1], an image being one frame.
+
+        None where it decodes nothing, or something that is no picture, as sound.
+        """
+        found = list[Tensor]()
+        for tape, state in zip(self.tapes, finals, strict=True):
+            made = tape.images(state)
+            if made is None or made.dim() not in (4, 5) or made.shape[-3] not in (1, 3):
+                return None
+            found.append(made if made.dim() == 5 else made[:, None])
+        return torch.cat(found).float()
+
+
+def shown(frames: Tensor, rows: int) -> Tensor:
+    """(rows, C, H, W) to look at: of the first samples the frame in the middle."""
+    return frames[:rows, frames.shape[1] // 2].cpu()
 
 
 def held_out_reference(model: OpenedModel, recipe: Recipe, reporter: Reporter) -> HeldOut:
@@ -170,13 +182,14 @@ def input_errors(
 ) -> list[float]:
     """RCS's e at each step of one trajectory: how far the first cached module's input is from its Taylor forecast."""
     first, tape = controller.modules[0], full.recorder.tape(held_out.samples.first(1))
-    rcs, found = RCS(math.inf, max(1, controller.plan.order), 1), list[float]()
+    rcs, inputs = RCS(math.inf, max(1, controller.plan.order), 1), list[Tensor]()
 
     def watch(name: str, call: Call) -> None:
-        rcs.is_full(len(found), call.input, forced=len(found) in full_steps)
-        found.append(rcs.history[-1])
+        inputs.append(call.input)
 
     with torch.no_grad(), observed(full.only.network, [first], watch):
         for i in range(len(tape)):
+            inputs.clear()
             tape.step(i, tape.state(i))
-    return found
+            rcs.is_full(i, inputs[0], forced=i in full_steps)  # of the calls of a step RCS decides by the first
+    return rcs.history

@@ -107,6 +107,12 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
         raise RecipeError(f"sampling.scheduler: diffusers has no scheduler {name!r}{nearest(name, known)}")
+    if getattr(pipeline, "scheduler", None) is None:
+        kinds = ", ".join(name for name in pipeline.components if name.endswith("scheduler")) or "none"
+        raise RecipeError(
+            f"sampling.scheduler: {type(pipeline).__name__} has no component called scheduler (its own: {kinds}); "
+            "leave it out"
+        )
     scheduler: Any = found
     pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
 

@@ -112,7 +112,7 @@ class Recorder:
         """As large as asked, where the pipeline takes lists of what differs between samples; else single ones."""
         return samples.batches(1 if needs_single_calls(self.pipeline, samples.rows) else batch_size)
 
-    def tape(self, samples: Samples, images: bool = False, rehearsed: bool = False) -> Tape:
+    def tape(self, samples: Samples, rehearsed: bool = False) -> Tape:
         """One call of the pipeline for all of these samples.
 
         Args:
@@ -121,7 +121,7 @@ class Recorder:
         Raises:
             AccuQuantError: the pipeline does not take such rows, fails, or cannot be recorded; it says why.
         """
-        return self._recorded(samples, images, known={} if rehearsed else None)[0]
+        return self._recorded(samples, False, known={} if rehearsed else None)[0]
 
     def _again(self, file: Path, samples: Samples, images: bool, progress: Callable[[], None]) -> Tape:
         """The tape of which ``file`` keeps what the networks gave.

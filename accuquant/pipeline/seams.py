@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ class Seams:
     def __init__(self, pipeline: DiffusionPipeline, on_call: Callable[..., Any], on_step: Callable[..., Any]) -> None:
         self.pipeline, self.on_call, self.on_step = pipeline, on_call, on_step
         self.inside = 0  # a network called by a network is part of it
+        self.thread = threading.get_ident()  # others may use the same schedulers' classes meanwhile
         self.contexts: dict[str, str] = {}
 
     @contextmanager
@@ -53,7 +55,7 @@ class Seams:
     def _call(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self.inside:
+            if self.inside or threading.get_ident() != self.thread:
                 return method(*args, **kwargs)
             self.inside += 1
             try:
@@ -66,7 +68,7 @@ class Seams:
     def _step(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(step)
         def call(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.inside:
+            if self.inside or threading.get_ident() != self.thread:
                 return step(scheduler, *args, **kwargs)
             self.inside += 1
             try:

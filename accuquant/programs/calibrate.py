@@ -176,8 +176,8 @@ def stack_naively(
     with cached(session.model.only.network, plan, fitted):
         made = sample(held_out.tapes, reporter, "held-out, naive stacking")
     error, images = latent_metrics(made.latents, held_out.latents), None
-    if evaluation.reconstruct and (images := held_out.images(made.finals)) is not None:
-        images = images[: evaluation.num_images].cpu()
+    if evaluation.reconstruct and (frames := held_out.frames(made.finals)) is not None:
+        images = shown(frames, evaluation.num_images)
     kept.write_tensors(NAIVE_IMAGES, {} if images is None else {"images": images})
     kept.write_json(NAIVE, error)
     return error, images

@@ -22,6 +22,7 @@ from accuquant.evaluation.measure import (
     latent_metrics,
     module_errors,
     sample,
+    shown,
 )
 from accuquant.evaluation.report import write_report
 from accuquant.export.load import exported_layers, load_export, recipe_of
@@ -29,6 +30,7 @@ from accuquant.export.torchao import stored_tensors
 from accuquant.files import write_json
 from accuquant.pipeline.denoisers import joined
 from accuquant.pipeline.loading import load_pipeline, resolve
+from accuquant.pipeline.seams import is_scheduler
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.runtime.arithmetic import arithmetic_used
@@ -51,8 +53,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     """
     full_pipeline = load_pipeline(recipe.model)
     quantized_pipeline = load_export(folder, recipe, reporter)
-    # the export carries the scheduler it was calibrated for; both sides use it
-    full_pipeline.register_modules(scheduler=quantized_pipeline.scheduler)
+    # the export carries the schedulers it was calibrated for; both sides use them
+    full_pipeline.register_modules(**{n: p for n, p in quantized_pipeline.components.items() if is_scheduler(p)})
     full = opened(full_pipeline, recipe)
     quantized = {one.name: getattr(quantized_pipeline, one.name) for one in full.denoisers}
     network = joined(quantized)
@@ -76,7 +78,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     metrics: dict[str, Any] = {
         "accuquant": __version__,
         "model": recipe.model.id,
-        "scheduler": type(quantized_pipeline.scheduler).__name__,
+        "scheduler": next(type(p).__name__ for p in quantized_pipeline.components.values() if is_scheduler(p)),
         "num_inference_steps": recipe.sampling.num_inference_steps,
         "guidance_scale": recipe.sampling.guidance_scale,
         "num_samples": len(held_out.inputs),
@@ -95,7 +97,9 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         metrics |= cache_metrics(controller, traces, planned, seconds, errors_of_input, learned)
     full_images, quantized_images = None, None
     if recipe.evaluation.reconstruct:
-        full_images, quantized_images = held_out.images(held_out.finals), held_out.images(made.finals)
+        full_images, quantized_images = held_out.frames(held_out.finals), held_out.frames(made.finals)
+        if full_images is None:
+            reporter.say("evaluation.reconstruct: the pipeline decodes to no pictures; latents are compared")
     if full_images is not None and quantized_images is not None:
         with torch.no_grad():
             metrics |= image_metrics(
@@ -109,8 +113,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         figures, finals = decompose(full, network, latents, held_out, reporter)
         metrics |= figures
         if full_images is not None:
-            found = {name: held_out.images(states) for name, states in finals.items()}
-            others = {name: images[:rows].cpu() for name, images in found.items() if images is not None}
+            found = {name: held_out.frames(states) for name, states in finals.items()}
+            others = {name: shown(frames, rows) for name, frames in found.items() if frames is not None}
             if same_samples and same_cache and (folder / NAIVE_IMAGES).is_file():
                 others["naive both"] = load_file(folder / NAIVE_IMAGES)["images"][:rows]
     calibration = folder / "calibration.json"
@@ -134,8 +138,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         folder,
         metrics,
         text,
-        None if full_images is None else full_images[:rows].cpu(),
-        None if quantized_images is None else quantized_images[:rows].cpu(),
+        None if full_images is None else shown(full_images, rows),
+        None if quantized_images is None else shown(quantized_images, rows),
         others or None,
     )
     return metrics

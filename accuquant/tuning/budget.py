@@ -39,6 +39,7 @@ class Combination:
         recipe: with these types' rules and without the section `tune`.
         operations: bit-operations of each module at one step, over float32's of all.
         cached: names of the modules and blocks that the recipe's cache skips.
+        num_steps: that the pipeline makes; some make others than they are asked for.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Combination:
     recipe: Recipe
     operations: dict[str, float]
     cached: tuple[str, ...]
+    num_steps: int
 
     @property
     def inside(self) -> float:
@@ -60,11 +62,11 @@ class Combination:
     def bit_operations(self, nfc: float, cached: tuple[str, ...] | None = None) -> float:
         """Of a trajectory, as a fraction of float32 without a cache; ``cached`` where another cache skips others."""
         one = self if cached is None else replace(self, cached=cached)
-        return one.outside + one.inside * nfc / self.recipe.sampling.num_inference_steps
+        return one.outside + one.inside * nfc / self.num_steps
 
     def full_steps(self, tune: Tune, seconds: tuple[float, float] | None = None) -> int:
         """As many as all budgets pay for; ``seconds`` are those of a full and of a skipped step, where known."""
-        steps = self.recipe.sampling.num_inference_steps
+        steps = self.num_steps
         most = [float(steps)] + ([float(tune.nfc)] if tune.nfc else [])
         if tune.bit_operations:
             most.append((tune.bit_operations - self.outside) / self.inside * steps)
@@ -105,7 +107,7 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
             objective = objective.model_copy(update={"learn": learn or objective.learn})
         with_types = plain.model_copy(update={"quantization": quantization, "objective": objective})
         name = " + ".join(_words(rule) for rule in chosen or kept[:1])
-        found.append(Combination(name, picks, with_types, operations, skipped))
+        found.append(Combination(name, picks, with_types, operations, skipped, model.num_steps))
     return found
 
 
@@ -136,7 +138,7 @@ def affordable(section: Tune, combinations: list[Combination]) -> list[Combinati
     if found:
         return found
     least = min(combinations, key=lambda c: c.bit_operations(LEAST_NFC))
-    if (steps := least.recipe.sampling.num_inference_steps) < LEAST_NFC:
+    if (steps := least.num_steps) < LEAST_NFC:
         raise RecipeError(f"sampling.num_inference_steps: {steps} are fewer than the {LEAST_NFC} full steps of a cache")
     raise RecipeError(
         f"tune.bit_operations: {section.bit_operations} pays for fewer than {LEAST_NFC} full steps; the cheapest "
@@ -179,10 +181,10 @@ def step_times(session: Session, settings: dict[str, Any], section: Tune) -> tup
     dearest = next((kind for kind in kinds if kind in section.estimations), "reuse")
     order = min(ESTIMATIONS[dearest][1], max(section.orders), (session.num_steps - 1) // 2)
     config = Cache(**settings, estimation=dearest, order=order, interval=2)
-    eight = session.few(TIMED_SAMPLES, TIMED_SAMPLES)[0]
+    eight = session.few(TIMED_SAMPLES, TIMED_SAMPLES)
     with session.hardened(), cached(session.model.only.network, config) as controller:
-        eight.rolled()
-        times = step_seconds(eight)
+        eight[0].rolled()
+        times = [sum(each) for each in zip(*map(step_seconds, eight), strict=True)]
         full_steps = set(controller.stats().full_steps)
     full, skipped = ([t for i, t in enumerate(times) if (i in full_steps) == side] for side in (True, False))
     return statistics.median(full), statistics.median(skipped)

@@ -98,7 +98,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """Forward calls of the whole network, and bytes kept between updates beside the parameters and their moments."""
+    """Denoising steps that the network is evaluated for; bytes kept between updates, but for parameters and moments."""
 
     evaluations: int
     kept_bytes: int = 0
@@ -109,7 +109,7 @@ class GradientSource(ABC):
 
     Attributes:
         parameters: the material's, and what the source itself has to learn.
-        network_evaluations: forward calls of the denoiser so far.
+        network_evaluations: denoising steps that it was evaluated for so far; guidance may call it twice in one.
     """
 
     trials: ClassVar[tuple[tuple[int, float], ...]] = ((1, 1.0),)

@@ -53,7 +53,7 @@ class CachedSteps:
         full = i in self.full_steps
         self.full_evaluations += full
         layout = self.layouts[i] if state.features else Layout()
-        self.controller.drive(None, i, self.levels[i], full, memories_of(layout, state.features))
+        self.controller.drive(i, self.levels[i], full, memories_of(layout, state.features))
         after = self.tape.step(i, State(state.latents, state.history))
         features = state.features
         if full:

@@ -85,10 +85,11 @@ class Controller:
     def enter(self, name: str | None, timestep: float, latent: Tensor) -> None:
         """The denoiser is called."""
         state, run = self.state, current_run()
-        if state.driven and state.follows_calls:
+        if self.paused:
+            return
+        if state.driven:
             state.context = name or f"call {len(state.calls)}"
             state.calls.append(state.context)
-        if state.driven or self.paused:
             return
         stepped = run.scheduler_steps > state.scheduler_steps[1]
         state.scheduler_steps = (state.scheduler_steps[0], run.scheduler_steps)
@@ -120,15 +121,11 @@ class Controller:
         if state.rcs is not None:
             state.rcs.memory = None
 
-    def drive(self, context: str | None, step: int, timestep: float, full: bool, memories: Memories) -> None:
-        """Have the next calls be this step, full or not, from these memories; new ones keep their graph.
-
-        Args:
-            context: of all calls; None tells them apart by the names that they have, or by their order.
-        """
+    def drive(self, step: int, timestep: float, full: bool, memories: Memories) -> None:
+        """Have the next calls be this step, full or not, from these memories; new ones keep their graph."""
         state = self.state
         state.driven, state.step, state.timestep, state.full = True, step, timestep, full
-        state.follows_calls, state.context, state.calls = context is None, context or "", []
+        state.context, state.calls = "", []
         state.memories = dict(memories)
         state.trace.full = [full]
 

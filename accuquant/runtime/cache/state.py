@@ -39,7 +39,7 @@ class State:
         self.latent: Tensor | None = None
         self.given_context: Any = None
         self.context, self.calls, self.calls_before = "", list[str](), 0
-        self.named = self.forced = self.driven = self.follows_calls = False
+        self.named = self.forced = self.driven = False
         self.full: bool | None = None
         self.memories: Memories = {}
         self.tapped: dict[str, Tensor] = {}
