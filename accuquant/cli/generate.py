@@ -13,7 +13,7 @@ from accuquant.errors import RecipeError, nearest
 from accuquant.export.load import exported_networks, load_export, recipe_of
 from accuquant.pipeline.data import Samples, load_split
 from accuquant.pipeline.recorder import Recorder
-from accuquant.pipeline.rows import FORMER, Row, asked_for, call_of
+from accuquant.pipeline.rows import FOR_PEOPLE, FORMER, Row, asked_for, call_of
 from accuquant.pipeline.seams import takes
 from accuquant.progress import Reporter
 from accuquant.runtime.arithmetic import set_arithmetic
@@ -55,9 +55,8 @@ def generate(
     classes = takes(pipeline, "class_labels")
     split = load_split(recipe.data, pipeline)
     known = split.calibration[0]  # what a row has beside what is asked for: a size, a picture
-    beside = {
-        key: value for key, value in known.items() if FORMER.get(key, key) not in ("class_labels", "prompt", "label")
-    }
+    asking = ("class_labels", "prompt", FOR_PEOPLE)
+    beside = {key: value for key, value in known.items() if FORMER.get(key, key) not in asking}
     asked: list[Row] = [{"class_labels": _class_id(t, pipeline)} if classes else {"prompt": t} for t in inputs]
     rows = [beside | row for row in asked]
     if not rows:

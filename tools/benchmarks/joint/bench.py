@@ -64,7 +64,7 @@ class Bench:
         self.alone: UpdateLoop = calibrate_alone(self.session, self.objective, self.kept, QUIET)[0]
         self.start = self.session.snapshot()
         self.classifier = DigitClassifier.from_folder(Path(resolve(recipe.model.id)) / "classifier").eval()
-        self.images = self.held_out.images(self.held_out.finals)
+        self.images = self.held_out.frames(self.held_out.finals)
 
     def judge(self, plan: CachePlan | None, fitted: Fitted | None = None) -> dict[str, Any]:
         """Held-out figures of the model as it is under this cache; corrections are fitted first."""
@@ -79,7 +79,7 @@ class Bench:
         with nullcontext() if plan is None else cached(self.session.network, plan, fitted) as controller:
             made = sample(self.held_out.tapes, QUIET, "")
             nfc = self.session.num_steps if controller is None else controller.stats().nfc
-        images, final, reference = self.held_out.images(made.finals), made.latents[-1], self.held_out.latents[-1]
+        images, final, reference = self.held_out.frames(made.finals), made.latents[-1], self.held_out.latents[-1]
         assert images is not None and self.images is not None
         with torch.no_grad():
             found = image_metrics(images, self.images, self.held_out.inputs, self.classifier)
