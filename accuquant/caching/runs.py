@@ -39,7 +39,7 @@ class Runs:
         """Those that most of a search is made on."""
         return self.few(self.samples, self.samples)
 
-    def listed(self, steps: Sequence[int]) -> dict[str, tuple[Any, ...]]:
+    def listed(self, steps: Sequence[int]) -> dict[str, Any]:
         """How a plan says which steps are full: by noise level, that other numbers of steps find them as well.
 
         By number where two steps are at one level, as Heun's are.

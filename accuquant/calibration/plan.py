@@ -141,8 +141,8 @@ def count_macs(
 
 
 def _spec(rule: Rule, columns: int) -> LayerSpec:
-    size = rule.group_size
-    if size == "auto":
+    size = None if rule.group_size == "auto" else rule.group_size
+    if rule.group_size == "auto":
         size = next((fits for fits in GROUP_SIZES if columns % fits == 0 and columns > fits), None)
     return LayerSpec(
         weight=rule.weight,

@@ -73,7 +73,7 @@ class HeldOut:
         return torch.cat(found).float()
 
 
-def shown(frames: Tensor, rows: int) -> Tensor:
+def middle_frames(frames: Tensor, rows: int) -> Tensor:
     """(rows, C, H, W) to look at: of the first samples the frame in the middle."""
     return frames[:rows, frames.shape[1] // 2].cpu()
 

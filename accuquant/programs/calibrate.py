@@ -32,7 +32,7 @@ from accuquant.calibration.updates import (
 )
 from accuquant.errors import RecipeError
 from accuquant.evaluation.card import model_card
-from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_metrics, sample
+from accuquant.evaluation.measure import HeldOut, held_out_reference, latent_metrics, middle_frames, sample
 from accuquant.export.formats import check_format, write_format
 from accuquant.export.native import store_cache
 from accuquant.export.run_folder import RECIPE, RunFolder
@@ -177,7 +177,7 @@ def stack_naively(
         made = sample(held_out.tapes, reporter, "held-out, naive stacking")
     error, images = latent_metrics(made.latents, held_out.latents), None
     if evaluation.reconstruct and (frames := held_out.frames(made.finals)) is not None:
-        images = shown(frames, evaluation.num_images)
+        images = middle_frames(frames, evaluation.num_images)
     kept.write_tensors(NAIVE_IMAGES, {} if images is None else {"images": images})
     kept.write_json(NAIVE, error)
     return error, images

@@ -20,9 +20,9 @@ from accuquant.evaluation.measure import (
     held_out_reference,
     input_errors,
     latent_metrics,
+    middle_frames,
     module_errors,
     sample,
-    shown,
 )
 from accuquant.evaluation.report import write_report
 from accuquant.export.load import exported_layers, load_export, recipe_of
@@ -114,7 +114,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         metrics |= figures
         if full_images is not None:
             found = {name: held_out.frames(states) for name, states in finals.items()}
-            others = {name: shown(frames, rows) for name, frames in found.items() if frames is not None}
+            others = {name: middle_frames(frames, rows) for name, frames in found.items() if frames is not None}
             if same_samples and same_cache and (folder / NAIVE_IMAGES).is_file():
                 others["naive both"] = load_file(folder / NAIVE_IMAGES)["images"][:rows]
     calibration = folder / "calibration.json"
@@ -138,8 +138,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         folder,
         metrics,
         text,
-        None if full_images is None else shown(full_images, rows),
-        None if quantized_images is None else shown(quantized_images, rows),
+        None if full_images is None else middle_frames(full_images, rows),
+        None if quantized_images is None else middle_frames(quantized_images, rows),
         others or None,
     )
     return metrics

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -73,11 +74,11 @@ def follow(pipeline: DiffusionPipeline) -> None:
 
 def calling_pipeline() -> DiffusionPipeline | None:
     """The pipeline whose call this is in, by the frames: of a denoiser that was loaded before its pipeline was made."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and isinstance(found := frame.f_locals.get("self"), DiffusionPipeline):
             return found
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

@@ -46,7 +46,7 @@ def test_calibration_and_loading_on_the_device(model_folder: Path, tmp_path: Pat
     tree["model"]["device"] = "cuda"
     recipe = parse_recipe(tree, "test")
     pipeline = load_export(calibrate(recipe, Reporter(quiet=True)), recipe)
-    tapes = dit_tapes(pipeline, recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale)
+    tapes = dit_tapes(pipeline, recipe.sampling.num_inference_steps, recipe.sampling.guidance_scale or 1.0)
     integers = finals(tapes)
     set_arithmetic(pipeline.transformer, "reference")
     reference = finals(tapes)
