@@ -129,7 +129,7 @@ class _Kinds:
         called = self.seen.layers[name]
         for outer in _around(name):
             if outer in self.attention and not self._follows_attention(name, outer):
-                return "attention"
+                return "modulation" if called.rows <= self.seen.samples and self._is_block(outer) else "attention"
             kind = type(self.network.get_submodule(outer)).__name__
             if MODULATES.search(kind) and called.rows <= self.seen.samples:
                 return "modulation"
@@ -145,13 +145,16 @@ class _Kinds:
 
     def _follows_attention(self, name: str, outer: str) -> bool:
         """Whether it is in a part of its own of two layers or more that runs when ``outer`` has attended: an MLP."""
-        if outer not in self.seen.attends:
+        first, _, rest = name.removeprefix(f"{outer}.").partition(".")
+        if not rest or outer not in self.seen.attends:
             return False
-        inner = name.removeprefix(f"{outer}.").split(".")
-        depth = next((i for i in range(1, len(inner)) if not inner[i].isdecimal()), 0)
-        part = f"{outer}.{'.'.join(inner[:depth])}" if depth else ""
-        own = [c for n, c in self.seen.layers.items() if part and n.startswith(f"{part}.")]
-        return len(own) > 1 and min(c.order for c in own) > self.seen.attends[outer]
+        own = [called for n, called in self.seen.layers.items() if n.startswith(f"{outer}.{first}.")]
+        return len(own) > 1 and min(called.order for called in own) > self.seen.attends[outer]
+
+    def _is_block(self, outer: str) -> bool:
+        """Whether what attends is a whole block, with an MLP."""
+        inside = [name for name in self.seen.layers if name.startswith(f"{outer}.")]
+        return any(self._follows_attention(name, outer) for name in inside)
 
     def _is_beside_attention(self, name: str) -> bool:
         """Whether the block that it is in has its attention at hand, and not somewhere deeper inside."""

@@ -110,19 +110,31 @@ def plan_modules(
                     raise RecipeError(f"quantization.rules.{index}: {error}") from error
         shape, bias = module.weight.flatten(1).shape, module.bias is not None
         planned.append(PlannedModule(name, type(module).__name__, (shape[0], shape[1]), bias, spec, tune, kinds=own))
-    for i, count in enumerate(decided):
-        if not count and not rules[i].optional:
-            raise RecipeError(_unused(i, rules[i], layers, known, prefixes))
+    for i, rule in enumerate(rules):
+        for one in patterns_of(rule.modules) if not rule.optional else ():
+            if not any(names(one, p.name, p.kinds, prefixes) for p in planned):
+                raise RecipeError(f"quantization.rules.{i}.modules: {_nothing(one, layers, known)}")
+        if not decided[i] and not rule.optional:
+            named = " and ".join(map(repr, patterns_of(rule.modules)))
+            raise RecipeError(
+                f"quantization.rules.{i}.modules: {named} decides no module: an earlier rule takes all it names; move "
+                "it up or drop it"
+            )
+    if all(p.spec is None for p in planned):
+        raise RecipeError("quantization.rules: no module is quantized; accuquant new shows what this model is made of")
     return planned
 
 
 def matches(rule: Rule, name: str, kinds: frozenset[str] = frozenset(), prefixes: Sequence[str] = ()) -> bool:
     """Whether a rule names this module, by its kind or by its name, with or without the denoiser's before it."""
-    names = [name, *(name.removeprefix(prefix) for prefix in prefixes)]
-    return any(
-        one in kinds if one in KINDS else any(re.fullmatch(one, each) for each in names)
-        for one in patterns_of(rule.modules)
-    )
+    return any(names(one, name, kinds, prefixes) for one in patterns_of(rule.modules))
+
+
+def names(pattern: str, name: str, kinds: frozenset[str], prefixes: Sequence[str]) -> bool:
+    """Whether a kind, or a regular expression, is of this module."""
+    if pattern in KINDS:
+        return pattern in kinds
+    return any(re.fullmatch(pattern, each) for each in (name, *(name.removeprefix(prefix) for prefix in prefixes)))
 
 
 def count_macs(
@@ -166,27 +178,16 @@ def _check_patterns(index: int, rule: Rule) -> None:
             ) from error
 
 
-def _unused(
-    index: int, rule: Rule, names: Iterable[str], kinds: Mapping[str, frozenset[str]], prefixes: Sequence[str]
-) -> str:
-    """What is wrong with a rule that decides nothing."""
-    where, names = f"quantization.rules.{index}.modules: ", list(names)
-    if any(matches(rule, name, kinds.get(name, frozenset()), prefixes) for name in names):
-        return f"{where}{_said(rule)} decides no module: an earlier rule takes all it names; move it up or drop it"
-    for text in patterns_of(rule.modules):
-        if text in KINDS:
-            there = sorted(set().union(*kinds.values()))
-            return f"{where}{text!r} is a kind that this model has none of; it has {', '.join(there)}"
-        if inside := [name for name in names if re.search(text, name)]:
-            return (
-                f"{where}{text!r} matches no module in full; it is found inside {inside[0]!r}: add .* where the rest "
-                "may follow"
-            )
-    text = patterns_of(rule.modules)[0]
-    close = closest(text, KINDS, cutoff=0.75) or closest(text.replace("\\", ""), names, cutoff=0)
-    what = "kind" if close in KINDS else "name"
-    return f"{where}{_said(rule)} matches no Linear or Conv2d of this model; a similar {what}: {close or 'none'}"
-
-
-def _said(rule: Rule) -> str:
-    return " and ".join(map(repr, patterns_of(rule.modules)))
+def _nothing(pattern: str, layers: Iterable[str], kinds: Mapping[str, frozenset[str]]) -> str:
+    """What to do about a pattern that names no module."""
+    layers = list(layers)
+    if pattern in KINDS:
+        there = sorted(set().union(*kinds.values()))
+        return f"{pattern!r} is a kind that this model has none of; it has {', '.join(there)}"
+    if inside := [name for name in layers if re.search(pattern, name)]:
+        return (
+            f"{pattern!r} matches no module in full; it is found inside {inside[0]!r}: add .* where the rest may follow"
+        )
+    kind = closest(pattern, KINDS, cutoff=0.75)
+    close = f"kind: {kind}" if kind else f"name: {closest(pattern.replace(chr(92), ''), layers, cutoff=0) or 'none'}"
+    return f"{pattern!r} matches no Linear or Conv2d of this model; a similar {close}"

@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -279,11 +281,9 @@ def _nothing_lost(output: str, suffix: str) -> Iterator[None]:
 
 def _quiet_diffusers(verbose: bool = False) -> None:
     """Import diffusers, which takes seconds, and leave its bars and warnings to those who ask for them."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    if not verbose:
-        for logging in (of_diffusers, of_transformers):
+    for library in ("diffusers", "transformers"):  # of which the core has the first only
+        if not verbose and find_spec(library) is not None:
+            logging = import_module(f"{library}.utils.logging")
             logging.disable_progress_bar()
             logging.set_verbosity_error()
 

@@ -18,14 +18,18 @@ _REST = ["linear", "conv"]
 _GROUPS = {"granularity": "group", "group_size": "auto"}
 
 PRESETS: dict[str, list[dict[str, Any]]] = {
-    "w8a8": [_ENDS, _MODULATION, {"modules": _REST, "weight": "int8", "activation": "int8"}],
-    "w4a8": [_ENDS, _MODULATION, {"modules": _REST, "weight": "int4", "activation": "int8"} | _GROUPS],
-    "w8a16": [_ENDS, {"modules": _REST, "weight": "int8"}],
-    "w4a16": [_ENDS, _MODULATION, {"modules": _REST, "weight": "int4"} | _GROUPS],
+    "w8a8": [_ENDS, _MODULATION, {"modules": _REST, "optional": True, "weight": "int8", "activation": "int8"}],
+    "w4a8": [
+        _ENDS,
+        _MODULATION,
+        {"modules": _REST, "optional": True, "weight": "int4", "activation": "int8"} | _GROUPS,
+    ],
+    "w8a16": [_ENDS, {"modules": _REST, "optional": True, "weight": "int8"}],
+    "w4a16": [_ENDS, _MODULATION, {"modules": _REST, "optional": True, "weight": "int4"} | _GROUPS],
     "fp8": [
         _ENDS,
         {"modules": "modulation", "weight": "fp8", "tune": False, "optional": True},
-        {"modules": _REST, "weight": "fp8", "activation": "fp8", "activation_scale": "dynamic"},
+        {"modules": _REST, "optional": True, "weight": "fp8", "activation": "fp8", "activation_scale": "dynamic"},
     ],
 }
 

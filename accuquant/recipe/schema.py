@@ -19,6 +19,9 @@ from accuquant.recipe.rule import Rule
 from accuquant.recipe.tune import Tune
 
 
+OTHER_STEPS = ("Heun", "KDPM2", "PNDM")  # schedulers that make other numbers of steps than they are asked for
+
+
 def _steps_or_auto(value: Any) -> Any:
     if value == "auto" or (type(value) is int and value >= 1):
         return value
@@ -183,6 +186,15 @@ class Recipe(Section):
         m = self.objective.steps_per_group
         if m != "auto" and m > steps:
             raise ValueError(f"objective.steps_per_group is {m} but sampling has only {steps} steps")
+        asked_for = self.sampling.scheduler is None or not self.sampling.scheduler.startswith(OTHER_STEPS)
+        if self.cache is not None and asked_for:  # of the others, when the pipeline has been recorded
+            known = self.cache.num_inference_steps
+            if known is not None and known != steps:
+                raise ValueError(f"cache.num_inference_steps is {known}, sampling.num_inference_steps {steps}")
+            try:
+                self.cache.check_steps(steps)
+            except ValueError as error:
+                raise ValueError(f"cache.{error}") from error
         learns_forecasts = "forecast" in (self.objective.cached_learn or ())
         if self.cache is not None and self.cache.decides_while_running and learns_forecasts:
             raise ValueError(

@@ -262,7 +262,7 @@ def test_dps_looks_at_as_many_samples_as_asked() -> None:
 
     def expected(count: int) -> tuple[float, ...]:
         distances = torch.cdist(halves[:, :, :count].flatten(1), halves[:, :, :count].flatten(1), p=1)
-        return runs.timesteps(dps_steps(distances, 12 / 5))
+        return tuple(runs.levels[i] for i in dps_steps(distances, 12 / 5))
 
     found = {}
     for count in (None, 5, 99):

@@ -172,7 +172,7 @@ def test_search_finds_as_many_full_steps_as_asked_and_no_worse_than_an_interval(
         stats = controller.stats()
     assert stats.nfc == config.target_nfc and found.measured_nfc == (config.target_nfc, 0)
     assert stats.full_steps[: config.warmup] == tuple(range(config.warmup))
-    assert found.full_timesteps == runs.timesteps(stats.full_steps)
+    assert found.full_timesteps == tuple(runs.levels[i] for i in stats.full_steps)
     again = CachePlan.from_dict(json.loads(json.dumps(found.to_dict())))
     assert again == found and not again.as_recipe().searches
 

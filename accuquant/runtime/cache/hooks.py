@@ -93,7 +93,7 @@ class Calls(Hook):
         self.coordinate = _coordinate(module, self.names, self.controller.plan)
         return module
 
-    @_eager
+    @torch.compiler.disable(reason=NO_GRAPH)
     def follow(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = dict(zip(self.names[: len(args)], args, strict=True)) | kwargs
         level = self.coordinate.of(given.pop(self.coordinate.argument))
