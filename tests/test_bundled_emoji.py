@@ -16,7 +16,7 @@ from tools.emoji.data import SPLITS, prompt, split
 from tools.emoji.judge import load_judge
 from tools.train_emoji import load
 
-LIMITS = {"emoji-sd3": 40e6}
+LIMITS = {"emoji-sd3": 40e6, "emoji-unet": 12e6}
 
 
 @pytest.fixture(scope="module", params=LIMITS)
@@ -68,7 +68,7 @@ def test_it_draws_what_it_is_asked_for(pipeline: DiffusionPipeline, folder: Path
     call = {"max_sequence_length": 1} if folder.name == "emoji-sd3" else {}
     images = sample(pipeline, [prompt(names[i]) for i in seen], seed=500, num_inference_steps=14, **call)
     assert len(seen) >= 25
-    assert recognised(judge, names, images, seen)["among_candidates"] >= (0.7 if call else 0.5)
+    assert recognised(judge, names, images, seen)["among_candidates"] >= (0.7 if call else 0.4)
 
 
 def test_the_number_of_zero_tokens_does_not_matter(pipeline: DiffusionPipeline, folder: Path) -> None:
