@@ -18,7 +18,6 @@ from accuquant.recipe.presets import PRESETS, with_preset
 from accuquant.recipe.rule import Rule
 from accuquant.recipe.tune import Tune
 
-
 OTHER_STEPS = ("Heun", "KDPM2", "PNDM")  # schedulers that make other numbers of steps than they are asked for
 
 

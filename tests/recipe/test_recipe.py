@@ -19,7 +19,8 @@ OBJECTIVE_KEYS = (
     "warmup_fraction, batch_size, learn, learning_rates"
 )
 RULE_KEYS = (
-    "modules, weight, activation, granularity, group_size, symmetric, activation_scale, activation_symmetric, tune, optional"
+    "modules, weight, activation, granularity, group_size, symmetric, activation_scale, activation_symmetric, tune, "
+    "optional"
 )
 SECTIONS = "model, sampling, data, quantization, objective, cache, tune, evaluation, export"
 TYPES = "'int8', 'int6', 'int4', 'int3', 'fp8' or 'float'"

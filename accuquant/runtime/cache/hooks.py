@@ -34,6 +34,7 @@ FITTED = "cache_correction"  # the denoiser's submodule that holds what was fitt
 
 NO_GRAPH = "a denoiser with a feature cache is no single graph: call accuquant.compile_cached in place of torch.compile"
 
+_outside_graphs: Callable[[Any], Any] = torch.compiler.disable(reason=NO_GRAPH)
 # what a hook calls is compiled all the same
 _eager: Callable[[Any], Any] = torch.compiler.disable(recursive=False, reason=NO_GRAPH)
 
@@ -93,7 +94,7 @@ class Calls(Hook):
         self.coordinate = _coordinate(module, self.names, self.controller.plan)
         return module
 
-    @torch.compiler.disable(reason=NO_GRAPH)
+    @_outside_graphs
     def follow(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = dict(zip(self.names[: len(args)], args, strict=True)) | kwargs
         level = self.coordinate.of(given.pop(self.coordinate.argument))
