@@ -1,0 +1,112 @@
+"""Write docs/pipelines.md of what `make test-pipelines` has found: which pipelines are proven end to end.
+
+    python -m tools.pipelines_page FOLDER [--sweep build/pipelines.jsonl] [--caches build/caches.jsonl]
+
+The sweeps over all classes of diffusers (`tools.benchmarks.pipelines`) are added where they are given; without them
+their part of the page stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+PAGE = Path("docs/pipelines.md")
+SWEPT = "## All classes of diffusers"
+HEAD = """# Pipelines
+
+*Written by `make test-pipelines` with diffusers {version}: tiny random weights of the real classes, in folders.*
+
+Any diffusers pipeline is recorded in one call and replayed step by step; no class is listed in the package.
+Those below are proven end to end in the tests. Every recorded step is equal to the pipeline's own, bit for bit.
+Calibration at 4-bit weights and 8-bit activations (`preset: w4a8`, {updates} updates, gradient through all
+steps) brings the final latents of its own samples nearer to full precision than searched scales alone. The
+export, loaded by `from_pretrained`, gives the same latents to the last bit. A feature cache that is full at
+every step changes nothing; one that forecasts every second step does, the second time as the first, and leaves
+nothing behind; and weights learn with the cache on.
+
+| pipeline | example | denoiser | told by | scheduler | quantized / float | error | cached modules | full steps |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def rows(found: Iterable[dict[str, Any]]) -> list[str]:
+    lines = []
+    for f in sorted(found, key=lambda f: (f["pipeline"], f["name"])):
+        nfc = ", ".join(f"{full} of {steps}" for full, steps in f["nfc"])
+        cells = [
+            f["pipeline"],
+            f"`{f['name']}`",
+            ", ".join(f["denoisers"]),
+            ", ".join(f["coordinates"]),
+            f["scheduler"].removesuffix("Scheduler"),
+            f"{f['quantized']} / {f['float']}",
+            f"{f['before']:.3f} -> {f['after']:.3f}",
+            str(f["cached"]),
+            nfc,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def swept(sweep: list[dict[str, Any]], caches: list[dict[str, Any]]) -> str:
+    """What all classes that diffusers' own dummy components build do."""
+    built = [row for row in sweep if row["result"] != "not built"]
+    counts = Counter(row["result"] for row in built)
+    lines = [
+        SWEPT,
+        "",
+        f"Of {len(sweep)} pipeline classes for which diffusers' own tests have dummy components {len(built)} could be",
+        f"built and run here; {counts['recorded']} are recorded. The others, and why:",
+        "",
+        "| pipeline | reason |",
+        "|---|---|",
+        *(f"| {row['pipeline']} | {row['reason']} |" for row in built if row["result"] != "recorded"),
+    ]
+    if caches:
+        right = [row for row in caches if row["result"] == "right"]
+        lines += [
+            "",
+            f"A cache is right on {len(right)} of {sum(row['result'] != 'not built' for row in caches)}: full steps",
+            "are equal, a second call is equal, taken off nothing is left. What a skipped step saves of the denoiser's",
+            "products, and what is wrong or refused:",
+            "",
+            "| pipeline | cached modules | saved | otherwise |",
+            "|---|---|---|---|",
+        ]
+        for row in caches:
+            if row["result"] != "not built":
+                saved = " / ".join(f"{share:.0%}" for share in row["saved"])
+                lines.append(f"| {row['pipeline']} | {row['modules'] or ''} | {saved} | {row['reason']} |")
+    return "\n".join(lines) + "\n"
+
+
+def read_lines(path: Path | None) -> list[dict[str, Any]]:
+    return [] if path is None else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what the tests have kept")
+    parser.add_argument("--sweep", type=Path)
+    parser.add_argument("--caches", type=Path)
+    given = parser.parse_args()
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(given.folder.glob("*.json"))]
+    text = HEAD.format(version=diffusers.__version__, updates=10) + "\n".join(rows(found)) + "\n"
+    if given.sweep:
+        text += "\n" + swept(read_lines(given.sweep), read_lines(given.caches))
+    elif PAGE.is_file() and (old := re.search(rf"\n{SWEPT}.*", PAGE.read_text(encoding="utf-8"), re.S)):
+        text += old.group(0)
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"{PAGE}: {len(found)} pipelines")
+
+
+if __name__ == "__main__":
+    main()
