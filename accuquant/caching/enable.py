@@ -80,7 +80,7 @@ def enable_cache(
         config = search_on_rows(recorder, rows, seed, config, Reporter(quiet=not progress))
     if isinstance(target, DiffusionPipeline):
         follow(target)
-    return attach_cache(denoiser, config).plan
+    return attach_cache(denoiser, config, measures=True).plan
 
 
 def disable_cache(target: DiffusionPipeline | nn.Module) -> None:

@@ -13,6 +13,7 @@ from accuquant.errors import RecipeError
 from accuquant.evaluation.card import figures
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.rule import patterns_of
+from accuquant.runtime.cache.controller import LEAST_SAVED
 
 BUSY = 2.0  # times that a call of the denoiser takes longer than on a free machine, from which on it is said
 
@@ -48,7 +49,7 @@ def print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> Non
             f"{before / 1e6:.2f} MB -> {after / 1e6:.2f} MB (quantized ones {layers:.3f} of float32)",
         ),
         ("bit-operations", f"{operations:.3f} of float32"),
-        *([("cache", _cache_words(recipe.cache))] if recipe.cache else []),
+        *([("cache", _cache_words(recipe.cache, costs["saved"]))] if recipe.cache else []),
         ("network evaluations", f"{evaluations['tuning']} tuning + {evaluations['sampling']} sampling"),
         ("memory beside the model", f"about {costs['memory_bytes'] / 1e9:.2f} GB + one step's activations"),
         ("estimated time", time_words(costs)),
@@ -82,11 +83,13 @@ def time_words(costs: dict[str, Any]) -> str:
     return f"{words} on a free machine; beside what runs here now a call takes {costs['slowdown']:.0f} times as long"
 
 
-def _cache_words(cache: Cache) -> str:
-    """Forecast and schedule, as the recipe has them."""
+def _cache_words(cache: Cache, saved: float) -> str:
+    """Forecast and schedule, as the recipe has them, and what a skipped step saves."""
     keys = ("interval", "tau", "target_nfc", "target_seconds", "schedule")
     how = ", ".join(f"{key} {getattr(cache, key)}" for key in keys if getattr(cache, key) is not None)
-    return f"{cache.estimation}, order {cache.forecast_order}, {how}"
+    little = " (less than half: name more cache.modules, or use feature: blocks)" if saved < LEAST_SAVED else ""
+    words = f"{cache.estimation}, order {cache.forecast_order}, {how}"
+    return f"{words}; a skipped step saves {saved:.0%} of the products{little}"
 
 
 def print_metrics(folder: Path) -> None:

@@ -120,7 +120,7 @@ def cache_metrics(
         times[i in full_steps].append(each)
     nfc = torch.tensor([float(trace.nfc) for trace in traces], dtype=torch.float64)
     steps = traces[0].num_steps
-    skipped = [p for p in planned if in_cache(p.name, (*controller.modules, *controller.bypassed))]
+    skipped = [p for p in planned if in_cache(p.name, controller.skipped)]
     operations, inside = sum(p.bit_operations for p in planned), sum(p.bit_operations for p in skipped)
     with_cache = operations - inside * (1 - float(nfc.mean()) / steps)
     return {

@@ -17,6 +17,7 @@ from accuquant.export.formats import check_format
 from accuquant.pipeline.data import calibration_samples
 from accuquant.programs.calibrate import check_sections
 from accuquant.recipe import Recipe
+from accuquant.runtime.cache.features import cached_features, in_cache
 
 
 def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
@@ -46,11 +47,17 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     sampling += search_calls(cache, steps, batch) if cache else 0
     sampling += fit_calls(cache, steps, batch) if cache else 0
 
+    saved = None  # by a skipped step, of the products of Linear and Conv2d
+    if cache is not None:
+        modules, _, bypassed, _ = cached_features(model.only.network, cache)
+        inside = sum(p.macs for p in planned if in_cache(p.name, (*modules, *bypassed)))
+        saved = inside / max(1, sum(p.macs for p in planned))
     trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
     kept += round(tape.nbytes / batch * (referred + recipe.evaluation.num_samples))
     return planned, {
         "network_evaluations": {"tuning": tuning, "sampling": sampling},
         "seconds": call.free * (sampling + 3.5 * tuning),  # gradients and fake quantization cost about 2.5 calls
         "slowdown": call.slowdown,
+        "saved": saved,
         "memory_bytes": 4 * 5 * trainable + kept,
     }

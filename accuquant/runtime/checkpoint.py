@@ -156,7 +156,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
         keep_float32(model, [*self.quantization_config.layers, FITTED])
         if self.quantization_config.cache is not None:
             try:
-                controller = attach_cache(model, self.quantization_config.cache)
+                controller = attach_cache(model, self.quantization_config.cache, measures=True)
             except CacheError as error:
                 raise CheckpointError(f"config.json: quantization_config.cache: {error}") from error
             check_fits(self.quantization_config.cache, self.quantization_config.fitted, controller.modules)

@@ -93,7 +93,7 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     planned = model.counted(planned)
     macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
     with cached(model.only.network, Cache(**base_settings(recipe.cache), estimation="reuse", interval=1)) as controller:
-        skipped = (*controller.modules, *controller.bypassed)
+        skipped = controller.skipped
     for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
         chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
         rules = (*chosen, *recipe.quantization.rules)

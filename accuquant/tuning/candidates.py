@@ -238,7 +238,7 @@ class Place:
                 images.append(errors[-1])  # of the latents once more, where there are no images
                 counts.append(controller.stats().nfc)
         found = tuple(tuple(torch.cat(errors).tolist()) for errors in (latents, images))
-        return found[0], found[1], counts, (*controller.modules, *controller.bypassed)
+        return found[0], found[1], counts, controller.skipped
 
     def singles(self, checked: Checked) -> Checked:
         """The same samples, one in each tape: RCS decides for a batch, and tau is for single samples."""

@@ -14,6 +14,7 @@ As soon as the scheduler has made a step, its steps are those of the trajectory,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,13 @@ from accuquant.core.schedule import RCS, interval_is_full
 from accuquant.errors import CacheError
 from accuquant.runtime.cache.fitted import Fitted, Noise
 from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.cache.share import Share
 from accuquant.runtime.cache.state import Memories, State
 from accuquant.runtime.cache.stats import CacheStats, Trace
 from accuquant.runtime.calls import current_run
 from accuquant.runtime.observe import Call
+
+LEAST_SAVED = 0.5  # of a step's products, below which it is said
 
 
 class Controller:
@@ -52,6 +56,8 @@ class Controller:
         self.plan, self.modules, self.bypassed, self.begins = plan, modules, bypassed, begins or {}
         self.forecasts = {module: plan.forecast(module, (noise or {}).get(module)) for module in modules}
         self.last, self.paused = Trace(), False
+        self.share: Share | None = None  # what counts the products of the call that is running
+        self.saved: float | None = None
         self.fitted: Fitted | None = None  # what `correct` and `weigh` take theirs from
         self.correct: Callable[[str, Tensor, bool], Tensor] | None = None  # module, output, whether it was computed
         self.weigh: Callable[[str, Tensor, Tensor], Tensor] | None = None  # module, forecast, last output
@@ -236,11 +242,29 @@ class Controller:
         tensor = tensor if self.state.driven else tensor.detach()
         return tensor.to(self.plan.factors_device or tensor.device, dtype)
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of what does not run at skipped steps."""
+        return (*self.modules, *self.bypassed)
+
+    def end_measuring(self) -> None:
+        """What a skipped step saves is known, once the call that it is counted in is over."""
+        if self.share is None:
+            return
+        self.saved, self.share = self.share.end(), None
+        if self.saved is not None and self.saved < LEAST_SAVED:
+            warnings.warn(
+                f"a skipped step saves {self.saved:.0%} of the products of the denoiser's layers: most of them are "
+                f"outside the {len(self.modules)} cached modules. Name more as modules, or use feature: blocks",
+                stacklevel=2,
+            )
+
     def stats(self) -> CacheStats:
+        self.end_measuring()
         state = self.state
         trace = state.trace if state.step >= 0 else self.last
         full = tuple(i for i, computed in enumerate(trace.full) if computed)
-        return CacheStats(full, len(trace.full), trace.nbytes, tuple(trace.input_errors), self.modules)
+        return CacheStats(full, len(trace.full), trace.nbytes, tuple(trace.input_errors), self.modules, self.saved)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -27,6 +27,7 @@ from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.cache.share import Share, is_compiled
 from accuquant.runtime.calls import calling_pipeline, current_run, follow
 
 HOOK = "accuquant_cache"
@@ -79,15 +80,17 @@ class Calls(Hook):
 
     Args:
         parts: what else is hooked, and how: a module may be replaced later, by one with an adapter around it.
+        measures: what a skipped step saves, in the first call.
     """
 
     _is_stateful = True
     handle: Any = None  # of the pre-hook
 
-    def __init__(self, controller: Controller, parts: dict[str, Callable[[], Hook]]) -> None:
+    def __init__(self, controller: Controller, parts: dict[str, Callable[[], Hook]], measures: bool) -> None:
         super().__init__(controller)
         self.contexts, self.parts = Contexts(controller), parts
         self.hooked: dict[str, nn.Module] = {}
+        self.measures = measures
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.names = list(inspect.signature(module.forward).parameters)
@@ -100,6 +103,9 @@ class Calls(Hook):
         level = self.coordinate.of(given.pop(self.coordinate.argument))
         ordered = [given[name] for name in self.names if name in given]  # however the caller ordered them
         latent = next(leaf for leaf in tree_leaves(ordered) if isinstance(leaf, Tensor))
+        self.controller.end_measuring()
+        if self.measures and not is_compiled(module):
+            self.controller.share, self.measures = Share(module, self.controller.skipped), False
         begins = not current_run().is_call and self.controller.state.step < 0
         if begins and (pipeline := calling_pipeline()) is not None:
             follow(pipeline)  # its next call is known as one
@@ -222,12 +228,15 @@ class Skipped(Hook):
         return inputs if len(inputs) > 1 else inputs[0]
 
 
-def attach_cache(denoiser: nn.Module, plan: CachePlan | Cache, fitted: Fitted | None = None) -> Controller:
+def attach_cache(
+    denoiser: nn.Module, plan: CachePlan | Cache, fitted: Fitted | None = None, measures: bool = False
+) -> Controller:
     """Put a cache on a denoiser.
 
     Args:
         plan: of the cache; what is asked for is one too, where it leaves nothing open.
         fitted: what the plan's forecasts use; by default that of the loaded checkpoint.
+        measures: what a skipped step saves, in the first call.
 
     Raises:
         CacheError: it has one already, no module matches, something is asked for that has to be searched for first, or
@@ -267,7 +276,7 @@ def attach_cache(denoiser: nn.Module, plan: CachePlan | Cache, fitted: Fitted | 
         parts[f"{block}.norm"] = partial(Tap, controller, block)
         parts |= dict.fromkeys((f"{block}.proj_mlp", f"{block}.attn"), partial(Skipped, controller, block))
         parts[f"{block}.proj_out"] = partial(Cached, controller, f"{block}.proj_out", tap=block)
-    registry, calls = HookRegistry.check_if_exists_or_initialize(denoiser), Calls(controller, parts)
+    registry, calls = HookRegistry.check_if_exists_or_initialize(denoiser), Calls(controller, parts, measures)
     _hook(denoiser, calls)
     calls.handle = denoiser.register_forward_pre_hook(calls.follow, with_kwargs=True)
     calls.hook_parts(denoiser)

@@ -15,6 +15,8 @@ class CacheStats:
         nbytes: most bytes that factors, inputs and ratios took.
         input_errors: RCS's e of each step; empty with other schedules.
         modules: names of the cached modules.
+        saved: share of the products of the denoiser's layers that a skipped step leaves out, measured in the first call
+            after `enable_cache`; None before it, and of a denoiser that is compiled.
     """
 
     full_steps: tuple[int, ...]
@@ -22,6 +24,7 @@ class CacheStats:
     nbytes: int
     input_errors: tuple[float, ...]
     modules: tuple[str, ...] = field(repr=False)
+    saved: float | None = None
 
     @property
     def nfc(self) -> int:

@@ -1,0 +1,62 @@
+"""What a skipped step saves: the share of a denoiser's products that are inside what a cache forecasts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from accuquant.runtime.cache.features import in_cache, is_layer
+
+
+class Share:
+    """Counts the products of the layers in one call of a denoiser; attention's own, Q·K and P·V, are not counted.
+
+    Args:
+        skipped: names of what does not run at skipped steps.
+    """
+
+    def __init__(self, denoiser: nn.Module, skipped: tuple[str, ...]) -> None:
+        self.inside = self.all = 0
+        self.handles: list[Any] = []
+        for name, module in denoiser.named_modules():
+            if is_layer(module) and not hasattr(module, "base_layer"):
+                self.handles.append(module.register_forward_hook(self._counts(in_cache(name, skipped))))
+
+    def _counts(self, inside: bool) -> Callable[..., None]:
+        def count(module: nn.Module, args: Any, output: Tensor) -> None:
+            products = output.numel() * _per_output(module)
+            self.all += products
+            self.inside += inside * products
+
+        return count
+
+    def end(self) -> float | None:
+        """The share, and the hooks are off; None if nothing was counted."""
+        for handle in self.handles:
+            handle.remove()
+        return self.inside / self.all if self.all else None
+
+
+def is_compiled(denoiser: nn.Module) -> bool:
+    """Whether torch compiles this call, or part of the denoiser: hooks that go again are not seen by its graphs."""
+    if any(module._compiled_call_impl is not None for module in denoiser.modules()):
+        return True
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), OptimizedModule):
+            return True
+        frame = frame.f_back
+    return torch.compiler.is_compiling()
+
+
+def _per_output(module: Any) -> int:
+    """Multiply-adds for each number that a layer gives."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features)
+    return int(module.weight[0].numel())
