@@ -21,9 +21,9 @@ from accuquant.errors import CacheError
 from accuquant.pipeline.tape import Tape
 from accuquant.progress import Advance, Reporter
 from accuquant.recipe import Cache
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.observe import observed
 

@@ -21,9 +21,10 @@ from accuquant.pipeline.seams import takes
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache
 from accuquant.recipe.file import shipped_folder
+from accuquant.runtime.cache.attach import attach_cache, controller_of, detach_cache
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.features import attends
-from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache, hook_of
+from accuquant.runtime.cache.hooks import hook_of
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats
 from accuquant.runtime.calls import follow

@@ -35,8 +35,8 @@ from accuquant.pipeline.rows import Row
 from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.fitted import Fitted, Noise
-from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 
 EMPHASES = (0.0, 1.0, 2.0)  # of late steps over early ones, for the lists that dynamic programming proposes

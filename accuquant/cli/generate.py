@@ -64,7 +64,7 @@ def generate(
     target.parent.mkdir(parents=True, exist_ok=True)
     reporter.say(f"sampling {len(rows)} image(s), {recipe.sampling.num_inference_steps} steps")
     pipeline.set_progress_bar_config(disable=reporter.quiet or None)  # None: on terminals only
-    setting = recipe.sampling.model_dump(include={"num_inference_steps", "guidance_scale"}, exclude_none=True)
+    setting = recipe.sampling.settings
     samples, images = Samples(rows, [seed + i for i in range(len(rows))]), list[Image.Image]()
     for part in Recorder(pipeline, recipe.sampling, split.folder).batches(samples, len(samples)):
         images += pictures(called(pipeline, call_of(pipeline, part.rows, part.seeds, setting, split.folder)))

@@ -13,7 +13,7 @@ from accuquant.export.load import exported_layers, exported_networks, load_expor
 from accuquant.export.torchao import stored_tensors
 from accuquant.pipeline.denoisers import joined
 from accuquant.runtime.arithmetic import arithmetic_used, describe_arithmetic, measure_paths
-from accuquant.runtime.cache.hooks import controller_of
+from accuquant.runtime.cache.attach import controller_of
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import QuantizedLayer, quantized_layers
 

@@ -20,8 +20,8 @@ from accuquant.pipeline.rows import asked_for
 from accuquant.pipeline.tape import Components, Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import Evaluation, Recipe
+from accuquant.runtime.cache.attach import cached, controller_of, uncached
 from accuquant.runtime.cache.controller import Controller
-from accuquant.runtime.cache.hooks import cached, controller_of, uncached
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.observe import Call, observed
 

@@ -18,7 +18,7 @@ from accuquant.pipeline.recorder import Recorder
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import load_recipe
-from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
+from accuquant.runtime.cache.attach import attach_cache, controller_of, detach_cache
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.layer import quantized_layers
 

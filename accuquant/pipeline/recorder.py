@@ -17,7 +17,7 @@ from accuquant.files import KeptFiles
 from accuquant.pipeline.data import Samples
 from accuquant.pipeline.record import recorded
 from accuquant.pipeline.recording import OtherOutputs, Outputs
-from accuquant.pipeline.rows import Row, call_of, needs_single_calls
+from accuquant.pipeline.rows import Row, call_of, check_arguments, needs_single_calls
 from accuquant.pipeline.seams import takes, unwrapped
 from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
@@ -149,7 +149,8 @@ class Recorder:
         known: Outputs | None = None,
     ) -> tuple[Tape, Outputs]:
         pipeline = self.pipeline
-        setting = self.sampling.model_dump(include={"num_inference_steps", "guidance_scale"}, exclude_none=True)
+        setting = self.sampling.settings
+        check_arguments(pipeline, self.sampling.arguments)
         call = call_of(pipeline, samples.rows, samples.seeds, setting, self.folder)
         if images and takes(pipeline, "output_type"):
             call["output_type"] = "pt"

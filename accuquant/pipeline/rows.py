@@ -109,6 +109,24 @@ def check_row(pipeline: DiffusionPipeline, row: Row) -> None:
         raise RecipeError("it says nothing that the pipeline could be called with")
 
 
+def check_arguments(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
+    """Whether the pipeline's call takes what a recipe gives it for all samples.
+
+    Raises:
+        RecipeError: it does not, or that is given elsewhere.
+    """
+    parameters = inspect.signature(unwrapped(pipeline)).parameters
+    for key in arguments:
+        if key in ("num_inference_steps", "guidance_scale"):
+            raise RecipeError(f"sampling.arguments: {key} has a key of its own: sampling.{key}")
+        if key not in parameters or key == "generator":
+            known = ", ".join(name for name in parameters if name not in ("self", "generator"))
+            raise RecipeError(
+                f"sampling.arguments: {type(pipeline).__name__} takes no {key!r}{nearest(key, parameters)}; its call "
+                f"takes {known}"
+            )
+
+
 def number_of_classes(pipeline: DiffusionPipeline) -> int | None:
     """Of a class-conditional transformer or U-Net, where its config says it."""
     for component in pipeline.components.values():

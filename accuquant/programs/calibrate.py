@@ -41,8 +41,8 @@ from accuquant.programs.evaluate import NAIVE_IMAGES, evaluate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Evaluation, Objective, Recipe
 from accuquant.recipe.file import dump_recipe
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 
 INITIAL, CACHE, NAIVE = "initial.json", "cache.json", "naive.json"

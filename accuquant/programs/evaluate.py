@@ -34,7 +34,7 @@ from accuquant.pipeline.seams import is_scheduler
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.runtime.arithmetic import arithmetic_used
-from accuquant.runtime.cache.hooks import controller_of, uncached
+from accuquant.runtime.cache.attach import controller_of, uncached
 from accuquant.runtime.cache.stats import CacheStats
 from accuquant.runtime.layer import quantized_layers
 from accuquant.version import __version__

@@ -48,6 +48,16 @@ class Sampling(Section):
         1.5, ge=0.0, description="1.0 switches classifier-free guidance off; null: what the pipeline has by default"
     )
 
+    arguments: dict[str, Any] = Field(
+        {}, description="further arguments of the pipeline's call, for all samples: `{height: 512, width: 512}`"
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that is the same for every call, by the names that pipelines have for it."""
+        own = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return {key: value for key, value in own.items() if value is not None} | self.arguments
+
 
 class Data(Section):
     """Calibration data: JSON lines, each what a person would call the pipeline with: `{"prompt": "a fox"}`."""

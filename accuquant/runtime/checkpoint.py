@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from accuquant.core.coordinate import Coordinate
 from accuquant.errors import AccuQuantError, CacheError, CheckpointError, nearest
+from accuquant.runtime.cache.attach import attach_cache
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.hooks import FITTED, attach_cache
+from accuquant.runtime.cache.hooks import FITTED
 from accuquant.runtime.checks import (
     FORMAT_VERSION,
     Files,

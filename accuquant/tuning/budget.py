@@ -20,8 +20,8 @@ from accuquant.files import KeptFiles
 from accuquant.pipeline.data import draw
 from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache, Recipe, Rule, Tune
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.features import in_cache
-from accuquant.runtime.cache.hooks import cached
 
 LEAST_NFC = 3
 TIMED_SAMPLES = 8

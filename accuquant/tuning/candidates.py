@@ -27,9 +27,9 @@ from accuquant.files import KeptFiles
 from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache, Tune
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.cache.fitted import Fitted, Noise
-from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.budget import LEAST_NFC, Combination, base_settings
 from accuquant.tuning.tried import ALONE, CORRECTED, LEARNED, NAIVE, PARTS, Candidate, Forecast, Tried

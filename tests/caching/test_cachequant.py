@@ -28,8 +28,8 @@ from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache
 from accuquant.recipe.file import parse_recipe
+from accuquant.runtime.cache.attach import attach_cache, cached, detach_cache
 from accuquant.runtime.cache.features import in_cache
-from accuquant.runtime.cache.hooks import attach_cache, cached, detach_cache
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.observe import observed
 

@@ -27,7 +27,7 @@ from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.cache.hooks import attach_cache, cached
+from accuquant.runtime.cache.attach import attach_cache, cached
 from accuquant.runtime.cache.plan import CachePlan
 
 QUIET = Reporter(quiet=True)

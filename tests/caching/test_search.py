@@ -24,8 +24,8 @@ from accuquant.pipeline.data import draw
 from accuquant.pipeline.recorder import Recorder
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Sampling
+from accuquant.runtime.cache.attach import cached, controller_of
 from accuquant.runtime.cache.features import cached_modules
-from accuquant.runtime.cache.hooks import cached, controller_of
 from accuquant.runtime.cache.plan import CachePlan
 
 QUIET = Reporter(quiet=True)

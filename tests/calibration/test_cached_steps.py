@@ -22,7 +22,7 @@ from accuquant.pipeline.coordinates import noise_levels
 from accuquant.pipeline.record import record
 from accuquant.pipeline.tape import Tape
 from accuquant.recipe import Cache
-from accuquant.runtime.cache.hooks import cached
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import LayerSpec
 

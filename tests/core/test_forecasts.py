@@ -18,7 +18,7 @@ from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.cache.hooks import cached, controller_of, detach_cache
+from accuquant.runtime.cache.attach import cached, controller_of, detach_cache
 
 FILE = '''
 """Half of Taylor's change."""

@@ -147,7 +147,7 @@ def test_half_precision_models_are_calibrated_too(model_folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path: Path, how: signal.Signals) -> None:
-    objective = {"iterations": 300, "batch_size": 2, "steps_per_group": 2}
+    objective = {"iterations": 150, "batch_size": 2, "steps_per_group": 2}
     whole = calibrate(make_recipe(model_folder, tmp_path / "whole", objective=objective), QUIET)
 
     output = tmp_path / "interrupted"

@@ -17,7 +17,7 @@ from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
 from accuquant.recipe import Sampling
 from accuquant.recipe.file import parse_recipe
-from accuquant.runtime.cache.hooks import controller_of
+from accuquant.runtime.cache.attach import controller_of
 from accuquant.runtime.layer import quantized_layers
 
 

@@ -26,7 +26,7 @@ from accuquant.programs.tune import chosen_recipe, hand_over, kept_in, tune
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache, Recipe
 from accuquant.recipe.file import dump_recipe, load_recipe
-from accuquant.runtime.cache.hooks import controller_of
+from accuquant.runtime.cache.attach import controller_of
 from accuquant.tuning.budget import LEADERS, describe_tuning, type_combinations
 from accuquant.tuning.candidates import Place
 from accuquant.tuning.choice import choose

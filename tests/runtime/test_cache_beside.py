@@ -19,9 +19,10 @@ from accuquant.calibration.layers import TrainableLayer, quantize_model
 from accuquant.export.native import harden_model
 from accuquant.kernels import select
 from accuquant.recipe import Cache
+from accuquant.runtime.cache.attach import attach_cache, controller_of, detach_cache
 from accuquant.runtime.cache.features import cached_modules
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.hooks import FITTED, attach_cache, controller_of, detach_cache
+from accuquant.runtime.cache.hooks import FITTED
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import quantized_layers

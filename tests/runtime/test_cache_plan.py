@@ -15,9 +15,9 @@ from pipelines import make_pipeline
 from accuquant.errors import CacheError, CheckpointError
 from accuquant.recipe import Cache
 from accuquant.recipe.file import dump_recipe, parse_recipe
+from accuquant.runtime.cache.attach import attach_cache, detach_cache
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.hooks import attach_cache, detach_cache
 from accuquant.runtime.cache.plan import CachePlan, ModuleForecast
 from accuquant.runtime.checkpoint import AccuQuantConfig
 

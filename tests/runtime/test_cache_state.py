@@ -20,8 +20,8 @@ from accuquant.pipeline.data import Samples
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.tape import Tape
 from accuquant.recipe import Cache, Sampling
+from accuquant.runtime.cache.attach import attach_cache, detach_cache
 from accuquant.runtime.cache.controller import Controller
-from accuquant.runtime.cache.hooks import attach_cache, detach_cache
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats
 

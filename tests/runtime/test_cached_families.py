@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from accuquant.recipe import Cache
-from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
+from accuquant.runtime.cache.attach import attach_cache, controller_of, detach_cache
 from accuquant.runtime.cache.stats import CacheStats
 
 TIMESTEPS = (900.0, 700.0, 400.0, 100.0)

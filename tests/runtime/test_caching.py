@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from accuquant.errors import CacheError
 from accuquant.recipe import Cache, TaylorSeerConfig
+from accuquant.runtime.cache.attach import attach_cache, controller_of, detach_cache
 from accuquant.runtime.cache.features import cached_modules
-from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
 from accuquant.runtime.cache.plan import CachePlan
 
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7

@@ -21,7 +21,7 @@ from accuquant.calibration.layers import quantize_model
 from accuquant.errors import CacheError
 from accuquant.export.native import harden_model
 from accuquant.recipe import Cache
-from accuquant.runtime.cache.hooks import attach_cache, controller_of, detach_cache
+from accuquant.runtime.cache.attach import attach_cache, controller_of, detach_cache
 from accuquant.runtime.calls import current_run, follow
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import LayerSpec

@@ -16,7 +16,7 @@ from accuquant import Cache, CacheError
 from accuquant.calibration.layers import quantize_model
 from accuquant.export.native import harden_model
 from accuquant.kernels import select
-from accuquant.runtime.cache.hooks import controller_of
+from accuquant.runtime.cache.attach import controller_of
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import quantized_layers
 from accuquant.runtime.spec import LayerSpec

@@ -15,8 +15,8 @@ from accuquant.calibration.objectives.cached_steps import CachedSteps
 from accuquant.calibration.reference import states_of
 from accuquant.core.trajectory import cached_groups, group_gradient
 from accuquant.errors import RecipeError
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.hooks import cached
 
 LEAST_UNIT = 0.02  # of a forecast that is the last output itself, and of those near it
 USUAL_INTERVAL = 4  # of full steps, where a dry run does not know them

@@ -22,7 +22,8 @@ from accuquant.runtime.spec import Layer
 ATTENDS = re.compile(r"Attention|Attn")
 NO_MLP = re.compile(r"Norm|Embed|Resnet|ResBlock|Modulat|Ada(LN|Group)|Attention|Attn|Transformer|Sampl")
 CONDITIONS = re.compile(r"[Ee]mbed")  # what is around attention that serves conditions: refiners of text
-FUSED = ("norm", "attn", "proj_mlp", "proj_out")  # attention and MLP side by side, and one projection of both
+LAYERS = (nn.Linear, _ConvNd, Layer)
+FUSED = {"norm", "attn", "proj_mlp", "proj_out"}  # attention and MLP side by side, and one projection of both
 
 
 def cached_features(
@@ -53,41 +54,35 @@ def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[lis
         asked = re.compile(pattern or ".*")
     except re.error as error:
         raise CacheError(f"cache.modules: {pattern!r} is no regular expression: {error}") from error
-    names = [name for name, _ in denoiser.named_modules() if name]
-    fused = [name for name in names if all(hasattr(denoiser.get_submodule(name), part) for part in FUSED)]
+    modules = {name: module for name, module in denoiser.named_modules() if name}
+    fused = [name for name, module in modules.items() if module._modules.keys() >= FUSED]
     inside = [f"{block}." for block in fused]
-    candidates = names if pattern else sorted(_attention_and_mlps(denoiser), key=names.index)
-    found = list[str]()
-    for name in candidates:  # a module inside one that is cached already never runs alone
-        outer = (*(f"{each}." for each in found), *inside)
+    found, outer = list[str](), tuple(inside)
+    for name in modules if pattern else _attention_and_mlps(denoiser, ""):
+        # a module inside one that is cached already never runs alone
         if asked.fullmatch(name) and name not in fused and not name.startswith(outer):
             found.append(name)
+            outer = (*outer, f"{name}.")
     fused = [block for block in fused if asked.fullmatch(f"{block}.proj_out")]
     if not found and not fused:
-        shown = ", ".join(name for name in names if name.count(".") == 2) or ", ".join(names[:8])
+        shown = ", ".join(name for name in modules if name.count(".") == 2) or ", ".join(list(modules)[:8])
         what = f"no module of {type(denoiser).__name__} " + (f"matches {pattern!r}" if pattern else "attends")
         raise CacheError(f"{what}, the cache would do nothing; its modules include {shown[:200]}")
     return found, fused
 
 
-def _attention_and_mlps(denoiser: nn.Module) -> Iterator[str]:
+def _attention_and_mlps(block: nn.Module, name: str) -> Iterator[str]:
     """Of every block, but for those that serve conditions: they may do so before the first step as well."""
-    for name, block in denoiser.named_modules():
-        around = [type(denoiser.get_submodule(outer)).__name__ for outer in _and_outer(name)]
-        if any(CONDITIONS.search(one) for one in (*around, name)):
+    children = block._modules
+    is_block = not attends(block) and any(module is not None and attends(module) for module in children.values())
+    for child, module in children.items():
+        full = f"{name}.{child}" if name else child
+        if module is None or CONDITIONS.search(child) or CONDITIONS.search(type(module).__name__):
             continue
-        children = dict(block.named_children())
-        attending = [child for child, module in children.items() if attends(module)]
-        prefix = f"{name}." if name else ""
-        yield from (f"{prefix}{child}" for child in attending)
-        if attending and not attends(block):
-            yield from (f"{prefix}{child}" for child, module in children.items() if _is_mlp(module))
-
-
-def _and_outer(name: str) -> Iterator[str]:
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
+        if attends(module) or (is_block and _is_mlp(module)):
+            yield full
+        else:
+            yield from _attention_and_mlps(module, full)
 
 
 def attends(module: nn.Module) -> bool:
@@ -103,7 +98,7 @@ def _is_mlp(module: nn.Module) -> bool:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether it multiplies with weights: a layer of torch's or ours, or one that an adapter is around."""
-    return isinstance(module, nn.Linear | _ConvNd | Layer) or hasattr(module, "base_layer")
+    return isinstance(module, LAYERS) or "base_layer" in module._modules
 
 
 def cached_blocks(

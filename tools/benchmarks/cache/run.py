@@ -46,8 +46,8 @@ from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache
 from accuquant.recipe.file import load_recipe
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.features import cached_modules
-from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.stats import CacheStats
 from accuquant.runtime.observe import observed

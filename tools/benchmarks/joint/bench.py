@@ -22,8 +22,8 @@ from accuquant.pipeline.loading import resolve
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import load_recipe, parse_recipe
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 from tools.benchmarks.accuracy.run import ADALN, ATTENTION_AND_MLP, CONFIGS
 

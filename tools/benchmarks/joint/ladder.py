@@ -27,8 +27,8 @@ from accuquant.calibration.session import Session
 from accuquant.calibration.updates import calibrate_cached
 from accuquant.core.schedule import DIFFUSERS_OFFSET, filled_interval_steps
 from accuquant.recipe import Cache
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.candidates import TUNING_SAMPLES, Checked
 from tools.benchmarks.accuracy.run import pairs_of

@@ -36,8 +36,8 @@ from accuquant.core.schedule import filled_interval_steps
 from accuquant.pipeline.tape import Tape
 from accuquant.programs.tune import learn, model_as
 from accuquant.recipe import Cache
+from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.fitted import Fitted
-from accuquant.runtime.cache.hooks import cached
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.budget import TIMED_SAMPLES, Combination, base_settings, step_times, type_combinations
 from accuquant.tuning.candidates import TUNING_SAMPLES, Place
