@@ -32,8 +32,8 @@ export, loaded by `from_pretrained`, gives the same latents to the last bit. A f
 every step changes nothing; one that forecasts every second step does, the second time as the first, and leaves
 nothing behind; and weights learn with the cache on.
 
-| pipeline | example | denoiser | told by | scheduler | quantized / float | error | cached modules | full steps |
-|---|---|---|---|---|---|---|---|---|
+| pipeline | example | denoiser | told by | scheduler | quantized / float | error | cached | saved | full steps |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -50,6 +50,7 @@ def rows(found: Iterable[dict[str, Any]]) -> list[str]:
             f"{f['quantized']} / {f['float']}",
             f"{f['before']:.3f} -> {f['after']:.3f}",
             str(f["cached"]),
+            " / ".join(f"{share:.0%}" for share in f["saved"]),
             nfc,
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -54,8 +54,9 @@ def call_of(
         if missing := [i for i, row in enumerate(rows) if key not in row]:
             raise RecipeError(f"data: row {missing[0]} of a batch has no {key!r}, and others have: {rows[missing[0]]}")
         values = [opened(row[key], folder) for row in rows]
-        if one_each(parameters[argument]) and not isinstance(values[0], Image.Image | list):
-            call[argument] = values
+        if one_each(parameters[argument]) and not isinstance(values[0], list):
+            # many that animate or edit one picture say that they take several, and do not
+            call[argument] = values[0] if len(values) == 1 and isinstance(values[0], Image.Image) else values
         elif any(value != values[0] for value in values):
             raise RecipeError(f"data: {key!r} is one for a whole call of {name}, and rows of a batch differ in it")
         else:

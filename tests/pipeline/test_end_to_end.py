@@ -35,7 +35,7 @@ from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.layer import quantized_layers
 
 QUIET = Reporter(quiet=True)
-FULL, HALF = (Cache(estimation="taylor", order=1, interval=k, warmup=2) for k in (1, 2))
+FULL, HALF = (Cache(estimation="reuse", interval=k, warmup=1) for k in (1, 2))  # an expert may have two steps
 UPDATES = 10
 SAMPLING = ("guidance_scale", "num_inference_steps")
 
@@ -95,6 +95,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:a skipped step saves")  # of U-Nets, whose convolutions go on
 def test_end_to_end(example: tuple[Example, Path], request: pytest.FixtureRequest) -> None:
     pipeline, folder = example[0][0], example[1]
     kind, name = type(pipeline), request.node.callspec.id
@@ -164,6 +165,7 @@ def test_end_to_end(example: tuple[Example, Path], request: pytest.FixtureReques
         before=before,
         after=after,
         cached=sum(len(s.modules) for s in stats),
+        saved=[s.saved for s in stats],
         nfc=[(s.nfc, s.num_steps) for s in stats],
     )
 

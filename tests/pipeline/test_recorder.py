@@ -110,7 +110,7 @@ def test_rows_that_differ_in_what_is_one_for_a_whole_call_are_called_one_by_one(
     same = Samples([{"prompt": p, "height": 16, "width": 16} for p in "abc"], [1, 2, 3])
     assert [len(batch) for batch in recorder.batches(same, 2)] == [2, 1]
     other = Samples([row | {"height": 16 + 8 * k} for k, row in enumerate(same.rows)], same.seeds)
-    tapes = recorder.tapes(other, 2, QUIET, "")
+    tapes = [recorder.tape(batch) for batch in recorder.batches(other, 2)]
     assert [tape.num_samples for tape in tapes] == [1, 1, 1]
     assert [tape.state(0).latents[0].shape[2:] for tape in tapes] == [(8, 8), (12, 8), (16, 8)]
     with torch.no_grad():
@@ -124,6 +124,11 @@ def test_rows_that_differ_in_what_is_one_for_a_whole_call_are_called_one_by_one(
     assert torch.equal(recorded_finals(tapes[1:2]), expected.flatten(1))
     with pytest.raises(RecipeError, match="'height' is one for a whole call of StableDiffusionPipeline"):
         recorder.tape(other)
+    with pytest.raises(RecipeError, match=r"samples of one size: .* makes 3 steps of 256 numbers, and .* 3 of 384"):
+        recorder.tapes(other, 2, QUIET, "")
+    steps = Samples([row | {"num_inference_steps": 3 + k} for k, row in enumerate(same.rows)], same.seeds)
+    with pytest.raises(RecipeError, match="have to make as many steps"):
+        recorder.tapes(steps, 2, QUIET, "")
 
 
 # ---- what is kept
@@ -182,8 +187,9 @@ def test_what_is_not_kept_is_made_anew_for_each_call(tmp_path: Path) -> None:
     recorder = Recorder(image_to_image(), Sampling(num_inference_steps=6, guidance_scale=3.0), tmp_path)
     kept = KeptFiles(tmp_path, QUIET).inside("kept")
     made, again = (recorder.tapes(Samples(rows, [1, 2]), 2, QUIET, "", images=True, kept=kept) for _ in range(2))
-    assert len(made) == len(again) == 1 and len(made[0]) == 4  # 0.8 of 6 steps
-    assert_same(made[0], again[0])
+    assert len(made) == len(again) == 2 and len(made[0]) == 4  # 0.8 of 6 steps; one picture a call
+    for one, other in zip(made, again, strict=True):
+        assert_same(one, other)
 
 
 def test_kept_outputs_of_other_samples_are_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

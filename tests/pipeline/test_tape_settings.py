@@ -92,7 +92,7 @@ def test_named_calls_are_entered_again(guided: bool) -> None:
     pipeline = make_flux_pipeline()
     tape = record(pipeline, **call(flux_call(guided)))
     names = ["cond", "uncond"] if guided else ["cond"]
-    assert all([one.context for one in step.calls] == names for step in tape.steps) and replayed(tape)
+    assert all([one.around.context for one in step.calls] == names for step in tape.steps) and replayed(tape)
     entered: list[str] = []
     inner = pipeline.transformer.cache_context
 

@@ -98,8 +98,9 @@ def test_image_figures_of_equal_and_of_other_images() -> None:
     classifier = DigitClassifier().eval()
     with torch.no_grad():
         predicted = classifier(digits(0) * 2 - 1).argmax(1).tolist()
-        same = image_metrics(digits(0), digits(0), predicted, classifier)
-        other = image_metrics(digits(1), digits(0), [d + 1 for d in predicted], classifier)
+        first, second = digits(0)[:, None], digits(1)[:, None]  # an image is a film of one frame
+        same = image_metrics(first, first, predicted, classifier)
+        other = image_metrics(second, first, [d + 1 for d in predicted], classifier)
     assert same["agreement"] == {"full_precision": 1, "quantized": 1, "same_prediction": 1}
     assert same["ssim"] == pytest.approx(1) and math.isinf(same["psnr"])
     assert abs(same["frechet_distance"]) < 1e-6 < other["frechet_distance"]
