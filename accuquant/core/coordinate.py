@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-USUAL = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_labels")
+USUAL = ("timestep", "timesteps", "timestep_ratio", "t", "sigma", "sigmas", "noise_labels")
 
 
 @dataclass(frozen=True)

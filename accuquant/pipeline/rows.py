@@ -12,6 +12,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def call_of(
         if missing := [i for i, row in enumerate(rows) if key not in row]:
             raise RecipeError(f"data: row {missing[0]} of a batch has no {key!r}, and others have: {rows[missing[0]]}")
         values = [opened(row[key], folder) for row in rows]
-        if one_each(parameters[argument]) and not isinstance(values[0], list):
+        if one_each(parameters[argument]) and not isinstance(values[0], list | NoneType):
             # many that animate or edit one picture say that they take several, and do not
             call[argument] = values[0] if len(values) == 1 and isinstance(values[0], Image.Image) else values
         elif any(value != values[0] for value in values):

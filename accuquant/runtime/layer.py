@@ -44,12 +44,12 @@ class QuantizedLayer(Layer):
         storage = spec.weight_type.storage
         num_scales = clock.num_groups if spec.static else 1
         asymmetric = spec.static and not spec.activation_symmetric
-        self.weight = _fixed(rows, packed_columns(columns, spec.weight_type), dtype=storage)
+        self.bias = _fixed(rows) if bias else None  # before the weight: some ask a model's first parameter for its type
         self.weight_scale = _fixed(rows, self.groups)
         self.weight_zero_point = None if spec.symmetric else _fixed(rows, self.groups, dtype=torch.int8)
         self.activation_scale = _fixed(num_scales) if spec.activation != "float" else None
         self.activation_zero_point = _fixed(num_scales, dtype=torch.int8) if asymmetric else None
-        self.bias = _fixed(rows) if bias else None
+        self.weight = _fixed(rows, packed_columns(columns, spec.weight_type), dtype=storage)
         self.arithmetic = "integer"  # or "reference", or the name of a path that is fixed
         self.prepared = False
         self.facts = self.current_facts()
