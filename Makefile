@@ -12,7 +12,9 @@ test: lint  ## everything that has to hold
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not pipelines"
 
 test-pipelines: $(DEV)  ## every pipeline class of the matrix, not only the four that `make test` takes
-	$(BIN)/python -m pytest -n 2 -m pipelines
+	ACCUQUANT_PIPELINES=build/pipelines $(BIN)/python -m pytest -n 2 -m "pipelines or not slow" tests/pipeline/test_zoo.py \
+	    tests/pipeline/test_end_to_end.py --deselect tests/pipeline/test_end_to_end.py::test_every_row_of_the_page_is_of_the_zoo
+	$(BIN)/python -m tools.pipelines_page build/pipelines
 
 test-matrix: $(DEV)  ## the numerics as other CPUs compute them, half an hour at most; MATRIX=--quick for a part of it
 	$(BIN)/python -m tools.test_matrix $(MATRIX)

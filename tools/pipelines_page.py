@@ -26,11 +26,11 @@ HEAD = """# Pipelines
 
 Any diffusers pipeline is recorded in one call and replayed step by step; no class is listed in the package.
 Those below are proven end to end in the tests. Every recorded step is equal to the pipeline's own, bit for bit.
-Calibration at 4-bit weights and 8-bit activations (`preset: w4a8`, {updates} updates, gradient through all
-steps) brings the final latents of its own samples nearer to full precision than searched scales alone. The
-export, loaded by `from_pretrained`, gives the same latents to the last bit. A feature cache that is full at
-every step changes nothing; one that forecasts every second step does, the second time as the first, and leaves
-nothing behind; and weights learn with the cache on.
+Calibration at 4-bit weights and 8-bit activations (`preset: w4a8`, {updates} updates, M = 1) brings the final
+latents of its own samples nearer to full precision than round-to-nearest, in every denoiser. The export, loaded
+by `from_pretrained`, gives the same latents to the last bit. A feature cache that is full at every step changes
+nothing; one that reuses every second step does, the second time as the first, and leaves nothing behind; and
+weights learn with the cache on.
 
 | pipeline | example | denoiser | told by | scheduler | quantized / float | error | cached | saved | full steps |
 |---|---|---|---|---|---|---|---|---|---|
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--caches", type=Path)
     given = parser.parse_args()
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(given.folder.glob("*.json"))]
-    text = HEAD.format(version=diffusers.__version__, updates=10) + "\n".join(rows(found)) + "\n"
+    text = HEAD.format(version=diffusers.__version__, updates=24) + "\n".join(rows(found)) + "\n"
     if given.sweep:
         text += "\n" + swept(read_lines(given.sweep), read_lines(given.caches))
     elif PAGE.is_file() and (old := re.search(rf"\n{SWEPT}.*", PAGE.read_text(encoding="utf-8"), re.S)):

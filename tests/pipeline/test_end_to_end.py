@@ -30,15 +30,14 @@ from accuquant.pipeline.loading import left_out
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.rows import call_of
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Data, Export, LearningRates, Model, Objective, Quantization, Recipe, Sampling
+from accuquant.recipe import Cache, Data, Export, Model, Objective, Quantization, Recipe, Sampling
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.layer import quantized_layers
 from accuquant.runtime.spec import Layer
 
 QUIET = Reporter(quiet=True)
 FULL, HALF = (Cache(estimation="reuse", interval=k, warmup=1) for k in (1, 2))  # an expert may have two steps
-UPDATES = 10
-RATES = LearningRates(weight=5e-4, weight_scale=5e-4, activation_scale=5e-4)  # all steps at once: chaotic at more
+UPDATES = 24
 SAMPLING = ("guidance_scale", "num_inference_steps")
 
 
@@ -63,8 +62,8 @@ def opened(example: tuple[Example, Path]) -> tuple[OpenedModel, Recipe]:
         model=Model(id="zoo"),
         sampling=sampling,
         data=Data(path="zoo", num_samples=2, validation_samples=1),
-        quantization=Quantization(preset="w4a8", timestep_groups=2),  # type: ignore[call-arg]
-        objective=Objective(iterations=UPDATES, batch_size=2, gradient="exact", learning_rates=RATES),
+        quantization=Quantization(preset="w4a8", timestep_groups=2, initialization="round_to_nearest"),  # type: ignore[call-arg]
+        objective=Objective(iterations=UPDATES, batch_size=2),
         export=Export(output="zoo"),
     )
     return OpenedModel(recorder, Split(rows, rows[:1], folder), rehearsal), recipe
@@ -94,12 +93,16 @@ def made(pipeline: Any, example: tuple[Example, Path]) -> list[Tensor]:
 
 
 def aligned(pipeline: Any) -> Any:
-    """Float weights where torch puts them: files may have them at any byte, and products then differ in last bits."""
+    """Float weights alike in what torch picks its products by, which differ in last bits.
+
+    Files may have them at any byte, and matmul folds by whether a weight wants a gradient, without one as well.
+    """
     for part in pipeline.components.values():
         for module in part.modules() if isinstance(part, nn.Module) else ():
             for parameter in () if isinstance(module, Layer) else module._parameters.values():
                 if parameter is not None:
                     parameter.data = parameter.data.clone()
+                    parameter.requires_grad_(False)
     return pipeline
 
 
@@ -118,7 +121,7 @@ def test_end_to_end(example: tuple[Example, Path], request: pytest.FixtureReques
         # calibrated: nearer than before on its own samples, and every denoiser has learned
         before = float(final_errors(tapes).mean())
         start = session.snapshot()
-        loop = session.loop(recipe.objective, len(tapes[0]))
+        loop = session.loop(recipe.objective, 1)
         loop.run()
         after = float(final_errors(tapes).mean())
         print(f"{name}: {before:.4f} -> {after:.4f}")
@@ -129,7 +132,7 @@ def test_end_to_end(example: tuple[Example, Path], request: pytest.FixtureReques
 
         # with a cache on, forecasts and weights together, where there is one denoiser
         if len(session.model.denoisers) == 1:
-            cached_objective = recipe.objective.model_copy(update={"iterations": 2})
+            cached_objective = recipe.objective.model_copy(update={"iterations": 2, "gradient": "exact"})
             cached_loop = session.loop(cached_objective, len(tapes[0]), CachePlan.of(HALF))
             cached_loop.run()
             assert all(torch.isfinite(torch.tensor(h["loss"])) for h in cached_loop.history)
