@@ -4,15 +4,15 @@ CORE := .venv/.core
 DEV := .venv/.dev
 .PHONY: demo test test-pipelines test-matrix lint clean
 
-demo: $(CORE)  ## quantize the bundled model, then sample from it with plain diffusers
-	$(BIN)/accuquant calibrate recipes/dit_w8a8.yaml --overwrite
-	$(BIN)/python tools/demo.py out/dit_w8a8
+demo: $(CORE)  ## quantize the bundled text-to-image model, then sample from it with plain diffusers
+	$(BIN)/accuquant calibrate recipes/emoji_w8a8.yaml --overwrite
+	$(BIN)/python tools/demo.py out/emoji_w8a8
 
 test: lint  ## everything that has to hold
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not pipelines"
 
 test-pipelines: $(DEV)  ## every pipeline class of the matrix, not only the four that `make test` takes
-	ACCUQUANT_PIPELINES=build/pipelines $(BIN)/python -m pytest -n 2 -m "pipelines or not slow" tests/pipeline/test_zoo.py \
+	ACCUQUANT_PIPELINES=build/pipelines $(BIN)/python -m pytest -n 2 tests/pipeline/test_zoo.py \
 	    tests/pipeline/test_end_to_end.py --deselect tests/pipeline/test_end_to_end.py::test_every_row_of_the_page_is_of_the_zoo
 	$(BIN)/python -m tools.pipelines_page build/pipelines
 
@@ -28,7 +28,7 @@ lint: $(DEV)
 $(CORE): pyproject.toml constraints.txt  # what the package itself needs, and no more
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[text]"
 	@touch $@
 
 $(DEV): $(CORE)  # linter, type checker, tests, and what trains the bundled model

@@ -1,6 +1,6 @@
-"""Samples from a quantized model with plain diffusers: one image of each digit.
+"""Samples from a quantized model with plain diffusers: an image of each of some prompts.
 
-python tools/demo.py out/dit_w8a8
+python tools/demo.py out/emoji_w8a8
 """
 
 import sys
@@ -10,19 +10,29 @@ import accuquant  # noqa: F401  teaches diffusers the format; imported first, it
 
 # isort: split
 import torch
-from diffusers import DiTPipeline
+from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging
 
 from accuquant.cli.generate import grid
 
-CLASSES = list(range(10))
+PROMPTS = [
+    "cat face on a pink background",
+    "red heart",
+    "woman firefighter, medium skin tone",
+    "grinning face",
+    "christmas tree on a gray background",
+    "person biking, light skin tone",
+    "watermelon",
+    "rocket on a blue background",
+]
 
 
 def main(folder: Path) -> None:
-    logging.set_verbosity_error()  # it warns that the names of classes, read from JSON, are text
-    pipeline = DiTPipeline.from_pretrained(folder)
+    logging.set_verbosity_error()  # it warns of parts that were left out on purpose
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     generator = torch.Generator().manual_seed(0)
-    result = pipeline(CLASSES, guidance_scale=1.5, num_inference_steps=50, generator=generator)
+    call = {"guidance_scale": 4.0, "num_inference_steps": 28, "height": 64, "width": 64, "max_sequence_length": 1}
+    result = pipeline(PROMPTS, generator=generator, **call)
     samples = folder / "samples.png"
     grid(result.images).save(samples)
     print(f"images: {samples}")
