@@ -61,7 +61,11 @@ def sdxl() -> nn.Module:
     )
 
 
-DIT = Real(dit_xl, 0.675, lambda: {"hidden_states": at(1, 4, 32, 32), "timestep": at(1), "class_labels": ids(1)})
+DIT = Real(
+    dit_xl,
+    0.75,  # a timestep embedder in every block, in diffusers
+    lambda: {"hidden_states": at(1, 4, 32, 32), "timestep": at(1), "class_labels": ids(1)},
+)
 FLUX = Real(
     lambda: d.FluxTransformer2DModel(guidance_embeds=True),
     11.9,
@@ -153,8 +157,9 @@ def test_what_costs_is_quantized(name: str) -> None:
     products = sum(p.macs for p in modules)
     inside = sum(p.macs for p in modules if p.spec is not None and p.spec.activation != "float")
     assert inside > 0.95 * products
-    before = sum(p.float_bytes for p in modules)
-    after = sum(p.quantized_bytes(recipe.quantization.timestep_groups) for p in modules)
+    quantized = [p for p in modules if p.spec is not None]
+    before = sum(p.float_bytes for p in quantized)
+    after = sum(p.quantized_bytes(recipe.quantization.timestep_groups) for p in quantized)
     assert after / before < (0.2 if "w4" in name else 0.3)
     bits = {"int4": 4, "int8": 8}[next(iter({p.spec.weight for p in modules if p.spec and "attention" in p.kinds}))]
     assert bits == (4 if "w4" in name else 8)

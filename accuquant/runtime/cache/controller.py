@@ -253,9 +253,10 @@ class Controller:
             return
         self.saved, self.share = self.share.end(), None
         if self.saved is not None and self.saved < LEAST_SAVED:
+            more = ". Name more as modules, or use feature: blocks" if self.plan.feature == "modules" else ""
             warnings.warn(
                 f"a skipped step saves {self.saved:.0%} of the products of the denoiser's layers: most of them are "
-                f"outside the {len(self.modules)} cached modules. Name more as modules, or use feature: blocks",
+                f"outside what is cached{more}",
                 stacklevel=2,
             )
 

@@ -99,8 +99,10 @@ class Calls(Hook):
         ordered = (given[name] for name in self.names if name in given)  # however the caller ordered them
         latent = next(leaf for value in ordered for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
         self.controller.end_measuring()
-        if self.measures and not is_compiled(module):
-            self.controller.share, self.measures = Share(module, self.controller.skipped), False
+        if self.measures:
+            self.measures = False
+            if not is_compiled(module) and all(hook_of(part).compiled is None for part in self.hooked.values()):  # type: ignore[union-attr]
+                self.controller.share = Share(module, self.controller.skipped)
         begins = not current_run().is_call and self.controller.state.step < 0
         if begins and (pipeline := calling_pipeline()) is not None:
             follow(pipeline)  # its next call is known as one
