@@ -53,18 +53,18 @@ def main() -> None:
         export = load_export(folder, own, Reporter(quiet=True))
         pictures.append((TITLES[weight], drawn(export, own, samples.rows, samples.seeds)))
 
-    figure, grid = plt.subplots(len(pictures), COLUMNS, figsize=(1.35 * COLUMNS, 1.75 * len(pictures)))
+    figure, grid = plt.subplots(len(pictures), COLUMNS, figsize=(1.35 * COLUMNS, 1.62 * len(pictures) + 0.5))
     for row, (title, images) in zip(grid, pictures, strict=True):
         for column, (axis, image) in enumerate(zip(row, images, strict=True)):
             axis.imshow(image.clamp(0, 1), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_frame_on(False)
-            if images is pictures[0][1]:
-                axis.set_xlabel(_wrapped(str(asked_for(samples.rows[column]))), fontsize=7)
-            else:
-                error = float((image - pictures[0][1][column]).square().mean())
-                axis.set_xlabel(f"{-10 * math.log10(max(error, 1e-12)):.1f} dB", fontsize=7)
+            error = float((image - pictures[0][1][column]).square().mean())
+            below = [] if images is pictures[0][1] else [f"{-10 * math.log10(max(error, 1e-12)):.1f} dB"]
+            if images is pictures[-1][1]:
+                below.append(_wrapped(str(asked_for(samples.rows[column]))))
+            axis.set_xlabel("\n".join(below), fontsize=7)
         row[0].set_title(title, loc="left", fontsize=9)
     figure.tight_layout()
     given.out.parent.mkdir(parents=True, exist_ok=True)

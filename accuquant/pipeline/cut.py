@@ -139,7 +139,8 @@ def _denoisers(code: list[Instruction]) -> set[str]:
         visited.add(number)
         one = by_slot[number]
         if isinstance(one, Invoke):
-            found.add(one.component)
+            if "." not in one.component:  # pictures that are encoded to be blended in do not denoise
+                found.add(one.component)
         else:
             pending += one.given.numbers
     return found
