@@ -69,7 +69,7 @@ def swept(sweep: list[dict[str, Any]], caches: list[dict[str, Any]]) -> str:
         "",
         "| pipeline | reason |",
         "|---|---|",
-        *(f"| {row['pipeline']} | {row['reason']} |" for row in built if row["result"] != "recorded"),
+        *(f"| {row['pipeline']} | {why(row)} |" for row in built if row["result"] != "recorded"),
     ]
     if caches:
         right = [row for row in caches if row["result"] == "right"]
@@ -85,8 +85,13 @@ def swept(sweep: list[dict[str, Any]], caches: list[dict[str, Any]]) -> str:
         for row in caches:
             if row["result"] != "not built":
                 saved = " / ".join(f"{share:.0%}" for share in row["saved"])
-                lines.append(f"| {row['pipeline']} | {row['modules'] or ''} | {saved} | {row['reason']} |")
+                lines.append(f"| {row['pipeline']} | {row['modules'] or ''} | {saved} | {why(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def why(row: dict[str, Any]) -> str:
+    """The reason, without the names that are said already."""
+    return str(row["reason"]).partition(": ")[2].replace(f"{row['pipeline']} ", "it ").removeprefix(f"{row['pipeline']}: ")
 
 
 def read_lines(path: Path | None) -> list[dict[str, Any]]:
