@@ -91,7 +91,8 @@ def swept(sweep: list[dict[str, Any]], caches: list[dict[str, Any]]) -> str:
 
 def why(row: dict[str, Any]) -> str:
     """The reason, without the names that are said already."""
-    return str(row["reason"]).partition(": ")[2].replace(f"{row['pipeline']} ", "it ").removeprefix(f"{row['pipeline']}: ")
+    reason = str(row["reason"]).partition(": ")[2]
+    return reason.replace(f"{row['pipeline']} ", "it ").removeprefix(f"{row['pipeline']}: ")
 
 
 def read_lines(path: Path | None) -> list[dict[str, Any]]:
