@@ -85,10 +85,14 @@ class KeptFiles:
     """A folder of what a run has made so far, for it to go on from after an interruption.
 
     What is there but cannot be read counts as not there, is said by name, and so is made again.
+
+    Attributes:
+        memory: what was made of files of this folder, or of one inside, for as long as the run goes on.
     """
 
-    def __init__(self, folder: Path, reporter: Reporter) -> None:
+    def __init__(self, folder: Path, reporter: Reporter, memory: dict[Any, Any] | None = None) -> None:
         self.folder, self.reporter = folder, reporter
+        self.memory: dict[Any, Any] = {} if memory is None else memory
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -96,7 +100,7 @@ class KeptFiles:
     def inside(self, name: str) -> KeptFiles:
         """A folder in this one, made if absent."""
         self.path(name).mkdir(exist_ok=True)
-        return KeptFiles(self.path(name), self.reporter)
+        return KeptFiles(self.path(name), self.reporter, self.memory)
 
     def read(self, name: str, parse: Callable[[Path], Found]) -> Found | None:
         """What ``parse`` makes of the file, or None where there is none or it is not what was written.

@@ -98,15 +98,26 @@ class Recorder:
         batches, found = self.batches(samples, batch_size), list[Tape]()
         with reporter.bar(f"sampling {what}", self.sampling.num_inference_steps * len(batches)) as advance:
             for k, batch in enumerate(batches):
-                given, name = (batch, images, lambda: advance("")), f"{k}.safetensors"
-                tape = None if kept is None else kept.read(name, lambda file, given=given: self._again(file, *given))  # type: ignore[misc]
-                if tape is None:
-                    tape, outputs = self._recorded(*given)
-                    if kept is not None:
-                        kept.write_tensors(name, {f"{c}.{i}": t for c, ts in outputs.items() for i, t in enumerate(ts)})
-                found.append(tape)
+                found.append(self._kept(kept, k, batch, images, lambda: advance("")))
         check_alike(found, [batch.rows[0] for batch in batches])
         return found
+
+    def _kept(
+        self, kept: KeptFiles | None, number: int, samples: Samples, images: bool, progress: Callable[[], None]
+    ) -> Tape:
+        """A batch's tape: one that this run has made of the file before, or the file's, or a new one."""
+        if kept is None:
+            return self._recorded(samples, images, progress)[0]
+        name, key = f"{number}.safetensors", (kept.folder, number, images)
+        if (known := kept.memory.get(key)) is not None and known[0] == samples:
+            tape: Tape = known[1].bound(self.pipeline)
+            return tape
+        again = kept.read(name, lambda file: self._again(file, samples, images, progress))
+        if again is None:
+            again, outputs = self._recorded(samples, images, progress)
+            kept.write_tensors(name, {f"{c}.{i}": t for c, ts in outputs.items() for i, t in enumerate(ts)})
+        kept.memory[key] = samples, again
+        return again
 
     def batches(self, samples: Samples, batch_size: int) -> list[Samples]:
         """As large as asked, where the pipeline takes lists of what differs between samples; else single ones."""

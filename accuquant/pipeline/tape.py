@@ -9,6 +9,7 @@ Neither pipeline nor scheduler nor generator takes part in a step: timesteps, co
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -106,6 +107,12 @@ class Tape:
         values = dict(zip(step.latents_in + step.history_in, state.tensors, strict=True))
         run(step.code, values, partial(self._call, values, components or {}))
         return State(tuple(values[n] for n in step.latents_out), tuple(values[n] for n in step.history_out))
+
+    def bound(self, pipeline: DiffusionPipeline) -> Tape:
+        """The same run, replayed by the networks of another pipeline of the same model."""
+        made = copy.copy(self)
+        made.pipeline = pipeline
+        return made
 
     @torch.no_grad()
     def rolled(self, components: Components | None = None, progress: Callable[[], None] = lambda: None) -> list[State]:

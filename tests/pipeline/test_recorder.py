@@ -172,11 +172,24 @@ def test_kept_outputs_make_the_same_tapes_without_evaluating_networks(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
     written = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
     calls = counted(pipeline.transformer, monkeypatch)
-    again = dit_tapes(pipeline, 6, **given, kept=kept)
+    again = dit_tapes(pipeline, 6, **given, kept=KeptFiles(tmp_path, QUIET))
     assert calls == [len(again)] == [2]
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())] == written
     for a, b in zip(made, again, strict=True):
         assert_same(a, b)
+
+
+def test_a_run_makes_a_tape_of_a_file_once_for_all_copies_of_the_model(tmp_path: Path) -> None:
+    """As the tuner does for each choice of types; other samples are other tapes."""
+    kept, first, second = KeptFiles(tmp_path, QUIET), make_pipeline(), make_pipeline()
+    made = dit_tapes(first, 5, kept=kept)
+    again = dit_tapes(second, 5, kept=kept)
+    assert again[0].pipeline is second and made[0].pipeline is first and again[0].steps is made[0].steps
+    assert_same(made[0], again[0])
+    second.transformer.proj_out_2.weight.data.zero_()
+    assert not torch.equal(finals(again), finals(made))
+    other = dit_tapes(second, 5, labels=(7, 8, 9), kept=kept)
+    assert other[0].steps is not made[0].steps
 
 
 def test_what_is_not_kept_is_made_anew_for_each_call(tmp_path: Path) -> None:
@@ -185,8 +198,10 @@ def test_what_is_not_kept_is_made_anew_for_each_call(tmp_path: Path) -> None:
         Image.new("RGB", (16, 16), colour).save(tmp_path / f"{name}.png")
     rows = [{"prompt": "a", "image": "red.png"}, {"prompt": "b", "image": "blue.png"}]
     recorder = Recorder(image_to_image(), Sampling(num_inference_steps=6, guidance_scale=3.0), tmp_path)
-    kept = KeptFiles(tmp_path, QUIET).inside("kept")
-    made, again = (recorder.tapes(Samples(rows, [1, 2]), 2, QUIET, "", images=True, kept=kept) for _ in range(2))
+    made, again = (
+        recorder.tapes(Samples(rows, [1, 2]), 2, QUIET, "", images=True, kept=KeptFiles(tmp_path, QUIET).inside("kept"))
+        for _ in range(2)
+    )
     assert len(made) == len(again) == 2 and len(made[0]) == 4  # 0.8 of 6 steps; one picture a call
     for one, other in zip(made, again, strict=True):
         assert_same(one, other)
@@ -205,5 +220,5 @@ def test_kept_outputs_of_other_samples_are_made_again(tmp_path: Path, capsys: py
     now = (tmp_path / "0.safetensors").read_bytes()
     assert now != written
     (tmp_path / "0.safetensors").write_bytes(now[: len(now) // 2])
-    assert_same(dit_tapes(pipeline, 5, labels=(4, 5), kept=kept)[0], expected[0])
+    assert_same(dit_tapes(pipeline, 5, labels=(4, 5), kept=KeptFiles(tmp_path, QUIET))[0], expected[0])
     assert (tmp_path / "0.safetensors").read_bytes() == now
