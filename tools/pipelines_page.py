@@ -18,6 +18,8 @@ from typing import Any
 
 import diffusers
 
+from tools.benchmarks.rows import read_lines
+
 PAGE = Path("docs/pipelines.md")
 SWEPT = "## All classes of diffusers"
 HEAD = """# Pipelines
@@ -95,10 +97,6 @@ def why(row: dict[str, Any]) -> str:
     return reason.replace(f"{row['pipeline']} ", "it ").removeprefix(f"{row['pipeline']}: ")
 
 
-def read_lines(path: Path | None) -> list[dict[str, Any]]:
-    return [] if path is None else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what the tests have kept")
@@ -108,7 +106,7 @@ def main() -> None:
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(given.folder.glob("*.json"))]
     text = HEAD.format(version=diffusers.__version__, updates=24) + "\n".join(rows(found)) + "\n"
     if given.sweep:
-        text += "\n" + swept(read_lines(given.sweep), read_lines(given.caches))
+        text += "\n" + swept(read_lines(given.sweep), read_lines(given.caches) if given.caches else [])
     elif PAGE.is_file() and (old := re.search(rf"\n{SWEPT}.*", PAGE.read_text(encoding="utf-8"), re.S)):
         text += old.group(0)
     PAGE.write_text(text, encoding="utf-8")

@@ -9,8 +9,12 @@ from typing import Any
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """All that was measured so far; a benchmark in several processes has a file for each."""
-    files = sorted(folder.glob("results*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row for file in sorted(folder.glob("results*.jsonl")) for row in read_lines(file)]
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of one file; none where there is no such file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def add_row(folder: Path, row: dict[str, Any], shard: str = "") -> None:

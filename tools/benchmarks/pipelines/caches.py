@@ -10,13 +10,9 @@ the denoiser's products a skipped step saves is counted.
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from accuquant.caching.enable import cache_stats, denoisers_in, disable_cache, enable_cache
 from accuquant.errors import CacheError
 from accuquant.recipe import Cache
-from tools.benchmarks.pipelines.stand_ins import without_hub
-from tools.benchmarks.pipelines.sweep import build, cases
+from tools.benchmarks.pipelines.sweep import build, counts, short, sweep
 
 FULL = Cache(estimation="taylor", order=1, interval=1)
 HALF = Cache(estimation="taylor", order=1, interval=2, warmup=2)
@@ -59,13 +54,13 @@ def tried(kind: Any, case: Any) -> Row:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        return Row(name, "not built", _short(error))
+        return Row(name, "not built", short(error))
     try:
         return judged(name, pipeline, plain, lambda: output(pipeline, kind, case))
     except CacheError as error:
-        return Row(name, "refused", _short(error))
+        return Row(name, "refused", short(error))
     except Exception as error:
-        return Row(name, "failed", _short(error))
+        return Row(name, "failed", short(error))
 
 
 def judged(name: str, pipeline: Any, plain: list[Tensor], run: Any) -> Row:
@@ -138,9 +133,7 @@ def flops(parts: list[nn.Module]) -> Iterator[list[list[int]]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    counts = Counter(row["result"] for row in rows)
-    lines = [", ".join(f"{count} {result}" for result, count in counts.most_common()), ""]
-    lines += ["| pipeline | result | modules | saved | reason |", "| --- | --- | ---: | ---: | --- |"]
+    lines = [counts(rows), "", "| pipeline | result | modules | saved | reason |", "| --- | --- | ---: | ---: | --- |"]
     for row in rows:
         if row["result"] != "not built":
             saved = " / ".join(f"{share:.0%}" for share in row["saved"])
@@ -148,31 +141,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="part of a class's name")
-    parser.add_argument("--table", action="store_true", help="only print what is known")
-    given = parser.parse_args()
-    known = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.is_file() else []
-    if not given.table:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        done = {row["pipeline"] for row in known}
-        with without_hub(), given.out.open("a") as file:
-            for kind, case in cases(given.checkout.resolve()):
-                if kind.__name__ in done or given.only not in kind.__name__:
-                    continue
-                row = asdict(tried(kind, case))
-                print(json.dumps(row), file=file, flush=True)
-                print(f"{row['pipeline']}: {row['result']} {row['reason']}", flush=True)
-                known.append(row)
-    print(table(known))
-
-
 if __name__ == "__main__":
-    main()
+    sweep(__doc__, tried, table)

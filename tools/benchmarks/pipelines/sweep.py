@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from accuquant.pipeline.record import record
 from accuquant.pipeline.seams import takes
 from accuquant.pipeline.tape import Tape
 from tools.benchmarks.pipelines.stand_ins import without_hub
+from tools.benchmarks.rows import read_lines
 
 STEPS = 4
 
@@ -61,7 +62,7 @@ def cases(checkout: Path) -> Iterator[tuple[Any, Any]]:
         except BaseException as error:  # pytest's own skips are no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise
-            print(f"{name}: {_short(error)}", file=sys.stderr)
+            print(f"{name}: {short(error)}", file=sys.stderr)
             continue
         for case in vars(module).values():
             if not (inspect.isclass(case) and case.__module__ == name and hasattr(case, "get_dummy_components")):
@@ -95,16 +96,16 @@ def tried(kind: Any, case: Any) -> Row:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        return Row(name, "not built", _short(error))
+        return Row(name, "not built", short(error))
     try:
         torch.manual_seed(0)
         tape = record(pipeline, **call)
         equal = replayed(tape)
         coordinates = {coordinate_of(tape, denoiser).argument for denoiser in tape.denoisers}
     except TapeError as error:
-        return Row(name, "refused", _short(error))
+        return Row(name, "refused", short(error))
     except Exception as error:
-        return Row(name, "failed", _short(error))
+        return Row(name, "failed", short(error))
     return Row(
         name,
         "recorded" if equal else "failed",
@@ -131,25 +132,34 @@ def replayed(tape: Tape) -> bool:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Counts, and whatever was not recorded with the reason."""
-    counts = Counter(row["result"] for row in rows)
-    lines = [", ".join(f"{count} {result}" for result, count in counts.most_common()), ""]
-    lines += ["| pipeline | result | reason |", "| --- | --- | --- |"]
+    lines = [counts(rows), "", "| pipeline | result | reason |", "| --- | --- | --- |"]
     others = (row for row in rows if row["result"] != "recorded")
     return "\n".join([*lines, *(f"| {row['pipeline']} | {row['result']} | {row['reason']} |" for row in others)])
 
 
-def _short(error: BaseException) -> str:
+def counts(rows: list[dict[str, Any]]) -> str:
+    """How many classes came to each result."""
+    return ", ".join(f"{count} {result}" for result, count in Counter(row["result"] for row in rows).most_common())
+
+
+def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def sweep(doc: str | None, tried: Callable[[Any, Any], Any], table: Callable[[list[dict[str, Any]]], str]) -> None:
+    """The command of a sweep over all classes, which goes on where it stopped.
+
+    Args:
+        tried: makes the row of one class, a dataclass with ``pipeline``, ``result`` and ``reason``.
+        table: is printed of all rows.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="part of a class's name")
     parser.add_argument("--table", action="store_true", help="only print what is known")
     given = parser.parse_args()
-    known = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.is_file() else []
+    known = read_lines(given.out)
     if not given.table:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         done = {row["pipeline"] for row in known}
@@ -165,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sweep(__doc__, tried, table)
