@@ -25,6 +25,7 @@ from accuquant.pipeline.data import held_out_samples, load_split
 from accuquant.pipeline.loading import load_pipeline
 from accuquant.pipeline.rows import asked_for, call_of
 from accuquant.progress import Reporter
+from tools.emoji.bundle import wrapped
 
 COLUMNS = 8
 TITLES = {"int8": "int8 weights and activations", "int4": "int4 weights, int8 activations"}
@@ -63,23 +64,13 @@ def main() -> None:
             error = float((image - pictures[0][1][column]).square().mean())
             below = [] if images is pictures[0][1] else [f"{-10 * math.log10(max(error, 1e-12)):.1f} dB"]
             if images is pictures[-1][1]:
-                below.append(_wrapped(str(asked_for(samples.rows[column]))))
+                below.append(wrapped(str(asked_for(samples.rows[column]))))
             axis.set_xlabel("\n".join(below), fontsize=7)
         row[0].set_title(title, loc="left", fontsize=9)
     figure.tight_layout()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(given.out, dpi=110)
     print(given.out)
-
-
-def _wrapped(text: str, width: int = 22) -> str:
-    lines, line = list[str](), ""
-    for word in text.split():
-        if line and len(line) + len(word) >= width:
-            lines.append(line)
-            line = ""
-        line = f"{line} {word}".strip()
-    return "\n".join([*lines, line])
 
 
 if __name__ == "__main__":

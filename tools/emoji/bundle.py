@@ -64,11 +64,12 @@ def sheet(images: Tensor, captions: list[str], file: Path, columns: int = 8) -> 
         axis.axis("off")
     for axis, image, caption in zip(axes[: len(images)], images, captions, strict=True):
         axis.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy())
-        axis.set_title(_wrapped(caption), fontsize=6, y=-0.05, verticalalignment="top")
+        axis.set_title(wrapped(caption), fontsize=6, y=-0.05, verticalalignment="top")
     figure.savefig(file, dpi=130)
 
 
-def _wrapped(text: str, width: int = 22) -> str:
+def wrapped(text: str, width: int = 22) -> str:
+    """A caption in lines of about this many letters."""
     lines = [""]
     for word in text.split():
         if lines[-1] and len(lines[-1]) + len(word) >= width:
