@@ -45,3 +45,8 @@ def nearest(word: Any, valid: Iterable[str]) -> str:
     """`closest` as the end of a message: " (did you mean 'int4'?)", or nothing."""
     close = closest(word, valid) if isinstance(word, str) else ""
     return f" (did you mean {close!r}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says of a mistake, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

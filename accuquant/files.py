@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accuquant.errors import AccuQuantError
+from accuquant.errors import AccuQuantError, first_line
 from accuquant.progress import Reporter
 
 TEMPORARY = ".tmp"  # of a file that is not whole yet; a kill may leave one, and the next writing replaces it
@@ -115,8 +115,7 @@ class KeptFiles:
         except AccuQuantError:
             raise
         except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.reporter.say(f"{self.path(name)} cannot be read and is made again ({reason})")
+            self.reporter.say(f"{self.path(name)} cannot be read and is made again ({first_line(error)})")
             return None
 
     def read_json(self, name: str) -> Any | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from accuquant.errors import RecipeError, nearest
+from accuquant.errors import RecipeError, first_line, nearest
 from accuquant.export.load import exported_networks, load_export, recipe_of
 from accuquant.pipeline.data import Samples, load_split
 from accuquant.pipeline.recorder import Recorder
@@ -80,8 +80,8 @@ def called(pipeline: Any, call: dict[str, Any]) -> Any:
     try:
         return pipeline(**call)
     except (ValueError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RecipeError(f"{type(pipeline).__name__} cannot be called with {', '.join(call)}: {reason}") from error
+        what = f"{type(pipeline).__name__} cannot be called with {', '.join(call)}"
+        raise RecipeError(f"{what}: {first_line(error)}") from error
 
 
 def pictures(made: Any) -> list[Image.Image]:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import hf_hub_download
 
-from accuquant.errors import RecipeError, nearest
+from accuquant.errors import RecipeError, first_line, nearest
 from accuquant.recipe import Model
 
 INDEX = "model_index.json"
@@ -40,10 +40,10 @@ def load_pipeline(model: Model) -> DiffusionPipeline:
     # AttributeError: a class that this diffusers does not have; ImportError: a package that a pipeline needs
     except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as error:
         if Path(source).is_dir():
-            raise RecipeError(f"model.id: cannot load {model.id!r} ({_first_line(error)})") from error
+            raise RecipeError(f"model.id: cannot load {model.id!r} ({first_line(error)})") from error
         raise RecipeError(
             f"model.id: no local folder is called {model.id!r}, and the model hub cannot be reached or has no such "
-            f"model. Download it where there is a network and give its folder ({_first_line(error)[:160]} ...)"
+            f"model. Download it where there is a network and give its folder ({first_line(error)[:160]} ...)"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     _keep_labels(pipeline)
@@ -128,9 +128,5 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(name)
         torch.empty(1, device=picked).cpu()  # `meta` has no values to copy
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"model.device: {device!r} is not available here ({_first_line(error)})") from error
+        raise RecipeError(f"model.device: {device!r} is not available here ({first_line(error)})") from error
     return picked
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from accuquant.errors import AccuQuantError, RecipeError
+from accuquant.errors import AccuQuantError, RecipeError, first_line
 from accuquant.files import KeptFiles
 from accuquant.pipeline.data import Samples
 from accuquant.pipeline.record import recorded
@@ -170,9 +170,8 @@ class Recorder:
         except (AccuQuantError, OtherOutputs, torch.OutOfMemoryError):
             raise
         except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, NotImplementedError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RecipeError(
-                f"{type(pipeline).__name__} cannot be run with {samples.rows[0]} at {setting}: {reason}"
+                f"{type(pipeline).__name__} cannot be run with {samples.rows[0]} at {setting}: {first_line(error)}"
             ) from error
         tape.num_samples = len(samples)
         return tape, outputs
