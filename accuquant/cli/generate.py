@@ -13,7 +13,7 @@ from accuquant.errors import RecipeError, first_line, nearest
 from accuquant.export.load import exported_networks, load_export, recipe_of
 from accuquant.pipeline.data import Samples, load_split
 from accuquant.pipeline.recorder import Recorder
-from accuquant.pipeline.rows import FOR_PEOPLE, FORMER, Row, asked_for, call_of
+from accuquant.pipeline.rows import FOR_PEOPLE, FORMER, Row, asked_for, call_of, classes_of
 from accuquant.pipeline.seams import takes
 from accuquant.progress import Reporter
 from accuquant.runtime.arithmetic import set_arithmetic
@@ -116,7 +116,7 @@ def grid(images: list[Image.Image]) -> Image.Image:
 def _class_id(text: str, pipeline: Any) -> int:
     """A label of the model, or the number of a class it was trained on."""
     labels = pipeline.labels
-    known = sorted(set(labels.values())) or range(int(pipeline.transformer.config.num_embeds_ada_norm))
+    known = classes_of(pipeline)
     if text in labels:
         return int(labels[text])
     if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) in known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from accuquant.pipeline.data import Samples
 from accuquant.pipeline.record import recorded
 from accuquant.pipeline.recording import OtherOutputs, Outputs
 from accuquant.pipeline.rows import Row, call_of, check_arguments, needs_single_calls
-from accuquant.pipeline.seams import takes, unwrapped
+from accuquant.pipeline.seams import default_of, takes
 from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import Sampling
@@ -32,12 +31,9 @@ def usual_sampling(
     Raises:
         RecipeError: the pipeline has no number of steps of its own, or what is given cannot be.
     """
-    parameters, name = inspect.signature(unwrapped(pipeline)).parameters, type(pipeline).__name__
-
-    steps = num_inference_steps
-    if steps is None and "num_inference_steps" in parameters:
-        steps = parameters["num_inference_steps"].default
-    if not isinstance(steps, int):
+    steps = default_of(pipeline, "num_inference_steps") if num_inference_steps is None else num_inference_steps
+    if steps is None:
+        name = type(pipeline).__name__
         raise RecipeError(f"num_inference_steps: {name} has no number of steps by default; say how many")
     try:
         return Sampling(num_inference_steps=steps, guidance_scale=guidance_scale)

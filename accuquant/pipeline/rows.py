@@ -49,9 +49,7 @@ def call_of(
     for key in keys:
         argument = FORMER.get(key, key)
         if argument not in parameters:
-            raise RecipeError(
-                f"data: {name} takes no {key!r}{nearest(key, parameters)}; its call takes {', '.join(parameters)}"
-            )
+            raise RecipeError(f"data: {_takes_no(pipeline, key)}")
         if missing := [i for i, row in enumerate(rows) if key not in row]:
             raise RecipeError(f"data: row {missing[0]} of a batch has no {key!r}, and others have: {rows[missing[0]]}")
         values = [opened(row[key], folder) for row in rows]
@@ -97,9 +95,7 @@ def check_row(pipeline: DiffusionPipeline, row: Row) -> None:
         if key == FOR_PEOPLE:
             continue
         if argument not in parameters:
-            takes = ", ".join(name for name in parameters if name != "self")
-            name = type(pipeline).__name__
-            raise RecipeError(f"{name} takes no {key!r}{nearest(key, parameters)}; its call takes {takes}")
+            raise RecipeError(_takes_no(pipeline, key))
         if argument == "prompt" and not isinstance(value, str):
             raise RecipeError(f"{key} must be text")
         if argument == "class_labels":
@@ -122,11 +118,14 @@ def check_arguments(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> N
         if key in ("num_inference_steps", "guidance_scale"):
             raise RecipeError(f"sampling.arguments: {key} has a key of its own: sampling.{key}")
         if key not in parameters or key == "generator":
-            known = ", ".join(name for name in parameters if name not in ("self", "generator"))
-            raise RecipeError(
-                f"sampling.arguments: {type(pipeline).__name__} takes no {key!r}{nearest(key, parameters)}; its call "
-                f"takes {known}"
-            )
+            raise RecipeError(f"sampling.arguments: {_takes_no(pipeline, key, without='generator')}")
+
+
+def _takes_no(pipeline: DiffusionPipeline, key: str, without: str = "") -> str:
+    """What is wrong with a key that is no argument of the pipeline's call, and what its arguments are."""
+    parameters = inspect.signature(unwrapped(pipeline)).parameters
+    known = ", ".join(name for name in parameters if name != without)
+    return f"{type(pipeline).__name__} takes no {key!r}{nearest(key, parameters)}; its call takes {known}"
 
 
 def number_of_classes(pipeline: DiffusionPipeline) -> int | None:

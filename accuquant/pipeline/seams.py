@@ -135,6 +135,13 @@ def unwrapped(pipeline: DiffusionPipeline) -> Callable[..., Any]:
     return functools.partial(inspect.unwrap(type(pipeline).__call__), pipeline)
 
 
+def default_of(pipeline: DiffusionPipeline, argument: str) -> Any:
+    """The number that the pipeline's call has for an argument by default; None where it has none."""
+    parameter = inspect.signature(unwrapped(pipeline)).parameters.get(argument)
+    value = None if parameter is None else parameter.default
+    return value if isinstance(value, int | float) else None
+
+
 def takes(pipeline: DiffusionPipeline, argument: str) -> bool:
     """Whether the pipeline's call has an argument of this name."""
     return argument in inspect.signature(unwrapped(pipeline)).parameters

@@ -19,7 +19,7 @@ from accuquant.errors import RecipeError
 from accuquant.files import write_text
 from accuquant.pipeline.loading import load_pipeline
 from accuquant.pipeline.rows import classes_of
-from accuquant.pipeline.seams import takes, unwrapped
+from accuquant.pipeline.seams import default_of, takes, unwrapped
 from accuquant.recipe import Model, Recipe, Rule
 from accuquant.recipe.file import find_shipped, load_recipe, parse_recipe
 from accuquant.recipe.presets import PRESETS
@@ -84,13 +84,10 @@ def new_recipe(
 
 def usual_sampling(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """The steps and the guidance that the pipeline's call has by default."""
-    parameters = inspect.signature(unwrapped(pipeline)).parameters
-
-    def default(key: str) -> Any:
-        value = parameters[key].default if key in parameters else None
-        return value if isinstance(value, int | float) else None
-
-    return {"num_inference_steps": default("num_inference_steps") or STEPS, "guidance_scale": default("guidance_scale")}
+    return {
+        "num_inference_steps": default_of(pipeline, "num_inference_steps") or STEPS,
+        "guidance_scale": default_of(pipeline, "guidance_scale"),
+    }
 
 
 def given_data(data: str) -> tuple[str, Path]:
