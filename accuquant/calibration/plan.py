@@ -89,13 +89,12 @@ def plan_modules(
     for i, rule in enumerate(rules):
         _check_patterns(i, rule)
     layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    by_kind = any(one in KINDS for rule in rules for one in patterns_of(rule.modules))
-    known = kinds() if by_kind else {}
+    known = kinds() if go_by_kind(rules) else {}
     decided = [0] * len(rules)
     planned = []
     for name, module in layers.items():
         own = known.get(name, frozenset())
-        index = next((i for i, rule in enumerate(rules) if matches(rule, name, own, prefixes)), None)
+        index = deciding(rules, name, own, prefixes)
         spec, tune = None, False
         if index is not None:
             rule = rules[index]
@@ -123,6 +122,18 @@ def plan_modules(
     if all(p.spec is None for p in planned):
         raise RecipeError("quantization.rules: no module is quantized; accuquant new shows what this model is made of")
     return planned
+
+
+def go_by_kind(rules: Iterable[Rule]) -> bool:
+    """Whether one of the rules names a kind of modules, which has to be found."""
+    return any(one in KINDS for rule in rules for one in patterns_of(rule.modules))
+
+
+def deciding(
+    rules: Sequence[Rule], name: str, kinds: frozenset[str] = frozenset(), prefixes: Sequence[str] = ()
+) -> int | None:
+    """Number of the rule that decides a module, the first that names it; None where none does."""
+    return next((i for i, rule in enumerate(rules) if matches(rule, name, kinds, prefixes)), None)
 
 
 def matches(rule: Rule, name: str, kinds: frozenset[str] = frozenset(), prefixes: Sequence[str] = ()) -> bool:

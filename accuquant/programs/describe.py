@@ -17,7 +17,7 @@ from accuquant.export.formats import check_format
 from accuquant.pipeline.data import calibration_samples
 from accuquant.programs.calibrate import check_sections
 from accuquant.recipe import Recipe
-from accuquant.runtime.cache.features import cached_features, in_cache
+from accuquant.runtime.cache.features import in_cache, skipped_modules
 
 
 def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
@@ -49,8 +49,8 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
 
     saved = None  # by a skipped step, of the products of Linear and Conv2d
     if cache is not None:
-        modules, _, bypassed, _ = cached_features(model.only.network, cache)
-        inside = sum(p.macs for p in planned if in_cache(p.name, (*modules, *bypassed)))
+        skipped = skipped_modules(model.only.network, cache)
+        inside = sum(p.macs for p in planned if in_cache(p.name, skipped))
         saved = inside / max(1, sum(p.macs for p in planned))
     trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
     kept += round(tape.nbytes / batch * (referred + recipe.evaluation.num_samples))

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from accuquant.calibration.opened import OpenedModel, opened
-from accuquant.calibration.plan import PlannedModule, matches
+from accuquant.calibration.plan import PlannedModule, deciding
 from accuquant.errors import RecipeError
 from accuquant.files import write_text
 from accuquant.pipeline.loading import load_pipeline
@@ -137,9 +137,7 @@ def caught(model: OpenedModel, rules: Sequence[Rule]) -> list[Caught]:
     weights = sum(p.shape[0] * p.shape[1] for p in planned) or 1
     by_rule: dict[int | None, list[PlannedModule]] = {}
     for p in planned:
-        by_rule.setdefault(
-            next((i for i, rule in enumerate(rules) if matches(rule, p.name, p.kinds)), None), []
-        ).append(p)
+        by_rule.setdefault(deciding(rules, p.name, p.kinds), []).append(p)
     found = list[Caught]()
     for i, rule in [*enumerate(rules), (None, None)]:
         own = by_rule.get(i, [])

@@ -10,7 +10,7 @@ from typing import Any
 
 from accuquant.calibration.choice import search_cost
 from accuquant.calibration.opened import planned_model
-from accuquant.calibration.plan import matches
+from accuquant.calibration.plan import deciding, go_by_kind, matches
 from accuquant.calibration.session import Session, job_of, open_session, validation_error
 from accuquant.core.forecasts import FORECASTS
 from accuquant.core.schedule import filled_interval_steps
@@ -21,7 +21,7 @@ from accuquant.pipeline.data import draw
 from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache, Recipe, Rule, Tune
 from accuquant.runtime.cache.attach import cached
-from accuquant.runtime.cache.features import in_cache
+from accuquant.runtime.cache.features import in_cache, skipped_modules
 
 LEAST_NFC = 3
 TIMED_SAMPLES = 8
@@ -92,13 +92,15 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     model, planned = planned_model(plain)
     planned = model.counted(planned)
     macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
-    with cached(model.only.network, Cache(**base_settings(recipe.cache), estimation="reuse", interval=1)) as controller:
-        skipped = controller.skipped
+    least = Cache(**base_settings(recipe.cache), estimation="reuse", interval=1)
+    skipped = skipped_modules(model.only.network, least)
+    choices = [rule for each in recipe.tune.types for rule in each.choose]
+    kinds = model.kinds if go_by_kind((*choices, *recipe.quantization.rules)) else {}
     for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
         chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
         rules = (*chosen, *recipe.quantization.rules)
-        deciding = {_deciding(rules, p.name, model.kinds.get(p.name, frozenset())) for p in planned}
-        kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in deciding)  # the rest is outdone
+        used = {deciding(rules, p.name, kinds.get(p.name, frozenset())) for p in planned}
+        kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in used)  # the rest is outdone
         modules = [replace(p, macs=macs[p.name]) for p in model.plan(kept)]
         operations = {p.name: p.bit_operations / float32 for p in modules}
         quantization, objective = recipe.quantization.model_copy(update={"rules": kept}), recipe.objective
@@ -188,11 +190,6 @@ def step_times(session: Session, settings: dict[str, Any], section: Tune) -> tup
         full_steps = set(controller.stats().full_steps)
     full, skipped = ([t for i, t in enumerate(times) if (i in full_steps) == side] for side in (True, False))
     return statistics.median(full), statistics.median(skipped)
-
-
-def _deciding(rules: tuple[Rule, ...], name: str, kinds: frozenset[str]) -> int | None:
-    """Number of the rule that decides a module."""
-    return next((i for i, rule in enumerate(rules) if matches(rule, name, kinds)), None)
 
 
 def _words(rule: Rule) -> str:

@@ -28,7 +28,7 @@ from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import ESTIMATIONS, Cache, Tune
 from accuquant.runtime.cache.attach import cached
-from accuquant.runtime.cache.features import cached_features
+from accuquant.runtime.cache.features import skipped_modules
 from accuquant.runtime.cache.fitted import Fitted, Noise
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.tuning.budget import LEAST_NFC, Combination, base_settings
@@ -170,9 +170,9 @@ class Place:
 
     def same_cost(self, other: Cache, nfc: int) -> int:
         """The most full steps with which a cache of other modules takes no more bit-operations than ours with nfc."""
-        modules, _, bypassed, _ = cached_features(self.session.model.only.network, other)
+        skipped = skipped_modules(self.session.model.only.network, other)
         counts, budget = range(nfc, 0, -1), self.combination.bit_operations(nfc) * (1 + 1e-9)
-        return next((n for n in counts if self.combination.bit_operations(n, (*modules, *bypassed)) <= budget), 0)
+        return next((n for n in counts if self.combination.bit_operations(n, skipped) <= budget), 0)
 
     def confirm(
         self,

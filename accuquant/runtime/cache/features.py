@@ -41,6 +41,16 @@ def cached_features(
     return (*names, *(f"{block}.proj_out" for block in fused)), fused, (), {}
 
 
+def skipped_modules(denoiser: nn.Module, config: Cache | CachePlan) -> tuple[str, ...]:
+    """Names of what does not run at skipped steps, see `in_cache`.
+
+    Raises:
+        CacheError: see `cached_features`.
+    """
+    modules, _, bypassed, _ = cached_features(denoiser, config)
+    return (*modules, *bypassed)
+
+
 def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[list[str], list[str]]:
     """Names of the modules a cache takes, and of the fused blocks.
 
