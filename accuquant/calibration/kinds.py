@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from accuquant.recipe.rule import Kind
+from accuquant.runtime.cache.features import attends
 from accuquant.runtime.spec import Conv
 
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -93,7 +94,8 @@ class _Kinds:
 
     def __init__(self, network: nn.Module, seen: _Seen) -> None:
         self.network, self.seen = network, seen
-        self.attention = {name for name in seen.attends if name} | set(_named_attention(network))
+        named = {name for name, module in network.named_modules() if attends(module)}  # linear attention has no softmax
+        self.attention = {*seen.attends, *named} - {""}
         self.bodies = self._bodies()
         began = [seen.began[name] for name in self.bodies if name in seen.began]
         self.last_begins = max(began, default=0)
@@ -102,11 +104,11 @@ class _Kinds:
         """The blocks: items of module lists that attend somewhere, their siblings, and a block that stands alone."""
         found = list[str]()
         for name, child in self.network.named_children():
-            attends = any(inner == name or inner.startswith(f"{name}.") for inner in self.attention)
+            inside = any(inner == name or inner.startswith(f"{name}.") for inner in self.attention)
             if isinstance(child, nn.ModuleList):
-                several = attends or (len(child) > 1 and all(_holds(item) for item in child))
+                several = inside or (len(child) > 1 and all(_holds(item) for item in child))
                 found += [f"{name}.{i}" for i in range(len(child))] if several else []
-            elif attends and _holds(child):
+            elif inside and _holds(child):
                 found.append(name)
         return found
 
@@ -182,11 +184,3 @@ def _around(name: str) -> Iterator[str]:
 def _holds(module: nn.Module) -> bool:
     """Whether a module holds several layers."""
     return sum(isinstance(inner, nn.Linear | nn.Conv2d) for inner in module.modules()) > 1
-
-
-def _named_attention(network: nn.Module) -> Iterator[str]:
-    """Modules that call themselves attention and have layers of their own: linear attention has no softmax."""
-    for name, module in network.named_modules():
-        own = sum(isinstance(child, nn.Linear | nn.Conv2d) for child in module.children())
-        if name and own > 1 and re.search("Attention|Attn", type(module).__name__):
-            yield name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -83,8 +83,7 @@ class OpenedModel:
         """What the modules of the denoisers are for, see `kinds_of`."""
         found = dict[str, frozenset[str]]()
         for one in self.denoisers:
-            step = min(one.levels)
-            own = kinds_of(one.network, lambda step=step: self.rehearsal.step(step, self.rehearsal.state(step)))  # type: ignore[misc]
+            own = kinds_of(one.network, partial(self._step, min(one.levels)))
             found |= {one.prefix + name: kinds for name, kinds in own.items()}
         return found
 
@@ -95,7 +94,10 @@ class OpenedModel:
     def step_once(self) -> None:
         """Have every denoiser make its first step, of one sample."""
         for i in sorted({min(one.levels) for one in self.denoisers}):
-            self.rehearsal.step(i, self.rehearsal.state(i))
+            self._step(i)
+
+    def _step(self, i: int) -> None:
+        self.rehearsal.step(i, self.rehearsal.state(i))
 
     def clocks(self, timestep_groups: int) -> list[StepClock]:
         """Of each denoiser; a group of the run's steps is one of the denoiser's that works in it."""

@@ -12,24 +12,24 @@ from typing import Any
 from accuquant.errors import nearest
 from accuquant.recipe.base import found
 
-_ENDS = {"modules": ["first", "last", "embedding"], "weight": "float", "optional": True}
-_MODULATION = {"modules": "modulation", "weight": "int8", "tune": False, "optional": True}
+_ENDS = {"modules": ["first", "last", "embedding"], "weight": "float"}
+_MODULATION = {"modules": "modulation", "weight": "int8", "tune": False}
 _REST = ["linear", "conv"]
 _GROUPS = {"granularity": "group", "group_size": "auto"}
 
 PRESETS: dict[str, list[dict[str, Any]]] = {
-    "w8a8": [_ENDS, _MODULATION, {"modules": _REST, "optional": True, "weight": "int8", "activation": "int8"}],
+    "w8a8": [_ENDS, _MODULATION, {"modules": _REST, "weight": "int8", "activation": "int8"}],
     "w4a8": [
         _ENDS,
         _MODULATION,
-        {"modules": _REST, "optional": True, "weight": "int4", "activation": "int8"} | _GROUPS,
+        {"modules": _REST, "weight": "int4", "activation": "int8"} | _GROUPS,
     ],
-    "w8a16": [_ENDS, {"modules": _REST, "optional": True, "weight": "int8"}],
-    "w4a16": [_ENDS, _MODULATION, {"modules": _REST, "optional": True, "weight": "int4"} | _GROUPS],
+    "w8a16": [_ENDS, {"modules": _REST, "weight": "int8"}],
+    "w4a16": [_ENDS, _MODULATION, {"modules": _REST, "weight": "int4"} | _GROUPS],
     "fp8": [
         _ENDS,
-        {"modules": "modulation", "weight": "fp8", "tune": False, "optional": True},
-        {"modules": _REST, "optional": True, "weight": "fp8", "activation": "fp8", "activation_scale": "dynamic"},
+        {"modules": "modulation", "weight": "fp8", "tune": False},
+        {"modules": _REST, "weight": "fp8", "activation": "fp8", "activation_scale": "dynamic"},
     ],
 }
 
@@ -45,6 +45,6 @@ def with_preset(given: Any) -> Any:
     name = given.get("preset")
     if name is not None and name not in PRESETS:
         raise ValueError(f"preset: must be one of {', '.join(PRESETS)} (found {found(name)}){nearest(name, PRESETS)}")
-    rules = [*own, *(PRESETS[name] if name is not None else [])]
+    rules = [*own, *(rule | {"optional": True} for rule in (PRESETS[name] if name is not None else []))]
     # a tuple: after this, strict mode no longer knows that it reads JSON
     return given | {"preset": None} | ({"rules": tuple(rules)} if rules else {})

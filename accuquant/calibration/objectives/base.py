@@ -120,7 +120,7 @@ class GradientSource(ABC):
         self.parameters = material.parameters
         self.network_evaluations = 0
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """What gradients are multiplied by on their way back: the share of one element is too small for float16."""
         return 2.0**16 if self.material.tape(0).state(0).latents[0].dtype == torch.float16 else 1.0
@@ -143,12 +143,11 @@ class GradientSource(ABC):
             the loss, and what the history has to say of this update beside it.
         """
 
-    def scaled_back(self) -> None:
-        """Divide ``.grad`` of the parameters by `scale`."""
-        if self.scale != 1:
-            for parameter in (p for of in self.parameters.values() for p in of.values()):
-                if parameter.grad is not None:
-                    parameter.grad /= self.scale
+    def scaled_back(self, scale: float) -> None:
+        """Divide ``.grad`` of the parameters by what the loss was multiplied by."""
+        for parameter in (p for of in self.parameters.values() for p in of.values()) if scale != 1 else ():
+            if parameter.grad is not None:
+                parameter.grad /= scale
 
     def where(self, update: int) -> str:
         """What the update learns from, in words for an error."""

@@ -162,9 +162,7 @@ class Blocks(GradientSource):
         loss = torch.stack([(o - t).float().square().mean() / scale for o, t, scale in known]).mean()
         count = sum(target.numel() for target in call.targets)  # float16 has no room for the gradients of a mean
         (loss * count).backward()
-        for parameter in self.learning[self.blocks[index]]:
-            if parameter.grad is not None:
-                parameter.grad /= count
+        self.scaled_back(count)
         if update == self.updates - 1:
             self.calls, self.gathered = [], None
         calls = max(map(len, self.steps.values()))

@@ -78,7 +78,7 @@ class CachedTrajectory(GradientSource):
             variances=of.reference.variances if of.objective.gradient == "variance" else None,
             initial=steps.before(start, reference),
         )
-        self.scaled_back()
+        self.scaled_back(self.scale)
         self.network_evaluations += steps.full_evaluations
         return loss, {"steps_per_group": stop - start}
 

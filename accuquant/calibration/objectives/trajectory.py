@@ -62,7 +62,7 @@ class Trajectory(GradientSource):
             variances=of.reference.variances if of.objective.gradient == "variance" else None,
             initial=self.drifted[of.draws.tape(update)][start] if self.drifted else None,
         )
-        self.scaled_back()
+        self.scaled_back(self.scale)
         return loss, {"steps_per_group": stop - start}
 
     def where(self, update: int) -> str:
