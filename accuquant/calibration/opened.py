@@ -18,7 +18,7 @@ from accuquant.pipeline.denoisers import Denoiser, denoisers_of, joined, step_le
 from accuquant.pipeline.loading import load_pipeline, set_scheduler
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.tape import Tape
-from accuquant.recipe import Cache, Recipe, Rule
+from accuquant.recipe import Recipe, Rule
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
 
@@ -121,20 +121,6 @@ def _check_name(key: str, name: str, known: list[str]) -> None:
         raise RecipeError(f"{key}: must be {' or '.join(map(repr, known))} (found {name!r}){nearest(name, known)}")
 
 
-def check_cache_steps(cache: Cache, num_steps: int) -> None:
-    """Whether the cache fits the steps that the pipeline makes: Heun's are nearly twice as many as are asked for.
-
-    Raises:
-        RecipeError: it does not.
-    """
-    if (known := cache.num_inference_steps) not in (None, num_steps):
-        raise RecipeError(f"cache.num_inference_steps is {known}, and the pipeline makes {num_steps} steps")
-    try:
-        cache.check_steps(num_steps)
-    except ValueError as error:
-        raise RecipeError(f"cache.{error}") from error
-
-
 def open_model(recipe: Recipe) -> OpenedModel:
     """The pipeline that a recipe names, with its scheduler and its data, rehearsed with a sample.
 
@@ -167,15 +153,13 @@ def planned_model(recipe: Recipe) -> tuple[OpenedModel, list[PlannedModule]]:
     planned = model.plan(recipe.quantization.rules)
     if recipe.cache is not None:
         cached_features(model.only.network, recipe.cache)
-        check_cache_steps(recipe.cache, model.num_steps)
-    if (groups := recipe.quantization.timestep_groups) > model.num_steps:
-        raise RecipeError(
-            f"quantization.timestep_groups is {groups} but the pipeline makes only {model.num_steps} steps of "
-            f"sampling.num_inference_steps {recipe.sampling.num_inference_steps}"
+    steps, asked = model.num_steps, recipe.sampling.num_inference_steps
+    try:
+        recipe.check_steps(
+            steps,
+            f"the pipeline makes only {steps} steps of sampling.num_inference_steps {asked}",
+            "and the steps that the pipeline makes are",
         )
-    if recipe.objective.steps_per_group != "auto" and recipe.objective.steps_per_group > model.num_steps:
-        raise RecipeError(
-            f"objective.steps_per_group is {recipe.objective.steps_per_group} but the pipeline makes only "
-            f"{model.num_steps} steps of sampling.num_inference_steps {recipe.sampling.num_inference_steps}"
-        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     return model, planned

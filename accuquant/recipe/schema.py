@@ -191,27 +191,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        steps, groups = self.sampling.num_inference_steps, self.quantization.timestep_groups
-        m = self.objective.steps_per_group
-        if m != "auto" and m > steps:
-            raise ValueError(f"objective.steps_per_group is {m} but sampling has only {steps} steps")
-        asked_for = self.sampling.scheduler is None or not self.sampling.scheduler.startswith(OTHER_STEPS)
-        if self.cache is not None and asked_for:  # of the others, when the pipeline has been recorded
-            known = self.cache.num_inference_steps
-            if known is not None and known != steps:
-                raise ValueError(f"cache.num_inference_steps is {known}, sampling.num_inference_steps {steps}")
-            try:
-                self.cache.check_steps(steps)
-            except ValueError as error:
-                raise ValueError(f"cache.{error}") from error
+        steps, scheduler = self.sampling.num_inference_steps, self.sampling.scheduler
+        other = scheduler is not None and scheduler.startswith(OTHER_STEPS)  # then the recorded pipeline knows
+        self.check_steps(steps, f"sampling has only {steps} steps", None if other else "sampling.num_inference_steps")
         learns_forecasts = "forecast" in (self.objective.cached_learn or ())
         if self.cache is not None and self.cache.decides_while_running and learns_forecasts:
             raise ValueError(
                 "objective.cached_learn: 'forecast' is learned of each skipped step, and those that RCS skips "
                 "differ from sample to sample; use cache.interval or cache.target_nfc"
             )
-        if groups > steps:
-            raise ValueError(f"quantization.timestep_groups is {groups} but sampling has only {steps} steps")
         if self.quantization.share_activation_scales and not any(rule.static for rule in self.quantization.rules):
             raise ValueError("quantization.share_activation_scales: no rule has static scales of an integer activation")
         quantized = [rule for rule in self.quantization.rules if rule.weight != "float"]
@@ -244,5 +232,31 @@ class Recipe(Section):
                     "the section out (accuquant.enable_cache works on what is loaded) or write export.format: accuquant"
                 )
             learns = self.objective.iterations > 0 and "activation_scale" in self.objective.learn
-            check_torchao(self.quantization.rules, groups, learns)
+            check_torchao(self.quantization.rules, self.quantization.timestep_groups, learns)
         return self
+
+    def check_steps(self, steps: int, only: str, of_cache: str | None) -> None:
+        """Whether M, timestep groups and cache fit this number of denoising steps.
+
+        Args:
+            only: what is said where there are too few, after "but".
+            of_cache: what the number of steps is called beside the cache's own; None leaves the cache aside.
+
+        Raises:
+            ValueError: one does not fit; the text begins with its key.
+        """
+        asked = {
+            "objective.steps_per_group": self.objective.steps_per_group,
+            "quantization.timestep_groups": self.quantization.timestep_groups,
+        }
+        for key, value in asked.items():
+            if value != "auto" and value > steps:
+                raise ValueError(f"{key} is {value} but {only}")
+        if self.cache is None or of_cache is None:
+            return
+        if (known := self.cache.num_inference_steps) not in (None, steps):
+            raise ValueError(f"cache.num_inference_steps is {known}, {of_cache} {steps}")
+        try:
+            self.cache.check_steps(steps)
+        except ValueError as error:
+            raise ValueError(f"cache.{error}") from error
