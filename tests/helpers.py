@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -133,6 +133,26 @@ def images(pipeline: DiTPipeline, **changes: Any) -> Any:
     """Of ten steps of a class-conditional pipeline's own; keyword arguments change the call."""
     arguments = dict(class_labels=[1, 2], num_inference_steps=10, guidance_scale=1.5, output_type="np") | changes
     return pipeline(generator=[torch.Generator().manual_seed(s) for s in (5, 6)], **arguments).images
+
+
+class Abort(Exception):
+    pass
+
+
+def aborted(denoiser: torch.nn.Module, calls: int, run: Callable[[], object]) -> None:
+    """The run, cut short in the denoiser's call of that number."""
+    made = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made == calls:
+            raise Abort
+
+    handle = denoiser.register_forward_hook(stop)
+    with pytest.raises(Abort):
+        run()
+    handle.remove()
 
 
 def decoder_input(pipeline: Any, labels: list[int], seeds: list[int], sampling: Sampling) -> Tensor:

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from diffusers import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from accuquant.pipeline.seams import is_scheduler
 
 MARK = "_accuquant_follows"
 
@@ -68,7 +69,7 @@ def follow(pipeline: DiffusionPipeline) -> None:
     """Hear of each call of this pipeline's class from now on, and of its schedulers' steps."""
     _wrap(type(pipeline), "__call__", _in_a_run)
     for part in pipeline.components.values():
-        if isinstance(part, SchedulerMixin):
+        if is_scheduler(part):
             _wrap(type(part), "step", _counted)
 
 
@@ -109,7 +110,7 @@ def _in_a_run(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _counted(step: Callable[..., Any]) -> Callable[..., Any]:
-    def followed(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
+    def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = step(self, *args, **kwargs)
         current_run().scheduler_steps += 1
         return made

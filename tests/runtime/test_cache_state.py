@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, HeunDiscreteScheduler
-from helpers import images
+from helpers import Abort, aborted, images
 from pipelines import flux_arguments, make_flux, make_pipeline
 from torch import Tensor
 
@@ -99,24 +99,9 @@ def test_the_pipeline_itself_begins_anew(pipeline: DiTPipeline, controller: Cont
     assert (first != plain).any()
 
 
-class Abort(Exception):
-    pass
-
-
 def abort_after(pipeline: DiTPipeline, calls: int, **changes: Any) -> None:
     """Run the pipeline, and raise out of its denoiser after that many calls."""
-    seen = 0
-
-    def stop(*_: Any) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == calls:
-            raise Abort
-
-    handle = pipeline.transformer.register_forward_hook(stop)
-    with pytest.raises(Abort):
-        images(pipeline, **changes)
-    handle.remove()
+    aborted(pipeline.transformer, calls, lambda: images(pipeline, **changes))
 
 
 @pytest.mark.parametrize("calls", [2, 3, 5, 10])
@@ -159,10 +144,10 @@ def test_a_run_aborted_after_its_first_step_spoils_nothing(seed: int) -> None:
 @pytest.mark.parametrize("order", [1, 2])
 def test_what_was_aborted_after_its_first_step_does_not_matter(order: int) -> None:
     results = list[Tensor]()
-    for aborted in ([3, 4], [5, 6]):
+    for labels in ([3, 4], [5, 6]):
         pipeline = make_pipeline()
         attach_cache(pipeline.transformer, Cache(interval=3, order=order))
-        abort_after(pipeline, 1, class_labels=aborted)
+        abort_after(pipeline, 1, class_labels=labels)
         results.append(sampled(pipeline, labels=(7, 8)))
     assert torch.equal(*results)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
-from helpers import images
+from helpers import aborted, images
 from peft import LoraConfig
 from pipelines import flux_arguments, make_flux, make_pipeline, make_stable_diffusion
 from torch import Tensor
@@ -29,30 +29,9 @@ from accuquant.runtime.spec import LayerSpec
 EVERY_THIRD = Cache(interval=3, warmup=2, order=1)  # of 10 steps, full at 0, 1, 4, 7
 
 
-class Abort(Exception):
-    pass
-
-
 @pytest.fixture
 def pipeline() -> DiTPipeline:
     return make_pipeline()
-
-
-def aborted(pipeline: Any, calls: int, run: Callable[[], object]) -> None:
-    """The run, cut short in the denoiser's call of that number."""
-    made = 0
-
-    def stop(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        if made == calls:
-            raise Abort
-
-    denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
-    handle = denoiser.register_forward_hook(stop)
-    with pytest.raises(Abort):
-        run()
-    handle.remove()
 
 
 # ---- calls are followed
@@ -66,7 +45,7 @@ def test_a_call_has_a_run_of_its_own_and_leaves_none(pipeline: DiTPipeline) -> N
     assert len({id(run) for run in seen}) == 1 and seen[0] is not outside and seen[0].pipeline is pipeline
     assert seen[0].scheduler_steps == 10 == len(seen)
     assert current_run() is outside
-    aborted(pipeline, 2, lambda: images(pipeline))
+    aborted(pipeline.transformer, 2, lambda: images(pipeline))
     assert current_run() is outside
 
 
@@ -91,7 +70,7 @@ def test_an_aborted_call_is_forgotten(pipeline: DiTPipeline, calls: int, by_pipe
     fresh = make_pipeline()
     accuquant.enable_cache(fresh, EVERY_THIRD)
     expected = images(fresh)
-    aborted(pipeline, calls, lambda: images(pipeline))
+    aborted(pipeline.transformer, calls, lambda: images(pipeline))
     assert (images(pipeline) == expected).all()
     assert accuquant.cache_stats(pipeline).full_steps == (0, 1, 4, 7)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from accuquant.runtime.cache.features import in_cache, is_layer
+from accuquant.runtime.observe import Call, observed
 
 
 class Share:
@@ -23,23 +24,20 @@ class Share:
 
     def __init__(self, denoiser: nn.Module, skipped: tuple[str, ...]) -> None:
         self.inside = self.all = 0
-        self.handles: list[Any] = []
-        for name, module in denoiser.named_modules():
-            if is_layer(module) and not hasattr(module, "base_layer"):
-                self.handles.append(module.register_forward_hook(self._counts(in_cache(name, skipped))))
+        modules = denoiser.named_modules()
+        layers = {name: module for name, module in modules if is_layer(module) and not hasattr(module, "base_layer")}
 
-    def _counts(self, inside: bool) -> Callable[..., None]:
-        def count(module: nn.Module, args: Any, output: Tensor) -> None:
-            products = output.numel() * _per_output(module)
+        def count(name: str, call: Call) -> None:
+            products = call.output.numel() * _per_output(layers[name])
             self.all += products
-            self.inside += inside * products
+            self.inside += in_cache(name, skipped) * products
 
-        return count
+        self.watching = ExitStack()
+        self.watching.enter_context(observed(denoiser, layers, count))
 
     def end(self) -> float | None:
         """The share, and the hooks are off; None if nothing was counted."""
-        for handle in self.handles:
-            handle.remove()
+        self.watching.close()
         return self.inside / self.all if self.all else None
 
 
