@@ -33,12 +33,14 @@ def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:
                 f"{name}: {one.component} writes into what it is given (a cache of keys and values), so a step of it "
                 "cannot be made twice"
             )
-    code, first = _with_initial_latents(_folded(code, looped), lowering.count)
+    code, constants = _folded(code, looped)
+    code, first = _with_initial_latents(code, lowering.count)
     parts, after = _into_steps(code, looped)
     if len(parts) < 2:
         raise TapeError(f"{name} made a single step: calibration needs two or more (num_inference_steps)")
     latents = [tuple(first), *(_latents_after(part, f"{name}: step {i}") for i, part in enumerate(parts))]
-    tail, needed = _tail(after, lowering.returned, latents[-1])
+    made = [leaf.number for leaf in tree_leaves(lowering.returned) if isinstance(leaf, Slot)]
+    tail, needed = _tail(after, [number for number in made if number not in constants], latents[-1])
 
     # Backwards: of each step no more than later ones need.
     steps = list[Step]()
@@ -108,12 +110,12 @@ def _slice(code: list[Instruction], needed: set[int]) -> tuple[tuple[Apply | Inv
     return tuple(reversed(kept)), needed
 
 
-def _tail(code: list[Instruction], returned: Any, latents: tuple[int, ...]) -> tuple[Tail | None, set[int]]:
+def _tail(code: list[Instruction], wanted: list[int], latents: tuple[int, ...]) -> tuple[Tail | None, set[int]]:
     """What the pipeline makes of the last latents, and the slots that it reads.
 
-    It ends with the tensors that the pipeline returned; where they went through NumPy, with the decoder's last output.
+    It ends with the tensors that the pipeline returned, without embeddings of prompts and other constants; where they
+    went through NumPy, with the decoder's last output.
     """
-    wanted = [leaf.number for leaf in tree_leaves(returned) if isinstance(leaf, Slot)]
     decoded = [one.outputs[0] for one in code if isinstance(one, Invoke) and one.component.endswith(".decode")]
     outputs = wanted[:1] or decoded[-1:]
     if not outputs:
@@ -146,8 +148,8 @@ def _denoisers(code: list[Instruction]) -> set[str]:
     return found
 
 
-def _folded(code: list[Instruction], looped: set[str]) -> list[Instruction]:
-    """Without the instructions whose result is the same at every replay."""
+def _folded(code: list[Instruction], looped: set[str]) -> tuple[list[Instruction], dict[int, Tensor]]:
+    """Without the instructions whose result is the same at every replay; and these results."""
     known: dict[int, Tensor] = {}
     kept: list[Instruction] = []
     with torch.no_grad():
@@ -166,7 +168,7 @@ def _folded(code: list[Instruction], looped: set[str]) -> list[Instruction]:
                 known.update(zip(one.outputs, one.held, strict=True))
             else:
                 kept.append(replace(one, given=given))
-    return kept
+    return kept, known
 
 
 def _known(value: Any, known: dict[int, Tensor]) -> Any:

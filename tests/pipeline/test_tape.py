@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from pipelines import make_pipeline, make_stable_diffusion
 from torch import Tensor
+from zoo.others import stable_cascade_prior
 
 from accuquant.core.trajectory import State
 from accuquant.pipeline.lowering import TapeError
@@ -229,3 +230,13 @@ def test_the_tail_where_images_went_through_numpy() -> None:
         tape = record(pipeline, **call(DIT))
         found = tape.images(tape.state(len(tape)))
     assert found is not None and torch.equal(found, expected)
+
+
+def test_the_tail_where_embeddings_are_returned_beside_latents() -> None:
+    pipeline, row, settings = stable_cascade_prior()
+    given = row | settings | {"num_inference_steps": 3}
+    with torch.no_grad():
+        expected = pipeline(**call(given), output_type="np")
+        tape = record(pipeline, **call(given), output_type="np")
+    assert torch.is_tensor(expected.prompt_embeds_pooled)  # the first tensor, and nothing of the latents
+    assert torch.equal(tape.returned(replayed(tape)[-1]), torch.as_tensor(expected.image_embeddings))
