@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OF_A_KIND = re.compile(r"_timesteps?$")
 USUAL = ("timestep", "timesteps", "timestep_ratio", "t", "sigma", "sigmas", "noise_labels")
 
 
@@ -26,9 +28,13 @@ class Coordinate:
 
     @classmethod
     def usual(cls, parameters: Iterable[str]) -> Coordinate | None:
-        """By the names that networks have for it, where nothing was recorded; None where there is none of them."""
-        given = set(parameters)
-        return next((cls(name) for name in USUAL if name in given), None)
+        """By the names that networks have for it, where nothing was recorded; None where there is none of them.
+
+        Where none is called so, the first of those that networks of several kinds have: ``vision_timesteps``.
+        """
+        given = list(parameters)
+        named = [*(name for name in USUAL if name in given), *(name for name in given if OF_A_KIND.search(name))]
+        return cls(named[0]) if named else None
 
     def of(self, given: Any) -> float:
         """From an argument's value: falling from step to step. The largest counts where it is given for each token.
