@@ -25,7 +25,7 @@ from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
-from accuquant.runtime.observe import observed
+from accuquant.runtime.observe import Call, observed
 
 CORRECTION_SAMPLES = 16
 KEPT_BYTES = 1 << 30  # of what full precision gives, for the other fits of a session
@@ -73,8 +73,8 @@ def fit_correction(
         what was given, with the correction.
 
     Raises:
-        CacheError: the denoiser is called more than once in a step, two steps are at one noise level, or the pipeline
-            takes single samples only.
+        CacheError: the denoiser is called more than once in a step, or a module in a call of it; two steps are at one
+            noise level; or the pipeline takes single samples only.
     """
     forecasts, computed = Maps(), Maps()  # by kind of step
     (tape, *others), denoiser = session.few(CORRECTION_SAMPLES, CORRECTION_SAMPLES), session.model.only
@@ -177,12 +177,26 @@ def _fit_as_published(
 def features_at(
     session: Session, controller: Controller, i: int, tape: Tape, full_precision: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Features (input, output) at step i without the cache, on full precision's latents."""
+    """Features (input, output) at step i without the cache, on full precision's latents.
+
+    Raises:
+        CacheError: a module works more than once in a call of the denoiser.
+    """
     names = [*controller.modules, *controller.begins.values()]
+    seen: dict[str, Call] = {}
+
+    def see(module: str, call: Call) -> None:
+        if module in seen:
+            raise CacheError(
+                f"corrected: {module} works more than once in a call of the denoiser, and a correction is fitted to "
+                "one output; leave corrected and corrected_quantization out, or name other modules"
+            )
+        seen[module] = call
+
     controller.paused = True
     with (
         session.full_precision() if full_precision else nullcontext(),
-        observed(session.model.only.network, names) as seen,
+        observed(session.model.only.network, names, see),
     ):
         tape.step(i, tape.state(i))
     controller.paused = False

@@ -38,6 +38,7 @@ from accuquant.recipe import ESTIMATIONS, Cache
 from accuquant.runtime.cache.attach import cached
 from accuquant.runtime.cache.fitted import Fitted, Noise
 from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.cache.state import Key
 
 EMPHASES = (0.0, 1.0, 2.0)  # of late steps over early ones, for the lists that dynamic programming proposes
 RECORDED_SAMPLES = 2
@@ -250,13 +251,13 @@ def record_grams(runs: Runs, config: Cache, fitted: Fitted | None = None) -> tup
 @torch.no_grad()
 def record_features(
     runs: Runs, tape: Tape, config: Cache, pattern: str = ".*", fitted: Fitted | None = None
-) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Input and output (B, ...) of cached modules at every step of one full trajectory, each call of a step apart.
+) -> dict[Key, list[tuple[Tensor, Tensor]]]:
+    """Input and output (B, ...) of cached modules at every step of one full trajectory, each call apart.
 
     Raises:
         CacheError: ``pattern``, the config's dps_feature, matches no cached module.
     """
-    kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    kept: dict[Key, list[tuple[Tensor, Tensor]]] = {}
     probe = CachePlan.of(config, full_steps=tuple(range(runs.num_steps))).uncorrected
     with cached(runs.denoiser, probe, fitted) as controller:
         names, every = [n for n in controller.modules if re.fullmatch(pattern, n)], 0
@@ -271,7 +272,7 @@ def record_features(
                 every = math.ceil(len(names) / max(1, RECORDED_BYTES // each))
             if module in names and names.index(module) % every == 0:
                 pair = inputs[0].flatten(1).cpu(), tensor.flatten(1).cpu()
-                kept.setdefault(f"{controller.state.context} {module}", []).append(pair)
+                kept.setdefault(controller.state.key(module), []).append(pair)
 
         controller.see = record
         tape.rolled()

@@ -219,6 +219,16 @@ def test_without_a_fit_it_is_refused(session: Session) -> None:
         attach_cache(session.network, Cache(**CACHE))
 
 
+def test_a_module_that_works_twice_in_a_call_has_no_correction(session: Session) -> None:
+    blocks = session.model.only.network.transformer_blocks
+    own, blocks[1].ff = blocks[1].ff, blocks[0].ff
+    try:
+        with pytest.raises(CacheError, match=r"transformer_blocks\.0\.ff works more than once in a call"):
+            fit_correction(session, CachePlan.of(Cache(**CACHE)), QUIET)
+    finally:
+        blocks[1].ff = own
+
+
 def test_rcs_has_no_steps_to_correct(model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cache\.corrected: steps that RCS skips differ"):
         make_recipe(model_folder, tmp_path / "out", cache={"tau": 0.2, "order": 1, "corrected": True})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo.images import flux_dev_two_calls
 
 from accuquant.calibration.layers import quantize_model
-from accuquant.calibration.objectives.cached_steps import CachedSteps, Memories, memories_of, taken_apart
+from accuquant.calibration.objectives.cached_steps import CachedSteps, memories_of, taken_apart
 from accuquant.calibration.reference import states_of
 from accuquant.core.forecasts import Memory
 from accuquant.core.trajectory import Gradient, Loss, State, cached_groups, full_gradient, group_gradient
@@ -23,6 +23,7 @@ from accuquant.pipeline.record import record
 from accuquant.pipeline.tape import Tape
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.attach import cached
+from accuquant.runtime.cache.state import Memories
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import LayerSpec
 

@@ -12,8 +12,7 @@ from accuquant.core.forecasts import Memory
 from accuquant.core.trajectory import State
 from accuquant.pipeline.tape import Tape
 from accuquant.runtime.cache.controller import Controller
-
-Memories = dict[tuple[str, str], tuple[Memory | None, ...]]
+from accuquant.runtime.cache.state import Key, Memories
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Kept:
         return Memory(self.steps, factors, input, ratio)
 
 
-Layout = dict[tuple[str, str], tuple[Kept | None, ...]]
+Layout = dict[Key, tuple[Kept | None, ...]]
 
 
 class CachedSteps:

@@ -9,7 +9,12 @@ What it knows belongs to the call of the pipeline that is running (`accuquant.ru
 - a later timestep that is called again with another latent is a step of its own (Heun, PNDM). Guidance whose two calls
   have different latents has to name them.
 
-As soon as the scheduler has made a step, its steps are those of the trajectory, whatever is called between them.
+As soon as the scheduler has made a step, its steps are those of the trajectory, whatever is called between them; back
+at the first timestep the next one begins, as films are made piece by piece.
+
+A call is forecast from calls of its own form only, that is with latents of one shape and the same flags: one that fills
+a cache of keys and values is not like those that read it. A module that works several times in a call has a memory for
+each time.
 """
 
 from __future__ import annotations
@@ -88,20 +93,20 @@ class Controller:
         self.ended(self.state)
         return self._fresh()
 
-    def enter(self, name: str | None, timestep: float, latent: Tensor) -> None:
-        """The denoiser is called."""
+    def enter(self, name: str | None, timestep: float, latent: Tensor, flags: str = "") -> None:
+        """The denoiser is called; ``flags`` say what kind of a call it is."""
         state, run = self.state, current_run()
         if self.paused:
             return
+        form = f"{tuple(latent.shape)}{flags}"
         if state.driven:
-            state.context = name or f"call {len(state.calls)}"
-            state.calls.append(state.context)
+            state.begin_call(name or f"call {len(state.calls)}", form)
             return
+        if run.is_call and state.sees_scheduler and state.is_back(timestep):
+            state = self.reset()
         stepped = run.scheduler_steps > state.scheduler_steps[1]
         state.scheduler_steps = (state.scheduler_steps[0], run.scheduler_steps)
         moved = timestep - state.timestep
-        if state.step == 0 and moved != 0:
-            state.direction = moved
         if run.is_call and state.sees_scheduler:
             same = not stepped
             if len(latent) != state.batch and not same:
@@ -110,15 +115,15 @@ class Controller:
             same = state.step >= 0 and moved == 0
             repeated = name in state.calls if name else state.latent is not None and not _equal(state.latent, latent)
             again = same and bool(repeated)
-            turned = moved * state.direction < 0
-            if turned or (again and state.step == 0) or (not same and state.batch not in (0, len(latent))):
+            other = not same and state.batch not in (0, len(latent))
+            if state.turns(timestep) or (again and state.step == 0) or other:
                 state = self.reset()
             same = same and not again and state.step >= 0
         state.named = name is not None
         if not same:
             self._next_step(state, timestep, len(latent))
-        state.context = name if name and name not in state.calls else f"{name or 'call'} {len(state.calls)}"
-        state.calls.append(state.context)
+        context = name if name and name not in state.calls else f"{name or 'call'} {len(state.calls)}"
+        state.begin_call(context, form)
         state.latent = latent.clone()  # a loop may write the next latent into the same tensor
 
     def _other_batch(self, state: State) -> None:
@@ -139,7 +144,8 @@ class Controller:
         before, now = state.calls_before, len(state.calls)
         if state.step + 1 == self.plan.num_inference_steps:
             raise CacheError(f"cache.num_inference_steps is {state.step + 1}, and a step more was sampled; correct it")
-        state.step, state.timestep, state.batch, state.forced = state.step + 1, timestep, batch, False
+        state.move_to(timestep)
+        state.batch, state.forced = batch, False
         state.full = self._scheduled(state, timestep)
         # Unnamed calls at the first timestep may have been a trajectory that was aborted right there: two calls are
         # believed to be guidance only when the second step has two as well.
@@ -177,7 +183,7 @@ class Controller:
             state.full = state.rcs.is_full(state.step, input, state.forced)
             state.trace.input_errors.append(state.rcs.history[-1])
             state.trace.full[-1] = state.full
-        known = (state.context, module) in state.memories
+        known = state.key(module) in state.memories
         if not known:
             state.trace.full[-1] = True
         return state.full or not known
@@ -202,7 +208,7 @@ class Controller:
         if self.see is not None:
             self.see(module, inputs, output)
         state = self.state
-        key, tensors = (state.context, module), output if isinstance(output, tuple) else (output,)
+        key, tensors = state.key(module), output if isinstance(output, tuple) else (output,)
         old = state.memories.get(key) or (None,) * len(tensors)
         state.nbytes -= sum(memory.nbytes() for memory in old if memory)
         memories = list[Memory | None]()
@@ -217,12 +223,14 @@ class Controller:
         state.nbytes += sum(memory.nbytes() for memory in memories if memory)
         watched = state.rcs.memory.nbytes() if state.rcs is not None and state.rcs.memory is not None else 0
         state.trace.nbytes = max(state.trace.nbytes, state.nbytes + watched)
+        state.count(module)
         if self.plan.num_inference_steps == state.step + 1:
             del state.memories[key]  # before the decoder needs the room
 
     def predict(self, module: str, inputs: tuple[Tensor, ...]) -> Any:
         state = self.state
-        key, outputs = (state.context, module), list[Tensor | None]()
+        key, outputs = state.key(module), list[Tensor | None]()
+        state.count(module)
         for i, memory in enumerate(state.memories[key]):
             if memory is None:
                 outputs.append(None)

@@ -69,6 +69,8 @@ def cached_modules(denoiser: nn.Module, pattern: str | None = None) -> tuple[lis
     inside = [f"{block}." for block in fused]
     found, outer = list[str](), tuple(inside)
     for name in modules if pattern else _attention_and_mlps(denoiser, ""):
+        if name not in modules:  # it has a name already, in a block that shares it
+            continue
         # a module inside one that is cached already never runs alone
         if asked.fullmatch(name) and name not in fused and not name.startswith(outer):
             found.append(name)

@@ -16,7 +16,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from accuquant.core.coordinate import USUAL, Coordinate
 from accuquant.errors import CacheError
@@ -96,8 +96,8 @@ class Calls(Hook):
     def follow(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = dict(zip(self.names[: len(args)], args, strict=True)) | kwargs
         level = self.coordinate.of(given.pop(self.coordinate.argument))
-        ordered = (given[name] for name in self.names if name in given)  # however the caller ordered them
-        latent = next(leaf for value in ordered for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+        ordered = {name: given[name] for name in self.names if name in given}  # however the caller ordered them
+        latent = next(leaf for leaf in tree_leaves(ordered) if isinstance(leaf, Tensor))
         self.controller.end_measuring()
         if self.measures:
             self.measures = False
@@ -108,7 +108,7 @@ class Calls(Hook):
             follow(pipeline)  # its next call is known as one
         self.hook_parts(module)
         context = self.controller.state.given_context
-        self.controller.enter(context.name if context else None, level, latent)
+        self.controller.enter(context.name if context else None, level, latent, _flags(ordered))
 
     def hook_parts(self, denoiser: nn.Module) -> None:
         """Have the hooks on the modules that are there now."""
@@ -274,6 +274,12 @@ def _coordinate(denoiser: nn.Module, names: list[str], plan: CachePlan) -> Coord
             f"a call is of; its arguments are {', '.join(names)}"
         )
     return replace(usual, falls=not any(level < 0 for level in plan.full_timesteps or ()))
+
+
+def _flags(given: dict[str, Any]) -> str:
+    """What a call of the denoiser is told by words and booleans, also inside of what it is given."""
+    leaves, _ = tree_flatten_with_path(given)
+    return "".join(f" {keystr(path)}={leaf}" for path, leaf in leaves if isinstance(leaf, bool | str))
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
