@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import recipe_tree
+from helpers import images, recipe_tree
+from pipelines import make_pipeline
 
 from accuquant.export.torchao import torchao_installed
 from accuquant.kernels.scaled_mm import scaled_works
+from tools.benchmarks.pipelines.caches import judged
+from tools.pipelines_page import swept
 
 ROOT = Path(__file__).parent.parent
 
@@ -196,3 +199,38 @@ def test_inference_products_of_a_gpu(tools: Callable[[str], Any], monkeypatch: p
     for name in [*found, *([tool.TORCHAO] if torchao_installed() else [])]:
         run, path = products.make((32, 64, 48), name)
         assert run().shape == (32, 48) and run().dtype == torch.bfloat16 and not path
+
+
+# ---- pipelines
+
+
+def test_caches_are_judged_by_what_denoisers_give() -> None:
+    pipeline = make_pipeline()
+    denoisers = {"transformer": pipeline.transformer}
+
+    def run() -> list[torch.Tensor]:
+        return [torch.as_tensor(images(pipeline))]
+
+    row = judged(denoisers, run(), run)
+    assert (row.result, row.reason, row.nfc, row.modules) == ("right", "", ((5, 10),), 4)
+    assert 0.5 < row.saved[0] < 1
+    for block in pipeline.transformer.transformer_blocks:
+        torch.nn.init.zeros_(block.norm1.linear.weight)  # nothing of attention and MLP gets through
+        torch.nn.init.zeros_(block.norm1.linear.bias)
+    row = judged(denoisers, run(), run)
+    assert (row.result, row.reason) == ("wrong", "transformer: nothing was forecast")
+
+
+def test_the_page_of_pipelines_says_why() -> None:
+    row = {"denoisers": ["unet"], "modules": 2, "nfc": [[2, 4]], "saved": [0.5]}
+    caches = [
+        row | {"pipeline": "A", "result": "right", "reason": ""},
+        row | {"pipeline": "B", "result": "wrong", "reason": "unet: nothing was forecast"},
+        row | {"pipeline": "C", "result": "refused", "reason": "CacheError: no component of C attends"},
+        row | {"pipeline": "D", "result": "not built", "reason": "OSError: no file"},
+    ]
+    page = swept([{"pipeline": "B", "result": "refused", "reason": "TapeError: B: it steps no scheduler"}], caches)
+    assert "| B | it steps no scheduler |" in page
+    assert "A cache is right on 1 of 3" in page
+    assert "| B | 2 | 50% | unet: nothing was forecast |" in page
+    assert "| C | 2 | 50% | no component of it attends |" in page and "| D |" not in page

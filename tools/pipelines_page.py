@@ -77,9 +77,10 @@ def swept(sweep: list[dict[str, Any]], caches: list[dict[str, Any]]) -> str:
         right = [row for row in caches if row["result"] == "right"]
         lines += [
             "",
-            f"A cache is right on {len(right)} of {sum(row['result'] != 'not built' for row in caches)}: full steps",
-            "are equal, a second call is equal, taken off nothing is left. What a skipped step saves of the denoiser's",
-            "products, and what is wrong or refused:",
+            f"A cache is right on {len(right)} of {sum(row['result'] != 'not built' for row in caches)}, of random",
+            "weights without zeros: full steps are equal, a second call is equal, every second step is forecast, and",
+            "from the same arguments as what was computed; taken off nothing is left. What a skipped step saves of the",
+            "denoiser's products, and what is wrong or refused:",
             "",
             "| pipeline | cached modules | saved | otherwise |",
             "|---|---|---|---|",
@@ -92,8 +93,8 @@ def swept(sweep: list[dict[str, Any]], caches: list[dict[str, Any]]) -> str:
 
 
 def why(row: dict[str, Any]) -> str:
-    """The reason, without the names that are said already."""
-    reason = str(row["reason"]).partition(": ")[2]
+    """The reason, without the names that are said already, the error's among them."""
+    reason = re.sub(r"^\w+Error: ", "", row["reason"])
     return reason.replace(f"{row['pipeline']} ", "it ").removeprefix(f"{row['pipeline']}: ")
 
 

@@ -73,26 +73,31 @@ def cases(checkout: Path) -> Iterator[tuple[Any, Any]]:
                 yield kind, case
 
 
-def build(kind: Any, case: Any) -> tuple[Any, dict[str, Any]]:
-    """A pipeline and the arguments of a call of `STEPS` steps."""
+def build(kind: Any, case: Any) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """A pipeline, and what makes the arguments of a call: fresh ones each time, as generators are used up."""
     one = case("run") if "methodName" in inspect.signature(case.__init__).parameters else case()
     pipeline = kind(**one.get_dummy_components())
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    given = one.get_dummy_inputs("cpu", 0) if "device" in inspect.signature(one.get_dummy_inputs).parameters else None
-    call = one.get_dummy_inputs() if given is None else given
-    return pipeline, call | ({"num_inference_steps": STEPS} if takes(pipeline, "num_inference_steps") else {})
+
+    def arguments(steps: int = STEPS) -> dict[str, Any]:
+        takes_device = "device" in inspect.signature(one.get_dummy_inputs).parameters
+        given: dict[str, Any] = one.get_dummy_inputs("cpu", 0) if takes_device else one.get_dummy_inputs()
+        return given | ({"num_inference_steps": steps} if takes(pipeline, "num_inference_steps") else {})
+
+    return pipeline, arguments
 
 
 def tried(kind: Any, case: Any) -> Row:
     """The row of one class: built, run, recorded, and every step replayed by its networks."""
     name, begun = kind.__name__, time.perf_counter()
     try:
-        pipeline, call = build(kind, case)
+        pipeline, arguments = build(kind, case)
+        call = arguments()
         with torch.no_grad():
-            pipeline(**build(kind, case)[1])
+            pipeline(**arguments())
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
