@@ -238,7 +238,8 @@ def test_dps_is_the_best_of_all_lists_for_the_feature_it_looks_at(session: Sessi
     runs = Runs(session.network, session.levels, 2, session.few, list)
     with session.full_precision() if measured_on == "full_precision" else nullcontext():
         features = record_features(runs, session.few(2, 2)[0], config)
-    outputs = [out.flatten().double() for _, out in features["call 0 transformer_blocks.1.ff"]]
+    (pairs,) = (found for key, found in features.items() if key.module == "transformer_blocks.1.ff")
+    outputs = [out.flatten().double() for _, out in pairs]
 
     def cost(steps: tuple[int, ...]) -> float:
         runs = [(a, t) for a, b in itertools.pairwise((*steps, 6)) for t in range(a, b)]

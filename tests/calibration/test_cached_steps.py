@@ -23,7 +23,7 @@ from accuquant.pipeline.record import record
 from accuquant.pipeline.tape import Tape
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.attach import cached
-from accuquant.runtime.cache.state import Memories
+from accuquant.runtime.cache.state import Key, Memories
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import LayerSpec
 
@@ -163,7 +163,7 @@ def test_two_calls_of_a_step_are_remembered_apart() -> None:
     with cached(pipeline.transformer, FORECASTS[1]) as controller:
         steps = CachedSteps(tape, controller, levels_of(tape), STEPS)
         assert compared(tape, steps, weights, 1, 9, "terminal") < 1e-10
-        contexts = {context for context, _ in controller.state.memories}
+        contexts = {key.context for key in controller.state.memories}
     assert contexts == {"cond", "uncond"}
 
 
@@ -203,8 +203,8 @@ def record_of_latents(tape: Tape, call: dict[str, Any]) -> list[Tensor]:
 def test_memories_are_taken_apart_and_put_together() -> None:
     a, b, c, d = (torch.randn(2, 3) for _ in range(4))
     memories: Memories = {
-        ("call 0", "ff"): (Memory((4, 2), (a, b), input=c, ratio=d), None),
-        ("call 1", "ff"): (Memory((4,), (b,)), Memory((4,), (c,), input=a)),
+        Key("call 0", "ff"): (Memory((4, 2), (a, b), input=c, ratio=d), None),
+        Key("call 1", "ff"): (Memory((4,), (b,)), Memory((4,), (c,), input=a)),
     }
     layout, tensors = taken_apart(memories)
     assert len(tensors) == 7 and memories_of(layout, tensors) == memories

@@ -310,7 +310,7 @@ def test_each_module_remembers_its_own_input_and_output(family: tuple[Row, nn.Mo
         if name.endswith(".proj_out"):
             inputs = [seen[name.removesuffix("proj_out") + "norm"][1][0]]
         outputs = output if isinstance(output, tuple) else (output,)
-        (memories,) = (found for (_, of), found in controller.state.memories.items() if of.split(" ")[0] == name)
+        (memories,) = (found for key, found in controller.state.memories.items() if key.module == name)
         assert len(memories) == len(outputs)
         for memory, given, made in zip(memories, inputs[: len(outputs)], outputs, strict=True):
             assert memory is not None and memory.input is not None

@@ -153,7 +153,7 @@ class Controller:
         if not believed and state.step == 1 and now > 1:
             state.forced = True
         if not believed and state.step >= 2 and now != before:
-            state.memories = {key: _restarted(m) for key, m in state.memories.items() if key[0] in state.calls}
+            state.memories = {key: _restarted(m) for key, m in state.memories.items() if key.context in state.calls}
             state.nbytes = sum(m.nbytes() for ms in state.memories.values() for m in ms if m)
             state.forced = True
         if state.forced and state.rcs is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,7 +11,22 @@ from accuquant.core.forecasts import Memory
 from accuquant.core.schedule import RCS
 from accuquant.runtime.cache.stats import Trace
 
-Key = tuple[str, str]  # a call of the denoiser in a step; a module, and which of its calls in that one
+
+class Key(NamedTuple):
+    """Where an output of a module belongs.
+
+    Attributes:
+        context: of the denoiser's call in a step.
+        number: of the module's call in that one.
+        form: of the denoiser's call.
+    """
+
+    context: str
+    module: str
+    number: int = 0
+    form: str = ""
+
+
 Memories = dict[Key, tuple[Memory | None, ...]]
 
 
@@ -32,7 +47,7 @@ class State:
         full: whether this step is computed in full; None until RCS has decided.
         forced: whether it has to be.
         driven: whether steps and memories are given from outside.
-        memories: by call and module, see `key`.
+        memories: of every output that is forecast.
         tapped: inputs of features that are computed elsewhere than the feature.
         listed_done: of the listed full timesteps after the first.
         scheduler_steps: of the run, when the trajectory began and at the denoiser's last call.
@@ -61,8 +76,8 @@ class State:
         self.made.clear()
 
     def key(self, module: str) -> Key:
-        """Of what is remembered of a module's next output."""
-        return self.context, f"{module} {self.made[module]} {self.form}"
+        """Of a module's next output."""
+        return Key(self.context, module, self.made[module], self.form)
 
     def count(self, module: str) -> None:
         """A module has worked, or was forecast."""
