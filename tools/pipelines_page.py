@@ -1,9 +1,9 @@
 """Write docs/pipelines.md of what `make test-pipelines` has found: which pipelines are proven end to end.
 
-    python -m tools.pipelines_page FOLDER [--sweep build/pipelines.jsonl] [--caches build/caches.jsonl]
+    python -m tools.pipelines_page [FOLDER] [--sweep build/pipelines.jsonl --caches build/caches.jsonl]
 
-The sweeps over all classes of diffusers (`tools.benchmarks.pipelines`) are added where they are given; without them
-their part of the page stays as it is.
+The sweeps are those over all classes of diffusers (`tools.benchmarks.pipelines`). A part of the page of which nothing
+is given stays as it is.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def rows(found: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def swept(sweep: list[dict[str, Any]], caches: list[dict[str, Any]]) -> str:
-    """What all classes that diffusers' own dummy components build do."""
+    """What all classes that diffusers' own dummy components build do, below the heading."""
     built = [row for row in sweep if row["result"] != "not built"]
     counts = Counter(row["result"] for row in built)
     lines = [
-        SWEPT,
+        "",
         "",
         f"Of {len(sweep)} pipeline classes for which diffusers' own tests have dummy components {len(built)} could be",
         f"built and run here; {counts['recorded']} are recorded. The others, and why:",
@@ -77,17 +77,19 @@ def swept(sweep: list[dict[str, Any]], caches: list[dict[str, Any]]) -> str:
         right = [row for row in caches if row["result"] == "right"]
         lines += [
             "",
-            f"A cache is right on {len(right)} of {sum(row['result'] != 'not built' for row in caches)}, of random",
-            "weights without zeros: full steps are equal, a second call is equal, every second step is forecast, and",
-            "from the same arguments as what was computed; taken off nothing is left. What a skipped step saves of the",
-            "denoiser's products, and what is wrong or refused:",
+            f"A cache is right on {len(right)} of {sum(row['result'] != 'not built' for row in caches)}, whose denoisers "
+            "have random weights without zeros. Full steps are equal,",
+            "and so is a second call; every second step is forecast, and one with the arguments of the step before is",
+            "what was computed there; taken off nothing is left. What a skipped step saves of the denoiser's products,",
+            "and what is wrong or refused:",
             "",
             "| pipeline | cached modules | saved | otherwise |",
             "|---|---|---|---|",
         ]
         for row in caches:
             if row["result"] != "not built":
-                saved = " / ".join(f"{share:.0%}" for share in row["saved"])
+                counted = " / ".join(f"{share:.0%}" for share in row["saved"])
+                saved = counted or ("not counted" if row["result"] == "right" else "")
                 lines.append(f"| {row['pipeline']} | {row['modules'] or ''} | {saved} | {why(row)} |")
     return "\n".join(lines) + "\n"
 
@@ -100,18 +102,18 @@ def why(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what the tests have kept")
+    parser.add_argument("folder", type=Path, nargs="?", help="what the tests have kept")
     parser.add_argument("--sweep", type=Path)
     parser.add_argument("--caches", type=Path)
     given = parser.parse_args()
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(given.folder.glob("*.json"))]
-    text = HEAD.format(version=diffusers.__version__, updates=24) + "\n".join(rows(found)) + "\n"
+    proven, _, classes = PAGE.read_text(encoding="utf-8").partition(SWEPT)
+    if given.folder:
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(given.folder.glob("*.json"))]
+        proven = HEAD.format(version=diffusers.__version__, updates=24) + "\n".join(rows(found)) + "\n\n"
     if given.sweep:
-        text += "\n" + swept(read_lines(given.sweep), read_lines(given.caches) if given.caches else [])
-    elif PAGE.is_file() and (old := re.search(rf"\n{SWEPT}.*", PAGE.read_text(encoding="utf-8"), re.S)):
-        text += old.group(0)
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"{PAGE}: {len(found)} pipelines")
+        classes = swept(read_lines(given.sweep), read_lines(given.caches) if given.caches else [])
+    PAGE.write_text(proven + SWEPT + classes, encoding="utf-8")
+    print(f"{PAGE}: {len(proven.splitlines())} lines of what is proven, {len(classes.splitlines())} of all classes")
 
 
 if __name__ == "__main__":

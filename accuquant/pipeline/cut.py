@@ -24,7 +24,10 @@ def cut(pipeline: DiffusionPipeline, lowering: Lowering) -> Tape:
     name, code = type(pipeline).__name__, lowering.code
     marks = [k for k, one in enumerate(code) if isinstance(one, Advance)]
     if not marks:
-        raise TapeError(f"{name} steps no scheduler in its call: it has no denoising loop of its own to record")
+        raise TapeError(
+            f"{name} steps no scheduler in its call: it has no denoising loop, or one that makes its steps by itself, "
+            "which cannot be recorded"
+        )
     denoisers = _denoisers(code)
     looped = denoisers | {one.component for one in code[marks[0] : marks[-1]] if isinstance(one, Invoke)}
     for one in code:

@@ -31,11 +31,10 @@ from accuquant.errors import CacheError
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.attach import cached
 from tools.benchmarks.pipelines.parts import matters
-from tools.benchmarks.pipelines.sweep import STEPS, build, counts, short, sweep
+from tools.benchmarks.pipelines.sweep import MORE_STEPS, STEPS, build, counts, short, sweep
 
 FULL = Cache(estimation="taylor", order=1, interval=1)
 HALF = Cache(estimation="taylor", order=1, interval=2, warmup=1)
-MORE_STEPS = 3 * STEPS
 
 
 @dataclass(frozen=True)

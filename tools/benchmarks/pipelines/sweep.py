@@ -33,6 +33,7 @@ from tools.benchmarks.pipelines.stand_ins import without_hub
 from tools.benchmarks.rows import read_lines
 
 STEPS = 4
+MORE_STEPS = 12  # where a small strength leaves fewer than two of them
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,17 @@ def build(kind: Any, case: Any) -> tuple[Any, Callable[..., dict[str, Any]]]:
 
 def tried(kind: Any, case: Any) -> Row:
     """The row of one class: built, run, recorded, and every step replayed by its networks."""
+    row = tried_in(STEPS, kind, case)
+    return tried_in(MORE_STEPS, kind, case) if row.result == "refused" else row
+
+
+def tried_in(steps: int, kind: Any, case: Any) -> Row:
     name, begun = kind.__name__, time.perf_counter()
     try:
         pipeline, arguments = build(kind, case)
-        call = arguments()
+        call = arguments(steps)
         with torch.no_grad():
-            pipeline(**arguments())
+            pipeline(**arguments(steps))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
