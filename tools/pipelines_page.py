@@ -74,11 +74,12 @@ def swept(sweep: list[dict[str, Any]], caches: list[dict[str, Any]]) -> str:
         *(f"| {row['pipeline']} | {why(row)} |" for row in built if row["result"] != "recorded"),
     ]
     if caches:
+        built_here = sum(row["result"] != "not built" for row in caches)
         right = [row for row in caches if row["result"] == "right"]
         lines += [
             "",
-            f"A cache is right on {len(right)} of {sum(row['result'] != 'not built' for row in caches)}, whose denoisers "
-            "have random weights without zeros. Full steps are equal,",
+            f"A cache is right on {len(right)} of {built_here}, whose denoisers have random weights without zeros. "
+            "Full steps are equal,",
             "and so is a second call; every second step is forecast, and one with the arguments of the step before is",
             "what was computed there; taken off nothing is left. What a skipped step saves of the denoiser's products,",
             "and what is wrong or refused:",
