@@ -9,10 +9,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     FluxTransformer2DModel,
+    LDMPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
 )
 
 
@@ -137,6 +142,43 @@ def make_stable_diffusion() -> Any:
     parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     encoder = transformers.CLIPTextModel(config).eval()
     pipeline = StableDiffusionPipeline(vae.eval(), encoder, tokenizer, unet.eval(), scheduler, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_unconditional_unet() -> UNet2DModel:
+    """A down-block and an up-block that attend, and one of each that do not."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    return randomize(unet)
+
+
+def make_ddpm() -> DDPMPipeline:
+    """Unconditional, of pixels."""
+    pipeline = DDPMPipeline(make_unconditional_unet(), DDPMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_ldm() -> LDMPipeline:
+    """Unconditional, of latents of a quantizing autoencoder, 32x32 pixels."""
+    torch.manual_seed(0)
+    vqvae = VQModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        num_vq_embeddings=64,
+    )
+    pipeline = LDMPipeline(vqvae.eval(), make_unconditional_unet(), DDIMScheduler(clip_sample=False))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

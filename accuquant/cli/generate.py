@@ -11,9 +11,9 @@ from PIL import Image
 
 from accuquant.errors import RecipeError, first_line, nearest
 from accuquant.export.load import exported_networks, load_export, recipe_of
-from accuquant.pipeline.data import Samples, load_split
+from accuquant.pipeline.data import Samples, draw, load_split
 from accuquant.pipeline.recorder import Recorder
-from accuquant.pipeline.rows import FOR_PEOPLE, FORMER, Row, asked_for, call_of, classes_of
+from accuquant.pipeline.rows import FOR_PEOPLE, FORMER, Row, asked_for, call_of, classes_of, is_unconditional
 from accuquant.pipeline.seams import takes
 from accuquant.progress import Reporter
 from accuquant.runtime.arithmetic import set_arithmetic
@@ -54,6 +54,9 @@ def generate(
             set_arithmetic(network, "reference")
     classes = takes(pipeline, "class_labels")
     split = load_split(recipe.data, pipeline)
+    if is_unconditional(pipeline) and inputs:
+        name = type(pipeline).__name__
+        raise RecipeError(f"--class {inputs[0][:60]!r}: {name} is unconditional; leave it out, and vary --seed")
     known = split.calibration[0]  # what a row has beside what is asked for: a size, a picture
     asking = ("class_labels", "prompt", FOR_PEOPLE)
     beside = {key: value for key, value in known.items() if FORMER.get(key, key) not in asking}
@@ -61,6 +64,8 @@ def generate(
     rows = [beside | row for row in asked]
     if not rows:
         rows = sorted(split.calibration + split.held_out, key=lambda row: str(asked_for(row)))[:DEFAULT_IMAGES]
+    if is_unconditional(pipeline):
+        rows = draw(rows, DEFAULT_IMAGES, seed).rows
     target.parent.mkdir(parents=True, exist_ok=True)
     reporter.say(f"sampling {len(rows)} image(s), {recipe.sampling.num_inference_steps} steps")
     pipeline.set_progress_bar_config(disable=reporter.quiet or None)  # None: on terminals only

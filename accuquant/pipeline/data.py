@@ -10,11 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from accuquant.errors import RecipeError
-from accuquant.pipeline.rows import Row, check_row
+from accuquant.pipeline.rows import Row, check_row, is_unconditional
 from accuquant.recipe import Data
 from accuquant.recipe.file import find_shipped
 
 EXAMPLES = '{"class_labels": 3} or {"prompt": "a fox"}'
+NOTHING = "{} (the pipeline is unconditional: nothing but noise tells its samples apart)"
 VALIDATION_SEED_OFFSET = 500_000  # noise that neither calibration nor evaluation uses
 HELD_OUT_SEED_OFFSET = 1_000_000  # keeps held-out noise apart from calibration noise
 
@@ -39,7 +40,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint sets of distinct rows.
+    """Disjoint sets of distinct rows; of an unconditional pipeline both are its only row, and noise alone is held out.
 
     Attributes:
         folder: of the file they are from, that pictures are relative to.
@@ -51,7 +52,7 @@ class Split:
 
 
 def load_split(data: Data, pipeline: DiffusionPipeline) -> Split:
-    """Read the distinct rows and split them by the recipe's seed.
+    """Read the distinct rows and split them by the recipe's seed; the only one of an unconditional pipeline is shared.
 
     Raises:
         RecipeError: no such file, a line that the pipeline cannot be called with, or too few distinct rows to hold any
@@ -62,6 +63,8 @@ def load_split(data: Data, pipeline: DiffusionPipeline) -> Split:
     path = find_shipped("calib_data", data.path)
     lines = [json.dumps(row, sort_keys=True) for row in _read(path, pipeline)]
     rows: list[Row] = [json.loads(line) for line in datasets.Dataset.from_dict({"row": lines}).unique("row")]
+    if len(rows) == 1 and is_unconditional(pipeline):
+        return Split(rows, rows, path.parent)
     count = round(len(rows) * data.held_out_fraction)
     if not 0 < count < len(rows):
         raise RecipeError(
@@ -78,7 +81,7 @@ def _read(path: Path, pipeline: DiffusionPipeline) -> list[Row]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"data.path: {path} cannot be read as text ({error})") from error
-    rows = list[Row]()
+    rows, examples = list[Row](), NOTHING if is_unconditional(pipeline) else EXAMPLES
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -87,19 +90,19 @@ def _read(path: Path, pipeline: DiffusionPipeline) -> list[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise RecipeError(f"{where} is not JSON ({getattr(error, 'msg', error)}): {line.strip()[:60]}") from error
-        if not isinstance(row, dict) or not row:
-            raise RecipeError(f"{where} is no row such as {EXAMPLES}: {line.strip()[:60]}")
+        if not isinstance(row, dict) or not (row or is_unconditional(pipeline)):
+            raise RecipeError(f"{where} is no row such as {examples}: {line.strip()[:60]}")
         try:
             check_row(pipeline, row)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}: {line.strip()[:60]}") from error
         if rows and row.keys() != rows[0].keys():
             raise RecipeError(
-                f"{where} has other keys than the lines before it, {', '.join(rows[0])}: {line.strip()[:60]}"
+                f"{where} has other keys than the lines before it, {', '.join(rows[0]) or 'none'}: {line.strip()[:60]}"
             )
         rows.append(row)
     if not rows:
-        raise RecipeError(f"data.path: {path} is empty; it needs lines such as {EXAMPLES}")
+        raise RecipeError(f"data.path: {path} is empty; it needs lines such as {examples}")
     return rows
 
 

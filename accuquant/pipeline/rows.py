@@ -1,9 +1,9 @@
 """Rows of calibration data as calls of a pipeline: a row is what a person would pass to it.
 
-    {"prompt": "a cat"}    {"class_labels": 3}    {"prompt": "a cat", "image": "in.png", "strength": 0.6}
+    {"prompt": "a cat"}    {"class_labels": 3}    {"prompt": "a cat", "image": "in.png", "strength": 0.6}    {}
 
 Several rows are one call. What a pipeline takes a list of, one for each sample, is gathered; of anything else all rows
-have to say the same.
+have to say the same. An unconditional pipeline is called with nothing, and told how many samples to make.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from accuquant.errors import RecipeError, nearest
-from accuquant.pipeline.seams import unwrapped
+from accuquant.pipeline.seams import required, takes, unwrapped
 
 FORMER = {"class_id": "class_labels"}  # names of earlier versions
 FOR_PEOPLE = "label"  # what a row is of, in words, where its keys do not say it
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CONDITIONS = ("prompt", "class_labels", "image", "video")  # what samples are of
+COUNT = "batch_size"  # how many samples an unconditional pipeline makes
 Row = dict[str, Any]
 
 
@@ -63,6 +65,8 @@ def call_of(
     for key, value in sampling.items():
         if key in parameters:
             call.setdefault(key, value)
+    if is_unconditional(pipeline):
+        call[COUNT] = len(rows)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     call["generator"] = generators if one_each(parameters["generator"]) else generators[0]
     return call
@@ -96,6 +100,11 @@ def check_row(pipeline: DiffusionPipeline, row: Row) -> None:
             continue
         if argument not in parameters:
             raise RecipeError(_takes_no(pipeline, key))
+        if argument in given_with_noise(pipeline):
+            raise RecipeError(
+                f"{type(pipeline).__name__} takes no {key!r} of a row: noise and the number of samples follow from "
+                "data.seed and data.num_samples"
+            )
         if argument == "prompt" and not isinstance(value, str):
             raise RecipeError(f"{key} must be text")
         if argument == "class_labels":
@@ -103,8 +112,19 @@ def check_row(pipeline: DiffusionPipeline, row: Row) -> None:
             if type(value) is not int or not 0 <= value < (classes or 2**31):
                 known = f"one of this model's classes, 0 to {classes - 1}" if classes else "a whole number from 0 on"
                 raise RecipeError(f"{key} must be {known} (found {value!r})")
-    if not set(row) - {FOR_PEOPLE}:
+    if not set(row) - {FOR_PEOPLE} and not is_unconditional(pipeline):
         raise RecipeError("it says nothing that the pipeline could be called with")
+
+
+def is_unconditional(pipeline: DiffusionPipeline) -> bool:
+    """Whether nothing but noise tells samples of a pipeline apart: it is told how many to make, and of what never."""
+    conditioned = required(pipeline) or any(takes(pipeline, name) for name in CONDITIONS)
+    return takes(pipeline, COUNT) and not conditioned
+
+
+def given_with_noise(pipeline: DiffusionPipeline) -> set[str]:
+    """The arguments of a call that neither data nor recipe name: they follow from seeds."""
+    return {"generator", COUNT} if is_unconditional(pipeline) else {"generator"}
 
 
 def check_arguments(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
@@ -117,14 +137,14 @@ def check_arguments(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> N
     for key in arguments:
         if key in ("num_inference_steps", "guidance_scale"):
             raise RecipeError(f"sampling.arguments: {key} has a key of its own: sampling.{key}")
-        if key not in parameters or key == "generator":
-            raise RecipeError(f"sampling.arguments: {_takes_no(pipeline, key, without='generator')}")
+        if key not in parameters or key in given_with_noise(pipeline):
+            raise RecipeError(f"sampling.arguments: {_takes_no(pipeline, key)}")
 
 
-def _takes_no(pipeline: DiffusionPipeline, key: str, without: str = "") -> str:
+def _takes_no(pipeline: DiffusionPipeline, key: str) -> str:
     """What is wrong with a key that is no argument of the pipeline's call, and what its arguments are."""
     parameters = inspect.signature(unwrapped(pipeline)).parameters
-    known = ", ".join(name for name in parameters if name != without)
+    known = ", ".join(name for name in parameters if name not in given_with_noise(pipeline))
     return f"{type(pipeline).__name__} takes no {key!r}{nearest(key, parameters)}; its call takes {known}"
 
 

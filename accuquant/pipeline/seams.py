@@ -142,6 +142,12 @@ def default_of(pipeline: DiffusionPipeline, argument: str) -> Any:
     return value if isinstance(value, int | float) else None
 
 
+def required(pipeline: DiffusionPipeline) -> list[str]:
+    """The arguments that the pipeline's call cannot do without."""
+    parameters = inspect.signature(unwrapped(pipeline)).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
 def takes(pipeline: DiffusionPipeline, argument: str) -> bool:
     """Whether the pipeline's call has an argument of this name."""
     return argument in inspect.signature(unwrapped(pipeline)).parameters

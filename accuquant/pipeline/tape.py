@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from accuquant.core.trajectory import State
@@ -139,10 +139,16 @@ class Tape:
     @torch.no_grad()
     def images(self, state: State) -> Tensor | None:
         """Images (B, C, H, W), or films (B, F, C, H, W), in [0, 1] of the last state; None of a run that made none."""
-        if self.tail is None or not self.tail.decodes:
+        if self.tail is None or not (self.tail.decodes or self.in_pixels):
             return None
         found = self.returned(state)
         return found if self.tail.finished else (found / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether it is pictures that are denoised: the pipeline has nothing that decodes."""
+        parts = self.pipeline.components.values()
+        return not any(isinstance(part, nn.Module) and hasattr(part, "decode") for part in parts)
 
     def returned(self, state: State) -> Tensor:
         """What the pipeline returns after the last state: its latents, or what it makes of them."""

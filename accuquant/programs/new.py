@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from accuquant.calibration.plan import PlannedModule, deciding
 from accuquant.errors import RecipeError
 from accuquant.files import write_text
 from accuquant.pipeline.loading import load_pipeline
-from accuquant.pipeline.rows import classes_of
-from accuquant.pipeline.seams import default_of, takes, unwrapped
+from accuquant.pipeline.rows import classes_of, is_unconditional
+from accuquant.pipeline.seams import default_of, required, takes
 from accuquant.recipe import Model, Recipe, Rule
 from accuquant.recipe.file import find_shipped, load_recipe, parse_recipe
 from accuquant.recipe.presets import PRESETS
@@ -100,11 +99,11 @@ def usual_data(pipeline: DiffusionPipeline, output: Path) -> tuple[str, Path]:
     """What a recipe calls its data, and where that is: shipped, or the model's classes, written beside the recipe.
 
     Raises:
-        RecipeError: the pipeline takes neither prompts nor classes, or more than that.
+        RecipeError: the pipeline wants something else than prompts, classes or nothing.
     """
-    parameters = inspect.signature(unwrapped(pipeline)).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    others = [name for name in needed if name not in ("self", "prompt", "class_labels")]
+    if is_unconditional(pipeline):
+        return "unconditional.jsonl", find_shipped("calib_data", "unconditional.jsonl")
+    others = [name for name in required(pipeline) if name not in ("prompt", "class_labels")]
     pictures = [name for name in ("image", "video") if takes(pipeline, name)]
     classes = classes_of(pipeline)
     if others or pictures or not (takes(pipeline, "prompt") or (takes(pipeline, "class_labels") and classes)):

@@ -67,7 +67,7 @@ class Data(Section):
     validation_samples: int = Field(
         8, ge=1, description="further ones, that choices are made by: M auto, tune; of unseen inputs if there are more"
     )
-    held_out_fraction: Number = Field(0.3, gt=0, lt=1, description="share of classes or prompts never calibrated on")
+    held_out_fraction: Number = Field(0.3, gt=0, lt=1, description="share of distinct lines never calibrated on")
     seed: int = Field(0, ge=0, lt=2**31, description="decides the split and every sample's noise")
 
 

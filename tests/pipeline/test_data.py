@@ -7,16 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipelines import make_pipeline, make_stable_diffusion
+from diffusers import DDIMPipeline
+from pipelines import make_ddpm, make_pipeline, make_stable_diffusion
 
 from accuquant.errors import RecipeError
-from accuquant.pipeline.data import Samples, Split, calibration_samples, draw, held_out_samples, load_split
+from accuquant.pipeline.data import (
+    Samples,
+    Split,
+    calibration_samples,
+    draw,
+    held_out_samples,
+    load_split,
+    validation_samples,
+)
 from accuquant.pipeline.rows import Row
 from accuquant.recipe import Data
 
-DIT = make_pipeline(layers=1)
+DIT, DDIM = make_pipeline(layers=1), DDIMPipeline(**make_ddpm().components)
 EXAMPLES = '{"class_labels": 3} or {"prompt": "a fox"}'
-TAKES = "its call takes class_labels, guidance_scale, generator, num_inference_steps, output_type, return_dict"
+TAKES = "its call takes class_labels, guidance_scale, num_inference_steps, output_type, return_dict"
 CLASS = "one of this model's classes, 0 to 999"
 NO_CLASSES = ("null", '"3"', "3.0", "-1", "1000", "true", "[3]")
 
@@ -74,6 +83,49 @@ def test_samples_are_taken_in_batches_of_rows_with_their_seeds() -> None:
     samples = Samples(rows(1, 2, 3), [7, 8, 9])
     assert samples.batches(2) == [Samples(rows(1, 2), [7, 8]), Samples(rows(3), [9])]
     assert samples.first(2) == samples.batches(2)[0] and samples.first(9) == samples
+
+
+@pytest.mark.parametrize("line", ["{}", '{"label": "bedroom"}', '{"eta": 1.0}'])
+def test_an_unconditional_pipeline_has_one_row_and_holds_out_noise(tmp_path: Path, line: str) -> None:
+    (tmp_path / "d.jsonl").write_text(f"{line}\n\n{line}\n")
+    data = Data(path=str(tmp_path / "d.jsonl"), num_samples=7)
+    found = load_split(data, DDIM)
+    assert found.calibration == found.held_out == [json.loads(line)]
+    drawn = [calibration_samples(found, data), validation_samples(found, data, 9), held_out_samples(found, data, 50)]
+    assert [len(samples) for samples in drawn] == [7, 9, 50]
+    assert len({seed for samples in drawn for seed in samples.seeds}) == 7 + 9 + 50
+
+
+def test_the_shipped_row_of_nothing_is_for_unconditional_pipelines() -> None:
+    assert split(Path("unconditional.jsonl"), DDIM).calibration == [{}]
+    with pytest.raises(RecipeError, match=r"line 1 of .*unconditional\.jsonl is no row such as {\"class_labels\": 3}"):
+        split(Path("unconditional.jsonl"))
+
+
+def test_two_rows_of_an_unconditional_pipeline_are_split_as_any(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"eta": 0.0}\n{"eta": 1.0}\n')
+    found = split(tmp_path / "d.jsonl", DDIM, held_out_fraction=0.5)
+    assert len(found.calibration) == len(found.held_out) == 1 and found.calibration != found.held_out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty; it needs lines such as {} (the pipeline is unconditional: "),
+        ("3", "line 1 of {path} is no row such as {} (the pipeline is unconditional: "),
+        ('{"prompt": "a"}', "line 1 of {path}: DDIMPipeline takes no 'prompt'; its call takes eta, "),
+        ('{"etta": 1}', "line 1 of {path}: DDIMPipeline takes no 'etta' (did you mean 'eta'?); its call takes eta, "),
+        ('{"batch_size": 2}', "line 1 of {path}: DDIMPipeline takes no 'batch_size' of a row: "),
+        ('{"generator": 2}', "line 1 of {path}: DDIMPipeline takes no 'generator' of a row: "),
+        ('{}\n{"eta": 1}', "line 2 of {path} has other keys than the lines before it, none: "),
+    ],
+)
+def test_mistakes_in_rows_of_an_unconditional_pipeline(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(content)
+    with pytest.raises(RecipeError) as caught:
+        split(path, DDIM)
+    assert message.replace("{path}", str(path)) in str(caught.value)
 
 
 def test_prompts_may_hold_anything(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers as d
 import torch
+from pipelines import make_ddpm, make_ldm
 
 from tools.benchmarks.pipelines.parts import (
     autoencoder,
@@ -160,6 +161,14 @@ def latent_diffusion() -> Example:
     return pipeline, TEXT, SIZE | {"guidance_scale": 3.0}
 
 
+def unconditional_latent_diffusion() -> Example:
+    return make_ldm(), {}, {}
+
+
+def ddpm() -> Example:
+    return make_ddpm(), {}, {}
+
+
 def hidream() -> Example:
     transformer = d.HiDreamImageTransformer2DModel(
         patch_size=2,
@@ -236,6 +245,8 @@ OTHERS = (
     kandinsky,
     stable_cascade_prior,
     latent_diffusion,
+    unconditional_latent_diffusion,
+    ddpm,
     hidream,
     flux_2,
 )
