@@ -12,6 +12,7 @@ from PIL import Image
 from accuquant.errors import RecipeError, first_line, nearest
 from accuquant.export.load import exported_networks, load_export, recipe_of
 from accuquant.pipeline.data import Samples, draw, load_split
+from accuquant.pipeline.record import drawing_from
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.rows import FOR_PEOPLE, FORMER, Row, asked_for, call_of, classes_of, is_unconditional
 from accuquant.pipeline.seams import takes
@@ -72,7 +73,8 @@ def generate(
     setting = recipe.sampling.settings
     samples, images = Samples(rows, [seed + i for i in range(len(rows))]), list[Image.Image]()
     for part in Recorder(pipeline, recipe.sampling, split.folder).batches(samples, len(samples)):
-        images += pictures(called(pipeline, call_of(pipeline, part.rows, part.seeds, setting, split.folder)))
+        with drawing_from(part.seeds[0], pipeline):
+            images += pictures(called(pipeline, call_of(pipeline, part.rows, part.seeds, setting, split.folder)))
     grid(images).save(target)
 
 

@@ -181,6 +181,14 @@ def repeatable(call: dict[str, Any]) -> Iterator[Callable[[], dict[str, Any]]]:
             _set_random_states(generators, after[0])
 
 
+@contextmanager
+def drawing_from(seed: int, pipeline: DiffusionPipeline) -> Iterator[None]:
+    """What a pipeline draws without its generator follows from the seed; torch's own noise then goes on as before."""
+    with torch.random.fork_rng([pipeline.device] if pipeline.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def _copied(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 

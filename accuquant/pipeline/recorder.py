@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from accuquant.errors import AccuQuantError, RecipeError, first_line
 from accuquant.files import KeptFiles
 from accuquant.pipeline.data import Samples
-from accuquant.pipeline.record import recorded
+from accuquant.pipeline.record import drawing_from, recorded
 from accuquant.pipeline.recording import OtherOutputs, Outputs
 from accuquant.pipeline.rows import Row, call_of, check_arguments, needs_single_calls
 from accuquant.pipeline.seams import default_of, takes
@@ -162,7 +162,8 @@ class Recorder:
         if images and takes(pipeline, "output_type"):
             call["output_type"] = "pt"
         try:
-            tape, outputs = recorded(pipeline, call, known, progress)
+            with drawing_from(samples.seeds[0], pipeline):
+                tape, outputs = recorded(pipeline, call, known, progress)
         except (AccuQuantError, OtherOutputs, torch.OutOfMemoryError):
             raise
         except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, NotImplementedError) as error:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from helpers import decoder_input, dit_tapes, finals, recorded_finals
 from PIL import Image
-from pipelines import make_pipeline, make_pixart, make_stable_diffusion
+from pipelines import make_ldm, make_pipeline, make_pixart, make_stable_diffusion
 from torch import nn
 
 from accuquant.errors import RecipeError
@@ -222,3 +222,17 @@ def test_kept_outputs_of_other_samples_are_made_again(tmp_path: Path, capsys: py
     (tmp_path / "0.safetensors").write_bytes(now[: len(now) // 2])
     assert_same(dit_tapes(pipeline, 5, labels=(4, 5), kept=KeptFiles(tmp_path, QUIET))[0], expected[0])
     assert (tmp_path / "0.safetensors").read_bytes() == now
+
+
+def test_noise_that_a_pipeline_draws_without_its_generator_follows_from_the_seeds() -> None:
+    """LDM's pipeline gives its scheduler none, and DDIM with eta 1 draws at every step."""
+    pipeline, seeds = make_ldm(), [3, 4]
+    recorder = Recorder(pipeline, Sampling(num_inference_steps=3, guidance_scale=None, arguments={"eta": 1.0}))
+    found = []
+    for other in (0, 1):
+        torch.manual_seed(other)
+        expected = torch.randn(2, generator=torch.Generator().manual_seed(other))
+        found.append(recorder.tape(Samples([{}, {}], seeds)).state(3).latents[0])
+        assert torch.equal(torch.randn(2), expected)  # torch's own noise is where it was
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], recorder.tape(Samples([{}, {}], [5, 6])).state(3).latents[0])
