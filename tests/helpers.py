@@ -83,7 +83,7 @@ def sampled(
 
 def finals(tapes: Sequence[Tape], components: dict[str, Any] | None = None) -> Tensor:
     """(B, N) last latents of the tapes' samples, by the pipeline's networks as they are now, or by others."""
-    return torch.cat([tape.per_sample(tape.rolled(components)[-1]) for tape in tapes])
+    return torch.cat([tape.per_sample(tape.end(components)) for tape in tapes])
 
 
 def recorded_finals(tapes: Sequence[Tape]) -> Tensor:

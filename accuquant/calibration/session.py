@@ -125,7 +125,7 @@ class Session:
 
 def final_errors(tapes: list[Tape]) -> Tensor:
     """(B,) relative L2 of the final latents of each sample of the tapes, as the model is now."""
-    parts = [(tape.per_sample(tape.rolled()[-1]), tape.per_sample(tape.state(len(tape)))) for tape in tapes]
+    parts = [(tape.per_sample(tape.end()), tape.per_sample(tape.state(len(tape)))) for tape in tapes]
     return torch.cat([relative_l2(*pair) for pair in parts])
 
 
@@ -186,6 +186,7 @@ def further_validation(
             "further validation samples, full precision",
             images=True,
             kept=None if kept is None else kept.inside(f"validation-{first}-{last}"),
+            between=False,
         )
 
 
@@ -203,11 +204,17 @@ def sample_references(
     folder = None if kept is None else kept.inside(REFERENCE)
     tapes = [
         model.recorder.tapes(
-            samples, size, reporter, f"{what}, full precision", images, folder and folder.inside(what.split()[0])
+            samples,
+            size,
+            reporter,
+            f"{what}, full precision",
+            images,
+            folder and folder.inside(what.split()[0]),
+            between,
         )
-        for samples, what, images in (
-            (calibration, "calibration set", False),
-            (validation, "validation set", recipe.tune is not None),
+        for samples, what, images, between in (
+            (calibration, "calibration set", False, True),
+            (validation, "validation set", recipe.tune is not None, False),
         )
     ]
     return Reference(tapes[0]), Reference(tapes[1])

@@ -18,9 +18,3 @@ def latent_psnr(x: Tensor, reference: Tensor) -> float:
     error = (x.double() - reference.double()).square().mean()
     peak = reference.double().max() - reference.double().min()
     return float(10 * torch.log10(peak.square() / error.clamp_min(1e-30)))
-
-
-def trajectory_error(latents: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Accumulation curve: (T + 1, B, ...) twice -> mean and standard deviation over samples, each (T + 1,)."""
-    per_sample = torch.stack([relative_l2(a, b) for a, b in zip(latents, reference, strict=True)])
-    return per_sample.mean(1), per_sample.std(1)

@@ -90,14 +90,11 @@ def call_seconds(tape: Tape) -> CallSeconds:
 
 def step_seconds(tape: Tape, components: Components | None = None) -> list[float]:
     """Wall time of each step of one run of a tape."""
-    marks = [time.perf_counter()]
-
-    def mark() -> None:
-        if tape.state(0).latents[0].is_cuda:
+    marks = list[float]()
+    for state in tape.rolling(components):
+        if state.latents[0].is_cuda:
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
-
-    tape.rolled(components, mark)
     return [b - a for a, b in itertools.pairwise(marks)]
 
 

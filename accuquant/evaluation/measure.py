@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from accuquant.calibration.opened import OpenedModel
-from accuquant.core.metrics import trajectory_error
+from accuquant.core.metrics import relative_l2
 from accuquant.core.schedule import RCS
 from accuquant.core.trajectory import State
 from accuquant.evaluation.metrics import Sides, measured
@@ -34,10 +34,12 @@ class Sampled:
     """What a model made of samples.
 
     Attributes:
-        latents: (T + 1, B, N), all latents of each sample.
+        errors: (T + 1, B), relative L2 of each sample's latents before each step and after the last.
+        latents: (B, N), the last ones.
         finals: the last state of each tape.
     """
 
+    errors: Tensor
     latents: Tensor
     finals: list[State]
 
@@ -48,7 +50,11 @@ class HeldOut:
 
     samples: Samples
     tapes: list[Tape]
-    latents: Tensor
+
+    @property
+    def latents(self) -> Tensor:
+        """(B, N), the last ones of all samples."""
+        return last_latents(self.tapes, self.finals)
 
     @property
     def inputs(self) -> list[Any]:
@@ -73,6 +79,10 @@ class HeldOut:
         return torch.cat(found).float()
 
 
+def last_latents(tapes: list[Tape], finals: list[State]) -> Tensor:
+    return torch.cat([tape.per_sample(state) for tape, state in zip(tapes, finals, strict=True)])
+
+
 def middle_frames(frames: Tensor, rows: int) -> Tensor:
     """(rows, C, H, W) to look at: of the first samples the frame in the middle."""
     return frames[:rows, frames.shape[1] // 2].cpu()
@@ -84,8 +94,7 @@ def held_out_reference(model: OpenedModel, recipe: Recipe, reporter: Reporter) -
     # RCS decides for a batch; tau is for single samples
     size = 1 if recipe.cache is not None and recipe.cache.decides_while_running else evaluation.batch_size
     tapes = model.recorder.tapes(samples, size, reporter, "held-out, full precision", evaluation.reconstruct)
-    parts = [torch.stack([tape.per_sample(tape.state(i)) for i in range(len(tape) + 1)]) for tape in tapes]
-    return HeldOut(samples, tapes, torch.cat(parts, 1))
+    return HeldOut(samples, tapes)
 
 
 def evaluation_calls(evaluation: Evaluation, cached: bool, num_steps: int) -> int:
@@ -104,23 +113,30 @@ def sample(
     after: Callable[[], None] = lambda: None,
 ) -> Sampled:
     """Run all tapes by the networks as they are now, or by others; ``after`` is called when a batch is done."""
-    latents, finals = list[Tensor](), list[State]()
+    errors, finals = list[Tensor](), list[State]()
     with reporter.bar(f"sampling {what}", sum(map(len, tapes))) as advance:
         for tape in tapes:
-            states = tape.rolled(components, lambda: advance(""))
-            latents.append(torch.stack([tape.per_sample(state) for state in states]))
-            finals.append(states[-1])
+            found = list[Tensor]()
+            for i, state in enumerate(tape.rolling(components)):
+                found.append(relative_l2(tape.per_sample(state), tape.per_sample(tape.state(i))))
+                if i > 0:
+                    advance("")
+            errors.append(torch.stack(found))
+            finals.append(state)
             after()
-    return Sampled(torch.cat(latents, 1), finals)
+    return Sampled(torch.cat(errors, 1), last_latents(tapes, finals), finals)
 
 
-def latent_metrics(latents: Tensor, reference: Tensor) -> dict[str, Any]:
-    """Figures that need no images."""
-    mean, std = trajectory_error(latents, reference)
+def latent_metrics(made: Sampled, reference: Tensor) -> dict[str, Any]:
+    """Figures that need no images.
+
+    Args:
+        reference: (B, N), the last latents in full precision.
+    """
     return {
-        **measured("latents", Sides(latents[-1], reference[-1])),
-        "relative_l2_per_step": mean.tolist(),
-        "relative_l2_per_step_std": std.tolist(),
+        **measured("latents", Sides(made.latents, reference)),
+        "relative_l2_per_step": made.errors.mean(1).tolist(),
+        "relative_l2_per_step_std": made.errors.std(1).tolist(),
     }
 
 
@@ -150,7 +166,7 @@ def module_errors(
 
 
 def decompose(
-    full: OpenedModel, quantized: nn.Module, both: Tensor, held_out: HeldOut, reporter: Reporter
+    full: OpenedModel, quantized: nn.Module, both: Sampled, held_out: HeldOut, reporter: Reporter
 ) -> tuple[dict[str, Any], dict[str, list[State]]]:
     """Where the error of a quantized model with a cache comes from: relative L2 against full precision, same noise.
 
@@ -158,7 +174,7 @@ def decompose(
     interaction = E_qc - E_q - E_c, which holds what those take back; of the final latent, and per step.
 
     Args:
-        quantized: the denoiser; ``both``: (T + 1, B, N), latents that it gives with its cache.
+        quantized: the denoiser; ``both``: what it makes with its cache.
 
     Returns:
         the figures, and the last states of the model quantized only and cached only.
@@ -169,8 +185,7 @@ def decompose(
         alone = sample(tapes, reporter, "held-out, quantized without the cache", {name: quantized})
     with cached(full.only.network, controller.plan.unfitted):
         only = sample(tapes, reporter, "held-out, full precision with the cache", full.networks)
-    sides = (("E_q", alone.latents), ("E_c", only.latents), ("E_qc", both))
-    curves = {name: trajectory_error(latents, held_out.latents)[0] for name, latents in sides}
+    curves = {name: made.errors.mean(1) for name, made in (("E_q", alone), ("E_c", only), ("E_qc", both))}
     curves["interaction"] = curves["E_qc"] - curves["E_q"] - curves["E_c"]
     final: dict[str, Any] = {name: float(curve[-1]) for name, curve in curves.items()}
     figures = final | {"decomposition": {name: curve.tolist() for name, curve in curves.items()}}

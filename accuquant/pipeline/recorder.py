@@ -80,6 +80,7 @@ class Recorder:
         what: str,
         images: bool = False,
         kept: KeptFiles | None = None,
+        between: bool = True,
     ) -> list[Tape]:
         """One for each batch of samples.
 
@@ -87,6 +88,7 @@ class Recorder:
             what: is said to be sampled.
             images: decode too, so that a tape knows how images are made of its last latents.
             kept: a folder that keeps what the networks gave: a resumed run does not evaluate them again.
+            between: keep the states between the first and the last of each run.
 
         Raises:
             AccuQuantError: see `tape`.
@@ -94,17 +96,24 @@ class Recorder:
         batches, found = self.batches(samples, batch_size), list[Tape]()
         with reporter.bar(f"sampling {what}", self.sampling.num_inference_steps * len(batches)) as advance:
             for k, batch in enumerate(batches):
-                found.append(self._kept(kept, k, batch, images, lambda: advance("")))
+                found.append(self._kept(kept, k, batch, images, between, lambda: advance("")))
         check_alike(found, [batch.rows[0] for batch in batches])
         return found
 
     def _kept(
-        self, kept: KeptFiles | None, number: int, samples: Samples, images: bool, progress: Callable[[], None]
+        self,
+        kept: KeptFiles | None,
+        number: int,
+        samples: Samples,
+        images: bool,
+        between: bool,
+        progress: Callable[[], None],
     ) -> Tape:
         """A batch's tape: one that this run has made of the file before, or the file's, or a new one."""
         if kept is None:
-            return self._recorded(samples, images, progress)[0]
-        name, key = f"{number}.safetensors", (kept.folder, number, images)
+            made = self._recorded(samples, images, progress)[0]
+            return made if between else made.ends()
+        name, key = f"{number}.safetensors", (kept.folder, number, images, between)
         if (known := kept.memory.get(key)) is not None and known[0] == samples:
             tape: Tape = known[1].bound(self.pipeline)
             return tape
@@ -112,6 +121,7 @@ class Recorder:
         if again is None:
             again, outputs = self._recorded(samples, images, progress)
             kept.write_tensors(name, {f"{c}.{i}": t for c, ts in outputs.items() for i, t in enumerate(ts)})
+        again = again if between else again.ends()
         kept.memory[key] = samples, again
         return again
 

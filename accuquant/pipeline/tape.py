@@ -10,6 +10,7 @@ Neither pipeline nor scheduler nor generator takes part in a step: timesteps, co
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Tape:
     ) -> None:
         self.pipeline, self.steps, self.tail = pipeline, steps, tail
         self.denoisers, self.looped = denoisers, looped
-        self._states = states
+        self._states = dict(enumerate(states))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -115,13 +116,27 @@ class Tape:
         return made
 
     @torch.no_grad()
-    def rolled(self, components: Components | None = None, progress: Callable[[], None] = lambda: None) -> list[State]:
-        """All states from the first on, by the networks as they are now, without gradient."""
-        states = [self.state(0)]
+    def rolling(self, components: Components | None = None) -> Iterator[State]:
+        """Each state from the first on, by the networks as they are now, without gradient; none of them is kept."""
+        state = self.state(0)
+        yield state
         for i in range(len(self)):
-            states.append(self.step(i, states[i], components))
-            progress()
-        return states
+            state = self.step(i, state, components)
+            yield state
+
+    def rolled(self, components: Components | None = None) -> list[State]:
+        """All states from the first on."""
+        return list(self.rolling(components))
+
+    def end(self, components: Components | None = None) -> State:
+        """The last of them."""
+        return deque(self.rolling(components), maxlen=1).pop()
+
+    def ends(self) -> Tape:
+        """The same run without the states between its first and its last."""
+        made = copy.copy(self)
+        made._states = {0: self.state(0), len(self): self.state(len(self))}
+        return made
 
     def per_sample(self, state: State) -> Tensor:
         """(B, N) all that the latents of a state hold of each of the B samples.
@@ -169,7 +184,7 @@ class Tape:
     def nbytes(self) -> int:
         """Memory of constants and states, each tensor counted once."""
         constants = (t for step in self.steps for one in step.code for t in one.given.constants)
-        states = (t for state in self._states for t in state.tensors)
+        states = (t for state in self._states.values() for t in state.tensors)
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*constants, *states)}
         return sum(storages.values())
 

@@ -157,7 +157,7 @@ def _read_plan(path: Path) -> tuple[CachePlan, Fitted]:
 
 def measure_initial(held_out: HeldOut, reporter: Reporter) -> dict[str, Any]:
     """Held-out error of the model as it is before any update."""
-    return latent_metrics(sample(held_out.tapes, reporter, "held-out, before calibration").latents, held_out.latents)
+    return latent_metrics(sample(held_out.tapes, reporter, "held-out, before calibration"), held_out.latents)
 
 
 def stack_naively(
@@ -175,7 +175,7 @@ def stack_naively(
         return error, shown.get("images")
     with cached(session.model.only.network, plan, fitted):
         made = sample(held_out.tapes, reporter, "held-out, naive stacking")
-    error, images = latent_metrics(made.latents, held_out.latents), None
+    error, images = latent_metrics(made, held_out.latents), None
     if evaluation.reconstruct and (frames := held_out.frames(made.finals)) is not None:
         images = middle_frames(frames, evaluation.num_images)
     kept.write_tensors(NAIVE_IMAGES, {} if images is None else {"images": images})

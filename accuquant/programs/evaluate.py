@@ -67,7 +67,6 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         quantized,
         lambda: traces.append(controller.stats()) if controller else None,
     )
-    latents = made.latents
 
     planned = full.counted(full.plan(recipe.quantization.rules))
     with uncached(network):  # a pattern may cache the very layers that are looked at
@@ -83,7 +82,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "guidance_scale": recipe.sampling.guidance_scale,
         "num_samples": len(held_out.inputs),
         "held_out": sorted(set(held_out.inputs), key=str),
-        **latent_metrics(latents, held_out.latents),
+        **latent_metrics(made, held_out.latents),
         **cost_metrics(planned, full.network, sizes),
         "modules": [module_row(p, errors.get(p.name), sizes.get(p.name)) for p in planned],
     }
@@ -110,7 +109,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
     same_samples = (recipe.sampling, recipe.evaluation.num_samples) == (first.sampling, first.evaluation.num_samples)
     same_cache = recipe.cache == first.cache
     if controller:
-        figures, finals = decompose(full, network, latents, held_out, reporter)
+        figures, finals = decompose(full, network, made, held_out, reporter)
         metrics |= figures
         if full_images is not None:
             found = {name: held_out.frames(states) for name, states in finals.items()}

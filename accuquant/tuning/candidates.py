@@ -233,7 +233,7 @@ class Place:
             checked = self.singles(checked)
         with cached(self.session.model.only.network, plan, fitted) as controller:
             for tape, wanted in zip(checked.tapes, checked.images, strict=True):
-                errors = errors_from(tape, tape.rolled()[-1], wanted)
+                errors = errors_from(tape, tape.end(), wanted)
                 latents.append(errors[0])
                 images.append(errors[-1])  # of the latents once more, where there are no images
                 counts.append(controller.stats().nfc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,15 @@ from diffusers import DiTPipeline
 from helpers import recipe_tree
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from accuquant.calibration.opened import open_model
+from accuquant.calibration.session import sample_references
+from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
 from accuquant.evaluation.digit_classifier import DigitClassifier
 from accuquant.evaluation.images import image_metrics
-from accuquant.evaluation.measure import latent_metrics
+from accuquant.evaluation.measure import Sampled, held_out_reference, latent_metrics, sample
 from accuquant.export.load import load_export, recipe_of
 from accuquant.pipeline.data import Split, load_split
 from accuquant.programs.calibrate import calibrate
@@ -81,7 +86,8 @@ def test_figures_are_those_of_images_sampled_with_plain_diffusers(export: Path, 
 def test_latent_figures_by_hand() -> None:
     reference = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [3.0, 4.0]]])  # two time steps of two samples
     latents = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.5], [3.0, 3.0]]])
-    found = latent_metrics(latents, reference)
+    errors = torch.stack([relative_l2(a, b) for a, b in zip(latents, reference, strict=True)])
+    found = latent_metrics(Sampled(errors, latents[-1], []), reference[-1])
     assert found["relative_l2_per_step"] == pytest.approx([0, 0.15])
     assert found["relative_l2_per_step_std"] == pytest.approx([0, 0.1 / math.sqrt(2)])
     spread = {"mean": 0.15, "std": 0.1 / math.sqrt(2), "min": 0.1, "max": 0.2}
@@ -161,3 +167,26 @@ def test_a_folder_that_is_no_export(model_folder: Path, tmp_path: Path, export: 
         load_export(model_folder, recipe_of(export))
     with pytest.raises(RecipeError, match=r"no model_index\.json"):
         load_export(tmp_path, recipe_of(export))
+
+
+def test_what_was_sampled_is_kept_once_and_no_more_than_is_read(model_folder: Path, tmp_path: Path) -> None:
+    """Held-out states stay with their tapes, a model's own are dropped on the way, and choices are made by ends."""
+    tree = recipe_tree(model_folder, tmp_path / "out")
+    tree["sampling"]["num_inference_steps"] = 20
+    recipe = parse_recipe(tree, "test")
+    model = open_model(recipe)
+    held_out = held_out_reference(model, recipe, QUIET)
+    (tape,) = held_out.tapes
+    one = sum(t.nbytes for t in tape.state(0).tensors)
+    with torch.no_grad():
+        latents = [weakref.ref(state.latents[0]) for state in tape.rolling()]
+    assert len(latents) == 21 and sum(each() is not None for each in latents) <= 1  # the first is the tape's
+    made = sample(held_out.tapes, QUIET, "")
+    assert made.errors.shape == (21, 3) and float(made.errors.max()) < 1e-6
+    found = [*tree_leaves([state.tensors for state in made.finals]), made.latents, made.errors]
+    assert sum(t.nbytes for t in found) <= 2 * one < tape.nbytes / 8
+    reference, validation = sample_references(model, recipe, QUIET)
+    states = len(reference.tapes[0]) + 1
+    kept, thin = (sum(each.nbytes for each in of.tapes) / of.num_samples for of in (reference, validation))
+    assert kept - thin == pytest.approx((states - 2) * one / 3, rel=0.01)
+    assert torch.equal(validation.tapes[0].end().latents[0], validation.tapes[0].state(20).latents[0])

@@ -114,7 +114,7 @@ def hardened_error(session: Session, held_out: HeldOut) -> dict[str, Any]:
     with session.hardened():
         set_arithmetic(session.network, "reference")
         made = sample(held_out.tapes, QUIET, "")
-    found = latent_metrics(made.latents, held_out.latents)
+    found = latent_metrics(made, held_out.latents)
     return {"relative_l2": found["final_relative_l2"]["mean"], "psnr": found["latent_psnr"]}
 
 

@@ -105,7 +105,7 @@ class Bench:
         nfc = [trace.nfc for trace in traces]
         row = {"nfc_mean": statistics.mean(nfc), "nfc_std": statistics.pstdev(nfc), "nbytes": traces[0].nbytes}
         images = torch.cat([images_of(tape, state) for tape, state in zip(tapes, made.finals, strict=True)])
-        return row | self.figures(made.latents[-1], images) | full_steps | self.calibration_errors(config)
+        return row | self.figures(made.latents, images) | full_steps | self.calibration_errors(config)
 
     def calibration_errors(self, config: Cache | CachePlan) -> dict[str, float]:
         if config.tau is not None:
@@ -113,7 +113,7 @@ class Bench:
         tape = self.calibration
         wanted = images_of(tape, tape.state(len(tape)))
         with cached(self.denoiser, config):
-            latents, images = errors_from(tape, tape.rolled()[-1], wanted)
+            latents, images = errors_from(tape, tape.end(), wanted)
         return {"calibration_l2": float(latents.mean()), "calibration_image_error": float(images.mean())}
 
     def figures(self, final: Tensor, images: Tensor) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def diffusers_taylorseer(bench: Bench, nfc: int, order: int) -> dict[str, Any]:
     registry = HookRegistry.check_if_exists_or_initialize(denoiser)
     _set_cache_context(denoiser, CacheContext("both"))
     try:
-        final = tape.rolled()[-1]
+        final = tape.end()
     finally:
         registry.remove_hook("taylorseer_cache", recurse=True)
         handle.remove()

@@ -79,7 +79,7 @@ class Bench:
         with nullcontext() if plan is None else cached(self.session.network, plan, fitted) as controller:
             made = sample(self.held_out.tapes, QUIET, "")
             nfc = self.session.num_steps if controller is None else controller.stats().nfc
-        images, final, reference = self.held_out.frames(made.finals), made.latents[-1], self.held_out.latents[-1]
+        images, final, reference = self.held_out.frames(made.finals), made.latents, self.held_out.latents
         assert images is not None and self.images is not None
         with torch.no_grad():
             found = image_metrics(images, self.images, self.held_out.inputs, self.classifier)

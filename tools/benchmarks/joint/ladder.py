@@ -123,7 +123,7 @@ def climb(bench: Bench, config: Cache, reconstructs: bool, nfc: int) -> dict[str
 def validation_errors(session: Session, plan: CachePlan | None, fitted: Fitted | None) -> dict[str, float]:
     checked = Checked.of(session.validation.tapes)
     with nullcontext() if plan is None else cached(session.network, plan, fitted):
-        parts = [errors_from(t, t.rolled()[-1], i) for t, i in zip(checked.tapes, checked.images, strict=True)]
+        parts = [errors_from(t, t.end(), i) for t, i in zip(checked.tapes, checked.images, strict=True)]
     latents, images = (torch.cat(errors).mean() for errors in zip(*parts, strict=True))
     return {"validation": float(latents), "validation_image": float(images)}
 
