@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from accuquant.pipeline.cut import cut
 from accuquant.pipeline.lowering import Lowering, TapeError
 from accuquant.pipeline.processors import processors_kept
-from accuquant.pipeline.recording import Call, Outputs, Place, Recording, write_down
+from accuquant.pipeline.recording import Call, OtherOutputs, Outputs, Place, Recording, write_down
 from accuquant.pipeline.seams import Seams, mapped, previous_sample, takes, unwrapped
 from accuquant.pipeline.tape import Tape, run, same
 
@@ -68,9 +68,12 @@ def recorded(
             )
         tape = cut(pipeline, Lowering(recording))
         self_check(pipeline, again(), recording, tape)
+    outputs = {k: one.held for k, one in enumerate(calls) if one.component in tape.looped}
+    if known and known.keys() != outputs.keys():
+        raise OtherOutputs(f"there are outputs of {len(known)} calls, and the run makes {len(outputs)}")
     if known is None:
         check_networks(pipeline, tape)
-    return tape, {k: one.held for k, one in enumerate(calls) if one.component in tape.looped}
+    return tape, outputs
 
 
 class _LoopEnded(Exception):
@@ -120,6 +123,11 @@ def self_check(pipeline: DiffusionPipeline, call: dict[str, Any], recording: Rec
 
     with torch.no_grad(), Seams(pipeline, on_call, on_step).held(), suppress(_LoopEnded):
         unwrapped(pipeline)(**call)
+    if len(latents) < total:
+        raise TapeError(
+            f"{name} cannot be replayed: it steps its schedulers {total} times, and {len(latents)} times when it is "
+            "called again with other outputs of its networks"
+        )
     found = iter(latents)
     values = dict(zip(tape.steps[0].latents_in, tape.state(0).latents, strict=True))
     with torch.no_grad():

@@ -179,6 +179,16 @@ def test_kept_outputs_make_the_same_tapes_without_evaluating_networks(
         assert_same(a, b)
 
 
+@pytest.mark.parametrize("steps", [4, 8])
+def test_kept_outputs_of_more_or_fewer_steps_are_made_again(tmp_path: Path, steps: int) -> None:
+    pipeline = make_pipeline()
+    dit_tapes(pipeline, 6, kept=KeptFiles(tmp_path, QUIET))
+    for found, expected in zip(
+        dit_tapes(pipeline, steps, kept=KeptFiles(tmp_path, QUIET)), dit_tapes(pipeline, steps), strict=True
+    ):
+        assert_same(found, expected)
+
+
 def test_a_run_makes_a_tape_of_a_file_once_for_all_copies_of_the_model(tmp_path: Path) -> None:
     """As the tuner does for each choice of types; other samples are other tapes."""
     kept, first, second = KeptFiles(tmp_path, QUIET), make_pipeline(), make_pipeline()

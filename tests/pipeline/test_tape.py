@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from pipelines import make_pipeline, make_stable_diffusion
+from pipelines import make_ddpm, make_pipeline, make_stable_diffusion
 from torch import Tensor
 from zoo.others import stable_cascade_prior
 
@@ -240,3 +240,21 @@ def test_the_tail_where_embeddings_are_returned_beside_latents() -> None:
         tape = record(pipeline, **call(given), output_type="np")
     assert torch.is_tensor(expected.prompt_embeds_pooled)  # the first tensor, and nothing of the latents
     assert torch.equal(tape.returned(replayed(tape)[-1]), torch.as_tensor(expected.image_embeddings))
+
+
+class Hurries(diffusers.DDPMScheduler):  # type: ignore[misc]
+    """A scheduler that stops a step earlier each time that it is asked."""
+
+    asked = 0
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        super().set_timesteps(num_inference_steps)
+        self.timesteps = self.timesteps[: num_inference_steps - self.asked]
+        self.asked += 1
+
+
+def test_fewer_steps_the_second_time_are_refused() -> None:
+    pipeline = make_ddpm()  # which calls nothing after its loop
+    pipeline.scheduler = Hurries()
+    with pytest.raises(TapeError, match="it steps its schedulers 5 times, and 4 times when it is called again"):
+        record(pipeline, num_inference_steps=5)
