@@ -15,8 +15,9 @@ from torch import nn
 from accuquant.caching.search import CHOICE_SAMPLES, search_on_rows
 from accuquant.core.coordinate import Coordinate
 from accuquant.errors import CacheError
+from accuquant.pipeline.denoisers import several
 from accuquant.pipeline.recorder import Recorder, usual_sampling
-from accuquant.pipeline.rows import Row, as_row, classes_of
+from accuquant.pipeline.rows import Row, as_row, classes_of, is_unconditional
 from accuquant.pipeline.seams import takes
 from accuquant.progress import Reporter
 from accuquant.recipe import Cache
@@ -153,8 +154,7 @@ def denoiser_of_any(target: DiffusionPipeline | nn.Module) -> nn.Module:
     name = type(target).__name__
     if not found:
         raise CacheError(f"no component of {name} both attends and is told how noisy its input is: nothing to cache")
-    each = " and on ".join(f"pipeline.{one}" for one in found)
-    raise CacheError(f"{name} has {len(found)} denoisers; enable a cache on {each}, each apart")
+    raise CacheError(several(name, found))
 
 
 def denoisers_in(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -171,11 +171,13 @@ def _denoises(part: nn.Module) -> bool:
 
 
 def known_rows(pipeline: DiffusionPipeline) -> list[Row]:
-    """Classes the model was trained on, or shipped prompts.
+    """Classes the model was trained on, or shipped prompts; nothing, for an unconditional one.
 
     Raises:
         CacheError: the pipeline takes neither.
     """
+    if is_unconditional(pipeline):
+        return [{}]
     if takes(pipeline, "class_labels"):
         classes = classes_of(pipeline)
         return [{"class_labels": one} for one in random.Random(0).sample(classes, min(len(classes), CHOICE_SAMPLES))]

@@ -29,7 +29,7 @@ from accuquant.core.forecasts import FORECASTS
 from accuquant.core.schedule import DIFFUSERS_OFFSET, ForecastErrors, best_steps, dps_steps, filled_interval_steps
 from accuquant.errors import CacheError
 from accuquant.pipeline.data import draw
-from accuquant.pipeline.denoisers import denoisers_of, step_levels
+from accuquant.pipeline.denoisers import denoisers_of, several, step_levels
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.rows import Row
 from accuquant.pipeline.tape import Tape
@@ -67,8 +67,7 @@ def search_on_rows(
 
     denoisers = denoisers_of(recorder.tape(samples.first(1), rehearsed=True))
     if len(denoisers) > 1:
-        names = " and ".join(one.name for one in denoisers)
-        raise CacheError(f"a target can be searched for where there is one denoiser; here are {names}")
+        raise CacheError(several(type(recorder.pipeline).__name__, (one.name for one in denoisers)))
     given = (few, lambda: few(CHOICE_SAMPLES, SEARCH_SAMPLES))
     runs = Runs(denoisers[0].network, step_levels(denoisers), samples_of(config), *given)
     return search_cache(runs, config, reporter)
@@ -158,7 +157,7 @@ def _search_steps(runs: Runs, config: Cache, nfc: int, reporter: Reporter, fitte
         found = list[Tensor]()
         with cached(runs.denoiser, CachePlan.of(config, full_steps=steps).uncorrected, fitted):
             for tape, wanted in zip(tapes, images, strict=True):
-                found.append(log_error(*errors_from(tape, tape.rolled()[-1], wanted)))
+                found.append(log_error(*errors_from(tape, tape.end(), wanted)))
         errors[steps] = math.exp(float(torch.cat(found).mean()))
         return errors[steps]
 

@@ -14,7 +14,7 @@ from accuquant.calibration.objectives import AUTO, OBJECTIVES
 from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
 from accuquant.errors import RecipeError, nearest
 from accuquant.pipeline.data import Samples, Split, load_split
-from accuquant.pipeline.denoisers import Denoiser, denoisers_of, joined, step_levels
+from accuquant.pipeline.denoisers import Denoiser, denoisers_of, joined, several, step_levels
 from accuquant.pipeline.loading import load_pipeline, set_scheduler
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.tape import Tape
@@ -65,12 +65,17 @@ class OpenedModel:
         Raises:
             RecipeError: it has several.
         """
+        return self.only_for("cache")
+
+    def only_for(self, section: str) -> Denoiser:
+        """The denoiser of a pipeline that has one, which this section of the recipe needs.
+
+        Raises:
+            RecipeError: it has several.
+        """
         if len(self.denoisers) > 1:
-            names = " and ".join(one.name for one in self.denoisers)
-            raise RecipeError(
-                f"cache: {type(self.recorder.pipeline).__name__} has several denoisers, {names}; leave the section out "
-                "and enable a cache on each of them apart"
-            )
+            said = several(type(self.recorder.pipeline).__name__, self.networks)
+            raise RecipeError(f"{section}: {said}; leave the section out")
         return self.denoisers[0]
 
     def plan(self, rules: tuple[Rule, ...]) -> list[PlannedModule]:
@@ -151,6 +156,8 @@ def planned_model(recipe: Recipe) -> tuple[OpenedModel, list[PlannedModule]]:
     _check_name("quantization.initialization", recipe.quantization.initialization, list(METHODS))
     model = open_model(recipe)
     planned = model.plan(recipe.quantization.rules)
+    if recipe.tune is not None:
+        model.only_for("tune")
     if recipe.cache is not None:
         cached_features(model.only.network, recipe.cache)
     steps, asked = model.num_steps, recipe.sampling.num_inference_steps

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from accuquant.caching.enable import denoiser_of_any
 from accuquant.caching.search import search_on_rows
 from accuquant.errors import CheckpointError, RecipeError
 from accuquant.export.torchao import INSTALL_TORCHAO, torchao_installed, torchao_layers
@@ -27,7 +28,7 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
     """Load an export with plain diffusers onto the recipe's device, with its cache, or the recipe's where that differs.
 
     Raises:
-        RecipeError: the folder is no export of this package.
+        RecipeError: the folder is no export of this package, or has several denoisers and is to have another cache.
         CheckpointError: its denoiser is not what its config promises.
     """
     if not (folder / "model_index.json").is_file():
@@ -41,17 +42,12 @@ def load_export(folder: Path, recipe: Recipe, reporter: Reporter | None = None) 
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:  # diffusers' own
         raise RecipeError(f"{folder} cannot be loaded: {error}") from error
-    networks = exported_networks(pipeline)
-    if not networks:
+    if not exported_networks(pipeline):
         raise RecipeError(f"{folder} holds no quantized layer: it was not written by accuquant")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(pick_device(recipe.model.device))
     if recipe.cache != recipe_of(folder).cache:
-        if len(networks) > 1:
-            raise RecipeError(
-                f"cache: {folder} has several denoisers, {' and '.join(networks)}; enable a cache on each"
-            )
-        (denoiser,) = networks.values()
+        denoiser = denoiser_of_any(pipeline)
         if controller_of(denoiser) is not None:
             detach_cache(denoiser)
         if recipe.cache is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -41,6 +41,12 @@ def denoisers_of(tape: Tape) -> list[Denoiser]:
         network: nn.Module = getattr(tape.pipeline, name)
         found.append(Denoiser(name, f"{name}." if several else "", network, coordinate_of(tape, name), levels))
     return sorted(found, key=lambda one: (min(one.levels), one.name))
+
+
+def several(owner: str, names: Iterable[str]) -> str:
+    """What is said where a cache is asked for that would be of more than one."""
+    each = ", ".join(f"pipeline.{name}" for name in names)
+    return f"{owner} has several denoisers, and a cache is of one: enable it on each apart ({each})"
 
 
 def joined(networks: Mapping[str, nn.Module]) -> nn.Module:

@@ -85,11 +85,12 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     """Every choice of a rule for each class; these come before the recipe's own rules.
 
     Raises:
-        RecipeError: a class's pattern matches no module, or one of its rules does not fit its modules.
+        RecipeError: the model has several denoisers, a class's pattern matches no module, or one of its rules does not
+            fit its modules.
     """
     assert recipe.tune is not None
     plain, found = recipe.model_copy(update={"tune": None}), list[Combination]()
-    model, planned = planned_model(plain)
+    model, planned = planned_model(recipe)
     planned = model.counted(planned)
     macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
     least = Cache(**base_settings(recipe.cache), estimation="reuse", interval=1)

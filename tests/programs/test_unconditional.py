@@ -13,6 +13,7 @@ from helpers import recipe_tree
 from PIL import Image
 from pipelines import make_ddpm, make_ldm, make_pipeline
 
+import accuquant
 from accuquant.cli.generate import generate
 from accuquant.errors import RecipeError
 from accuquant.pipeline.rows import call_of, is_unconditional
@@ -83,3 +84,11 @@ def test_only_what_is_called_with_nothing_is_unconditional() -> None:
     assert is_unconditional(DDPMPipeline(**parts)) and is_unconditional(make_ldm())
     assert not is_unconditional(Steered(**parts)) and not is_unconditional(Needing(**parts))
     assert not is_unconditional(make_pipeline(layers=1))
+
+
+@pytest.mark.filterwarnings("ignore:a skipped step saves")  # of a U-Net, whose convolutions go on
+def test_a_cache_is_searched_on_samples_of_noise() -> None:
+    pipeline = make_ldm()
+    plan = accuquant.enable_cache(pipeline, accuquant.FORAConfig(target_nfc=4), num_inference_steps=6)
+    pipeline(num_inference_steps=6)
+    assert plan.full_timesteps is not None and accuquant.cache_stats(pipeline).nfc == len(plan.full_timesteps) == 4
