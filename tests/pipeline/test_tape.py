@@ -242,7 +242,7 @@ def test_the_tail_where_embeddings_are_returned_beside_latents() -> None:
     assert torch.equal(tape.returned(replayed(tape)[-1]), torch.as_tensor(expected.image_embeddings))
 
 
-class Hurries(diffusers.DDPMScheduler):  # type: ignore[misc]
+class Hurries(diffusers.DDIMScheduler):  # type: ignore[misc]
     """A scheduler that stops a step earlier each time that it is asked."""
 
     asked = 0
