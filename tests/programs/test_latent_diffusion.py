@@ -1,10 +1,11 @@
-"""Pipelines that are called with nothing, from `accuquant new` to pictures of their export."""
+"""Latent diffusion, and pipelines that are called with nothing, from `accuquant new` to pictures of their export."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 from helpers import recipe_tree
 from PIL import Image
 from pipelines import make_ddpm, make_ldm, make_pipeline
+from zoo.others import class_conditional_latent_diffusion
 
 import accuquant
 from accuquant.cli.generate import generate
 from accuquant.errors import RecipeError
+from accuquant.export.load import recipe_of
 from accuquant.pipeline.rows import call_of, is_unconditional
 from accuquant.programs.calibrate import calibrate
+from accuquant.programs.evaluate import evaluate
 from accuquant.programs.new import new_recipe
 from accuquant.progress import Reporter
 from accuquant.recipe.file import load_recipe, parse_recipe
@@ -92,3 +96,30 @@ def test_a_cache_is_searched_on_samples_of_noise() -> None:
     plan = accuquant.enable_cache(pipeline, accuquant.FORAConfig(target_nfc=4), num_inference_steps=6)
     pipeline(num_inference_steps=6)
     assert plan.full_timesteps is not None and accuquant.cache_stats(pipeline).nfc == len(plan.full_timesteps) == 4
+
+
+@pytest.mark.parametrize("name", ["ldm4_bedrooms_w4a8", "ldm4_imagenet_w3a6"])
+def test_recipes_of_published_settings_run_on_small_models(tmp_path: Path, name: str) -> None:
+    make: Callable[[], Any] = make_ldm if "bedrooms" in name else lambda: class_conditional_latent_diffusion()[0]
+    make().save_pretrained(tmp_path / "model")
+    changed: dict[str, Any] = {
+        "model.id": tmp_path / "model",
+        "model.device": "cpu",
+        "sampling.num_inference_steps": 4,
+        "data.num_samples": 2,
+        "data.validation_samples": 1,
+        "quantization.timestep_groups": 2,
+        "objective.target": "trajectory",
+        "objective.iterations": 2,
+        "evaluation.num_samples": 3,
+        "export.output": tmp_path / "out",
+    }
+    recipe = load_recipe(name, [f"{key}={value}" for key, value in changed.items()])
+    export = calibrate(recipe, QUIET)
+    metrics = json.loads((export / "metrics.json").read_text(encoding="utf-8"))
+    assert 0 < metrics["final_relative_l2"]["mean"] < 1 and metrics["psnr"] > 5
+    evaluate(export, recipe_of(export), QUIET)
+    again = json.loads((export / "metrics.json").read_text(encoding="utf-8"))
+    assert again == metrics  # with eta 1 too, of which the pipeline draws without a generator
+    weights = {row["weight"] for row in metrics["modules"]}
+    assert weights == {"float", "int3" if "w3a6" in name else "int4"}
