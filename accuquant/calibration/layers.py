@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accuquant.calibration.inputs import TrainableInput
 from accuquant.core import rounding
 from accuquant.core.numerics import (
     at_least_float32,
@@ -24,6 +25,7 @@ from accuquant.core.numerics import (
     fake_quantize,
     lsq_gradient_scale,
     quantize,
+    scale_gradient,
     search_scale,
 )
 from accuquant.core.packing import pack
@@ -124,14 +126,14 @@ class TrainableLayer(Layer):
             return tokens
         if self.spec.static:
             factor = lsq_gradient_scale(tokens.numel(), qtype)
-            log_scale = _scale_gradient(self.log_activation_scale, factor)[self.clock.group]
+            log_scale = scale_gradient(self.log_activation_scale, factor)[self.clock.group]
             return fake_quantize(tokens, log_scale.exp(), self.activation_zero_point[self.clock.group], qtype)
         scale = dynamic_scale(tokens, qtype, self.log_activation_scale.exp())
         return fake_quantize(tokens, scale, self.activation_zero_point[0], qtype)
 
     def _weight_scale(self) -> Tensor:
         factor = lsq_gradient_scale(self.weight.numel() // self.log_weight_scale.numel(), self.spec.weight_type)
-        return _scale_gradient(self.log_weight_scale, factor).exp().view(-1, 1)
+        return scale_gradient(self.log_weight_scale, factor).exp().view(-1, 1)
 
     @torch.no_grad()
     def set_weight_scale(self, search: bool) -> None:
@@ -176,28 +178,16 @@ class TrainableLayer(Layer):
         return layer
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
+Trainable = TrainableLayer | TrainableInput
 
 
-def _scale_gradient(x: Tensor, factor: float) -> Tensor:
-    out: Tensor = _ScaleGradient.apply(x, factor)
-    return out
-
-
-def trainable_layers(model: nn.Module) -> dict[str, TrainableLayer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, TrainableLayer)}
+def trainable_layers(model: nn.Module) -> dict[str, Trainable]:
+    """What is calibrated: layers, and inputs of attention's products."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Trainable)}
 
 
 @contextmanager
-def full_precision(layers: Collection[TrainableLayer]) -> Iterator[None]:
+def full_precision(layers: Collection[Trainable]) -> Iterator[None]:
     """These layers compute in full precision for as long as the block runs."""
     for layer in layers:
         layer.quantized = False
@@ -210,7 +200,7 @@ def full_precision(layers: Collection[TrainableLayer]) -> Iterator[None]:
 
 def quantize_model(
     model: nn.Module, specs: dict[str, LayerSpec], clock: StepClock, search: bool
-) -> dict[str, TrainableLayer]:
+) -> dict[str, Trainable]:
     """Replace the named modules in place by trainable ones with initial weight scales; the clock follows the model."""
     for name, spec in specs.items():
         module = model.get_submodule(name)
@@ -226,7 +216,7 @@ def quantize_model(
 DYNAMIC_CLIP = 127 / 127.5
 
 
-def adopt_dynamic_scales(layers: Iterable[TrainableLayer]) -> None:
+def adopt_dynamic_scales(layers: Iterable[Trainable]) -> None:
     """Have dynamic layers compute with torchao's scale, so that calibration sees the arithmetic of the export."""
     with torch.no_grad():
         for layer in layers:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import TrainableLayer
+from accuquant.calibration.layers import Trainable
 from accuquant.calibration.objectives import OBJECTIVES, WITH_CACHE
 from accuquant.calibration.objectives.base import Material, Parameters
 from accuquant.calibration.reference import Draws, Reference
@@ -54,7 +54,7 @@ class UpdateLoop:
         self,
         denoisers: Sequence[Denoiser],
         timestep_groups: list[int],
-        layers: dict[str, TrainableLayer],
+        layers: dict[str, Trainable],
         reference: Reference,
         objective: Objective,
         seed: int = 0,

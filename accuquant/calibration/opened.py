@@ -8,17 +8,19 @@ from functools import cached_property, partial
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from accuquant.calibration.concatenated import concatenated_inputs
 from accuquant.calibration.kinds import kinds_of
 from accuquant.calibration.methods import METHODS
 from accuquant.calibration.objectives import AUTO, OBJECTIVES
-from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
+from accuquant.calibration.plan import PlannedModule, counted, plan_attention, plan_modules
+from accuquant.calibration.products import Products, count_products
 from accuquant.errors import RecipeError, nearest
 from accuquant.pipeline.data import Samples, Split, load_split
 from accuquant.pipeline.denoisers import Denoiser, denoisers_of, joined, several, step_levels
 from accuquant.pipeline.loading import load_pipeline, set_scheduler
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.tape import Tape
-from accuquant.recipe import Recipe, Rule
+from accuquant.recipe import Quantization, Recipe
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
 
@@ -78,10 +80,23 @@ class OpenedModel:
             raise RecipeError(f"{section}: {said}; leave the section out")
         return self.denoisers[0]
 
-    def plan(self, rules: tuple[Rule, ...]) -> list[PlannedModule]:
-        """What the rules make of the denoisers' modules, see `plan_modules`."""
+    def plan(self, section: Quantization, splits: bool = True) -> list[PlannedModule]:
+        """What the section makes of the denoisers' modules, see `plan_modules` and `plan_attention`.
+
+        Args:
+            splits: whether what is planned may hold parts of modules.
+
+        Raises:
+            RecipeError: also if no module reads a concatenation that is to be split.
+        """
         prefixes = [one.prefix for one in self.denoisers if one.prefix]
-        return plan_modules(self.network, rules, prefixes, lambda: self.kinds)
+        parts = self.concatenated if section.split_inputs and splits else {}
+        planned = plan_modules(self.network, section.rules, prefixes, lambda: self.kinds, parts)
+        if section.split_inputs is True and not any(p.split for p in planned):
+            raise RecipeError("quantization.split_inputs: no module with a quantized input reads a concatenation")
+        if section.attention is not None:
+            planned += plan_attention(section.attention, self.products.attention, prefixes)
+        return planned
 
     @cached_property
     def kinds(self) -> dict[str, frozenset[str]]:
@@ -92,9 +107,23 @@ class OpenedModel:
             found |= {one.prefix + name: kinds for name, kinds in own.items()}
         return found
 
+    @cached_property
+    def concatenated(self) -> dict[str, tuple[int, ...]]:
+        """The parts of the inputs of those modules that read a concatenation, see `concatenated_inputs`."""
+        found = dict[str, tuple[int, ...]]()
+        for one in self.denoisers:
+            own = concatenated_inputs(one.network, partial(self._step, min(one.levels)))
+            found |= {one.prefix + name: sizes for name, sizes in own.items()}
+        return found
+
     def counted(self, planned: list[PlannedModule]) -> list[PlannedModule]:
-        """The planned modules with their multiply-adds, per sample and step of their denoiser."""
-        return count_macs(self.network, planned, self.step_once, self.rehearsal.num_samples)
+        """The planned modules with their multiply-adds, per sample and step of their denoiser, and what is beside."""
+        return counted(planned, self.products)
+
+    @cached_property
+    def products(self) -> Products:
+        """What a step of each denoiser multiplies, see `count_products`."""
+        return count_products(self.network, self.step_once, self.rehearsal.num_samples)
 
     def step_once(self) -> None:
         """Have every denoiser make its first step, of one sample."""
@@ -155,7 +184,7 @@ def planned_model(recipe: Recipe) -> tuple[OpenedModel, list[PlannedModule]]:
     _check_name("objective.target", recipe.objective.target, [*OBJECTIVES, AUTO])
     _check_name("quantization.initialization", recipe.quantization.initialization, list(METHODS))
     model = open_model(recipe)
-    planned = model.plan(recipe.quantization.rules)
+    planned = model.plan(recipe.quantization, splits=recipe.export.format != "torchao")
     if recipe.tune is not None:
         model.only_for("tune")
     if recipe.cache is not None:

@@ -10,7 +10,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import TrainableLayer, adopt_dynamic_scales, full_precision, quantize_model
+from accuquant.calibration.inputs import train_attention
+from accuquant.calibration.layers import (
+    Trainable,
+    TrainableLayer,
+    adopt_dynamic_scales,
+    full_precision,
+    quantize_model,
+)
 from accuquant.calibration.loop import UpdateLoop
 from accuquant.calibration.methods import METHODS
 from accuquant.calibration.methods.base import Method
@@ -29,6 +36,7 @@ from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.spec import share_grids
+from accuquant.runtime.split import split_modules
 
 REFERENCE = "reference"  # a folder of what full precision gave, a file for each tape
 OBSERVED_VALUES = 16384  # activations kept per module and timestep group for the scale search
@@ -47,7 +55,7 @@ class Session:
     model: OpenedModel
     clocks: list[StepClock]
     planned: list[PlannedModule]
-    layers: dict[str, TrainableLayer]
+    layers: dict[str, Trainable]
     samples: Samples
     reference: Reference
     validation: Reference
@@ -75,7 +83,7 @@ class Session:
         self, objective: Objective, steps_per_group: int, cache: CachePlan | None = None, fitted: Fitted | None = None
     ) -> UpdateLoop:
         """Updates of the layers as they are now, none of them made yet."""
-        tuned = {p.name: self.layers[p.name] for p in self.planned if p.tune}
+        tuned = {name: self.layers[name] for p in self.planned if p.tune for name in p.layers}
         given = (self.reference, objective, self.seed, steps_per_group, cache, fitted)
         return UpdateLoop(self.model.denoisers, self.groups, tuned, *given)
 
@@ -235,15 +243,20 @@ def quantize(
     quantization = recipe.quantization
     specs = {p.name: p.spec for p in planned if p.spec is not None}
     reporter.detail(f"initial weight scales of {len(specs)} modules ({quantization.initialization})")
-    layers, method = dict[str, TrainableLayer](), METHODS[quantization.initialization]()
+    layers, method = dict[str, Trainable](), METHODS[quantization.initialization]()
     clocks = model.clocks(quantization.timestep_groups)
     for one, clock in zip(model.denoisers, clocks, strict=True):
         cut = len(one.prefix)
         own = {name[cut:]: spec for name, spec in specs.items() if name.startswith(one.prefix)}
+        split = {p.module[cut:]: p.split for p in planned if p.split and p.name.startswith(one.prefix)}
+        split_modules(one.network, split)
+        attention = {p.module[cut:]: p.attention for p in planned if p.attention and p.name.startswith(one.prefix)}
+        train_attention(one.network, attention, clock)
         made = quantize_model(one.network, own, clock, search=False)
         layers |= {one.prefix + name: layer for name, layer in made.items()}
     for layer in layers.values():
-        method.weights(layer)
+        if isinstance(layer, TrainableLayer):
+            method.weights(layer)
     samples = calibration_samples(model.split, recipe.data)
     return Session(model, clocks, planned, layers, samples, *references, recipe.data.seed)
 
@@ -273,7 +286,7 @@ def _activation_scales(session: Session, tapes: list[Tape], method: Method, repo
         of = clock.groups(one.levels.values())
         shares[clock] = [max(1, OBSERVED_VALUES // (of.count(g) * len(tapes))) for g in range(clock.num_groups)]
 
-    def observe(layer: TrainableLayer, tokens: Tensor) -> None:
+    def observe(layer: Trainable, tokens: Tensor) -> None:
         flat, group = tokens.flatten(), layer.clock.group
         share = shares[layer.clock][group]
         picked = torch.randint(len(flat), (share,), generator=torch.Generator().manual_seed(0)).to(flat.device)

@@ -13,9 +13,11 @@ from accuquant.export.load import exported_layers, exported_networks, load_expor
 from accuquant.export.torchao import stored_tensors
 from accuquant.pipeline.denoisers import joined
 from accuquant.runtime.arithmetic import arithmetic_used, describe_arithmetic, measure_paths
+from accuquant.runtime.attention import quantized_attention
 from accuquant.runtime.cache.attach import controller_of
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import QuantizedLayer, quantized_layers
+from accuquant.runtime.split import split_layers
 
 COLUMNS = (
     "module",
@@ -63,6 +65,11 @@ def contents(folder: Path, measure: bool = False) -> tuple[Table, list[str]]:
         assert isinstance(clock, StepClock)
         edges = ", ".join(f"{e:g}" for e in clock.edges)
         lines.append(f"{where}timestep groups: {clock.num_groups}, edges at timesteps {edges or 'none'}")
+        if products := quantized_attention(network):
+            types = sorted({f"{of.spec.activation}, softmax {of.spec.softmax}" for of in products.values()})
+            lines.append(f"{where}products of attention: {len(products)} modules, {' and '.join(types)}")
+        if split := split_layers(network):
+            lines.append(f"{where}split: {len(split)} modules, each part of whose input has scales of its own")
         controller = controller_of(network)
         given = controller.plan.to_dict() if controller else {}
         lines.append(f"{where}cache: {', '.join(f'{k} {v}' for k, v in given.items()) or 'none'}")

@@ -97,7 +97,7 @@ def calibrate(
 
 
 @app.command(
-    epilog="Examples:\n\naccuquant tune dit_tune --dry-run\n\naccuquant tune dit_tune --set tune.bit_operations=0.02"
+    epilog="Examples:\n\naccuquant tune dit_tune --dry-run\n\naccuquant tune dit_tune --set tune.bit_operations=0.03"
 )
 def tune(
     recipe: RecipeName,

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from accuquant.calibration.plan import PlannedModule
 from accuquant.errors import RecipeError
 from accuquant.evaluation.card import figures
 from accuquant.recipe import Cache, Recipe
@@ -21,29 +22,24 @@ BUSY = 2.0  # times that a call of the denoiser takes longer than on a free mach
 out = Console(highlight=False, markup=False, emoji=False, width=1000)
 
 
-def print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> None:
+def print_plan(recipe: Recipe, planned: list[PlannedModule], costs: dict[str, Any]) -> None:
     groups = recipe.quantization.timestep_groups
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("module", "kind", "shape", "weight", "activation", "tuned", "float kB", "export kB"):
         table.add_column(column)
     for p in planned:
-        weight = "float" if p.spec is None else p.spec.weight + (f"/{p.spec.group_size}" if p.spec.group_size else "")
-        activation = (
-            "float"
-            if p.spec is None or p.spec.activation == "float"
-            else f"{p.spec.activation} {p.spec.activation_scale}"
-        )
         sizes = (f"{p.float_bytes / 1e3:.1f}", f"{p.quantized_bytes(groups) / 1e3:.1f}")
-        tuned = "yes" if p.tune else ""
-        table.add_row(p.name, p.kind, f"{p.shape[0]}x{p.shape[1]}", weight, activation, tuned, *sizes)
+        shape, tuned = f"{p.shape[0]}x{p.shape[1]}" if p.is_layer else "", "yes" if p.tune else ""
+        table.add_row(p.name, p.kind, shape, *_types(p), tuned, *sizes)
     out.print(table)
     inside = [p for p in planned if p.spec]
+    layers_planned = [p for p in planned if p.is_layer]
     before, after = sum(p.float_bytes for p in planned), sum(p.quantized_bytes(groups) for p in planned)
     layers = sum(p.quantized_bytes(groups) for p in inside) / sum(p.float_bytes for p in inside)
     operations = sum(p.bit_operations for p in planned) / max(1, sum(p.macs * 32 * 32 for p in planned))
     evaluations = costs["network_evaluations"]
     rows = [
-        ("modules", f"{len(inside)} quantized, {len(planned) - len(inside)} stay float"),
+        ("modules", f"{len(inside)} quantized, {len(layers_planned) - len(inside)} stay float"),
         (
             "size of these modules",
             f"{before / 1e6:.2f} MB -> {after / 1e6:.2f} MB (quantized ones {layers:.3f} of float32)",
@@ -59,6 +55,16 @@ def print_plan(recipe: Recipe, planned: list[Any], costs: dict[str, Any]) -> Non
     for name, value in rows:
         out.print(f"{name:26} {value}")
     out.print("\ndry run: nothing was written")
+
+
+def _types(p: PlannedModule) -> tuple[str, str]:
+    """What weight and activation become; of attention's products Q x K, P x V."""
+    if (attention := p.attention) is not None:
+        return "", f"{attention.activation} x {attention.activation}, {attention.softmax} x {attention.activation}"
+    if (spec := p.spec) is None:
+        return "float" if p.is_layer else "", "float"
+    weight = spec.weight + (f"/{spec.group_size}" if spec.group_size else "")
+    return weight, "float" if spec.activation == "float" else f"{spec.activation} {spec.activation_scale}"
 
 
 def print_caught(found: list[Any]) -> None:

@@ -138,6 +138,23 @@ def lsq_gradient_scale(numel: int, qtype: QType) -> float:
     return float((numel * qtype.qmax) ** -0.5)
 
 
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x`` itself, whose gradient is multiplied with ``factor`` on its way back."""
+    out: Tensor = _ScaleGradient.apply(x, factor)
+    return out
+
+
 def dynamic_scale(x: Tensor, qtype: QType, clip_ratio: Tensor | float = 1.0) -> Tensor:
     """Symmetric scale per token: ``clip_ratio * max|x| / qmax`` over the last dimension, (..., I) -> (..., 1)."""
     return (x.detach().abs().amax(-1, keepdim=True) * (clip_ratio / qtype.qmax)).clamp_min(SMALLEST_SCALE)

@@ -24,7 +24,7 @@ MOST_ALONE = 5.0
 
 def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[str, int]) -> dict[str, Any]:
     """Size of the whole denoiser and of its quantized layers, whose bytes are ``sizes``; bit-operations of one call."""
-    inside = [p for p in planned if p.spec is not None]
+    inside = [p for p in planned if p.spec is not None or p.attention is not None]
     float_layers, packed = sum(p.float_bytes for p in inside), sum(sizes[p.name] for p in inside)
     float_bytes = sum(4 * p.numel() for p in denoiser.parameters())
     operations, planned_operations = sum(p.macs * 32 * 32 for p in planned), sum(p.bit_operations for p in planned)
@@ -145,8 +145,8 @@ def module_row(p: PlannedModule, error: float | None, size: int | None) -> dict[
     return {
         "name": p.name,
         "kind": p.kind,
-        "weight": p.spec.weight if p.spec else "float",
-        "activation": p.spec.activation if p.spec else "float",
+        "weight": p.spec.weight if p.spec else "float" if p.is_layer else "none",
+        "activation": p.spec.activation if p.spec else p.attention.activation if p.attention else "float",
         "group_size": p.spec.group_size if p.spec else None,
         "relative_error": error,
         "float_bytes": p.float_bytes,

@@ -34,7 +34,7 @@ def check_format(format: Format, model: OpenedModel, planned: list[PlannedModule
             f"export.format: torchao needs the package torchao, which is not installed: {INSTALL_TORCHAO}"
         )
     for p in planned:
-        if p.spec is not None and not isinstance(model.network.get_submodule(p.name), nn.Linear):
+        if p.spec is not None and not isinstance(model.network.get_submodule(p.module), nn.Linear):
             raise RecipeError(
                 f"export.format: torchao holds Linear modules, and the rules quantize {p.name}, a {p.kind}; "
                 "give it weight: float in a rule before that one, or write export.format: accuquant, which holds it"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from accuquant.calibration.layers import trainable_layers
+from accuquant.runtime.attention import quantized_attention
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import FITTED
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.checkpoint import AccuQuantConfig, AccuQuantQuantizer, Method
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import prepare_layers, quantized_layers
+from accuquant.runtime.split import split_layers
 
 
 def harden_model(model: Any, clock: StepClock) -> None:
@@ -19,7 +22,9 @@ def harden_model(model: Any, clock: StepClock) -> None:
         model.set_submodule(name, layer.harden())
     prepare_layers(model)
     specs, coordinate = {n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.coordinate
-    config = AccuQuantConfig(specs, clock.edges, coordinate.argument, coordinate.falls)
+    split = {name: list(layer.sizes) for name, layer in split_layers(model).items()}
+    attention = {name: asdict(products.spec) for name, products in quantized_attention(model).items()}
+    config = AccuQuantConfig(specs, clock.edges, coordinate.argument, coordinate.falls, split, attention)
     model.hf_quantizer = AccuQuantQuantizer(config)
     model.is_quantized = True
     model.quantization_method = Method.ACCUQUANT

@@ -19,7 +19,7 @@ from diffusers import TorchAoConfig
 from diffusers.quantizers.torchao import TorchAoHfQuantizer
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import DYNAMIC_CLIP, trainable_layers
+from accuquant.calibration.layers import DYNAMIC_CLIP, TrainableLayer, trainable_layers
 from accuquant.errors import AccuQuantError
 from accuquant.runtime.layer import QuantizedLayer
 from accuquant.runtime.observe import observed
@@ -63,6 +63,7 @@ def convert_model(model: Any, dimensions: dict[str, int], dtype: torch.dtype) ->
 
     kinds: list[tuple[Any, list[str]]] = []  # a config, and the modules that it is true of
     for name, layer in trainable_layers(model).items():
+        assert isinstance(layer, TrainableLayer)  # the recipe has no other
         linear, config = _convert(layer.harden(), dimensions.get(name, 0), dtype)
         model.set_submodule(name, linear)
         names = next((names for known, names in kinds if known == config), None)

@@ -47,7 +47,7 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     sampling += search_calls(cache, steps, batch) if cache else 0
     sampling += fit_calls(cache, steps, batch) if cache else 0
 
-    saved = None  # by a skipped step, of the products of Linear and Conv2d
+    saved = None  # by a skipped step, of all products
     if cache is not None:
         skipped = skipped_modules(model.only.network, cache)
         inside = sum(p.macs for p in planned if in_cache(p.name, skipped))

@@ -34,6 +34,7 @@ from accuquant.pipeline.seams import is_scheduler
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.runtime.arithmetic import arithmetic_used
+from accuquant.runtime.attention import PRODUCTS, quantized_attention
 from accuquant.runtime.cache.attach import controller_of, uncached
 from accuquant.runtime.cache.stats import CacheStats
 from accuquant.runtime.layer import quantized_layers
@@ -68,12 +69,14 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         lambda: traces.append(controller.stats()) if controller else None,
     )
 
-    planned = full.counted(full.plan(recipe.quantization.rules))
+    planned = full.counted(full.plan(recipe.quantization, recipe.export.format != "torchao"))
     with uncached(network):  # a pattern may cache the very layers that are looked at
         layers = exported_layers(network)
         clocks = [clock for one in quantized.values() if (clock := getattr(one, "step_clock", None)) is not None]
-        errors = module_errors(full, layers, clocks, held_out)
-    sizes = {name: sum(t.numel() * t.element_size() for t in stored_tensors(layer)) for name, layer in layers.items()}
+        twins = {p.module: network.get_submodule(p.module) for p in planned if p.name in layers}
+        errors = module_errors(full, twins, clocks, held_out)
+    packed = {**layers, **{f"{name}.{PRODUCTS}": m for name, m in quantized_attention(network).items()}}
+    sizes = {name: sum(t.numel() * t.element_size() for t in stored_tensors(layer)) for name, layer in packed.items()}
     metrics: dict[str, Any] = {
         "accuquant": __version__,
         "model": recipe.model.id,
@@ -84,7 +87,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "held_out": sorted(set(held_out.inputs), key=str),
         **latent_metrics(made, held_out.latents),
         **cost_metrics(planned, full.network, sizes),
-        "modules": [module_row(p, errors.get(p.name), sizes.get(p.name)) for p in planned],
+        "modules": [module_row(p, errors.get(p.module), sizes.get(p.name)) for p in planned],
     }
     if quantized_layers(network):
         metrics["arithmetic"] = arithmetic_used(network)

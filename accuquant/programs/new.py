@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from accuquant.calibration.opened import OpenedModel, opened
+from accuquant.calibration.opened import opened
 from accuquant.calibration.plan import PlannedModule, deciding
 from accuquant.errors import RecipeError
 from accuquant.files import write_text
@@ -75,8 +75,9 @@ def new_recipe(
     }
     recipe = parse_recipe(tree, f"a recipe for {model_id}")
     model = opened(pipeline, recipe)
-    found = caught(model, recipe.quantization.rules)
-    write_text(output, as_yaml(recipe, name, found, never(model.network)))
+    planned = model.counted(model.plan(recipe.quantization))
+    found = caught(planned, recipe.quantization.rules)
+    write_text(output, as_yaml(recipe, name, found, planned, never(model.network)))
     load_recipe(output)
     return found
 
@@ -129,14 +130,14 @@ def usual_objective(preset: str) -> dict[str, Any]:
     return {"target": "auto", "iterations": 300, "learn": learn}
 
 
-def caught(model: OpenedModel, rules: Sequence[Rule]) -> list[Caught]:
+def caught(planned: list[PlannedModule], rules: Sequence[Rule]) -> list[Caught]:
     """What each rule decides, and at last what none does."""
-    planned = model.counted(model.plan(tuple(rules)))
+    planned = [p for p in planned if p.is_layer]
     products = sum(p.macs for p in planned) or 1
     weights = sum(p.shape[0] * p.shape[1] for p in planned) or 1
     by_rule: dict[int | None, list[PlannedModule]] = {}
     for p in planned:
-        by_rule.setdefault(deciding(rules, p.name, p.kinds), []).append(p)
+        by_rule.setdefault(deciding(rules, p.module, p.kinds), []).append(p)
     found = list[Caught]()
     for i, rule in [*enumerate(rules), (None, None)]:
         own = by_rule.get(i, [])
@@ -155,7 +156,9 @@ def never(network: nn.Module) -> dict[str, int]:
     return {name: count for name, count in Counter(names).items() if "Norm" not in name}
 
 
-def as_yaml(recipe: Recipe, data: str, found: list[Caught], never: dict[str, int]) -> str:
+def as_yaml(
+    recipe: Recipe, data: str, found: list[Caught], planned: list[PlannedModule], never: dict[str, int]
+) -> str:
     """The recipe as a person would write it, with what is known of it in comments."""
     rules = list[str]()
     for one in found:
@@ -167,6 +170,11 @@ def as_yaml(recipe: Recipe, data: str, found: list[Caught], never: dict[str, int
     if never:
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(never.items()))
         rules += [f"    # always float, since only Linear and Conv2d are quantized: {kinds}"]
+    if split := {p.module for p in planned if p.split}:
+        rules += [f"  split_inputs: true  # {len(split)} modules read a concatenation: {min(split)} ..."]
+    attention = sum(p.macs for p in planned if p.kind == "attention") / (sum(p.macs for p in planned) or 1)
+    if attention:
+        rules += [f"  # attention: {{activation: int8}}  # its own products, {attention:.1%} of all, stay float"]
     sampling, objective = recipe.sampling, recipe.objective
     return "\n".join(
         [

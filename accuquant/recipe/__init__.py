@@ -5,6 +5,7 @@ from accuquant.recipe.cache import ESTIMATIONS, Cache, FORAConfig, RFCConfig, Ta
 from accuquant.recipe.export import Export
 from accuquant.recipe.rule import Rule
 from accuquant.recipe.schema import (
+    Attention,
     Data,
     Evaluation,
     LearningRates,
@@ -18,6 +19,7 @@ from accuquant.recipe.tune import Tune
 
 __all__ = [
     "ESTIMATIONS",
+    "Attention",
     "Cache",
     "Data",
     "Evaluation",

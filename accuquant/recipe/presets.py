@@ -47,4 +47,5 @@ def with_preset(given: Any) -> Any:
         raise ValueError(f"preset: must be one of {', '.join(PRESETS)} (found {found(name)}){nearest(name, PRESETS)}")
     rules = [*own, *(rule | {"optional": True} for rule in (PRESETS[name] if name is not None else []))]
     # a tuple: after this, strict mode no longer knows that it reads JSON
-    return given | {"preset": None} | ({"rules": tuple(rules)} if rules else {})
+    split = {"split_inputs": "auto"} if name is not None else {}
+    return split | given | {"preset": None} | ({"rules": tuple(rules)} if rules else {})

@@ -71,6 +71,20 @@ class Data(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="decides the split and every sample's noise")
 
 
+class Attention(Section):
+    """Attention's two products, Q with K and the softmax with V: what their inputs are quantized to.
+
+    They are computed in float on the quantized values: as integers would give them, at no gain in time.
+    """
+
+    modules: str = Field(".*", min_length=1, description="regular expression of modules that attend; by default all")
+    activation: Literal["int8", "int6", "int4", "int3"] = Field("int8", description="of Q, K and V")
+    softmax: Literal["int8", "int6", "int4", "int3"] | None = Field(
+        None, description="of the softmax, whose range is its own; as `activation` if absent"
+    )
+    tune: bool = Field(True, description="calibration may change their scales")
+
+
 class Quantization(Section):
     preset: str | None = Field(
         None, description=f"{', '.join(PRESETS)}: rules by kind that fit any model; written out after `rules`"
@@ -84,6 +98,13 @@ class Quantization(Section):
         False,
         description="modules that read one tensor, as Q, K, V do, have one static scale: it is quantized once",
     )
+
+    split_inputs: bool | Literal["auto"] = Field(
+        False,
+        description="a module that reads a concatenation, as after a U-Net's skip connection, has scales of its own "
+        "for each part of its quantized input, and of its weight; auto, as presets have it: if there is one",
+    )
+    attention: Attention | None = Field(None, description="attention's two products stay float if this is absent")
 
     @model_validator(mode="before")
     @classmethod
@@ -215,7 +236,8 @@ class Recipe(Section):
                         "objective.learn: 'rounding' (AdaRound) needs evenly spaced integers, and "
                         f"quantization.rules.{i} has weight: fp8; write learn: [weight, weight_scale, activation_scale]"
                     )
-        none = all(rule.activation == "float" for rule in tuned)
+        attention = self.quantization.attention
+        none = all(rule.activation == "float" for rule in tuned) and not (attention and attention.tune)
         if self.objective.iterations and none and "activation_scale" in self.objective.learn:
             raise ValueError(
                 "objective.learn: 'activation_scale' (there by default) needs a tuned rule with an integer activation; "
@@ -232,6 +254,9 @@ class Recipe(Section):
                     "the section out (accuquant.enable_cache works on what is loaded) or write export.format: accuquant"
                 )
             learns = self.objective.iterations > 0 and "activation_scale" in self.objective.learn
+            for key in ("attention", "split_inputs"):
+                if getattr(self.quantization, key) not in (None, False, "auto"):
+                    raise ValueError(f"quantization.{key}: export.format torchao does not hold that; leave it out")
             check_torchao(self.quantization.rules, self.quantization.timestep_groups, learns)
         return self
 

@@ -7,6 +7,7 @@ way in. On loading, each named module is replaced by an empty `QuantizedLayer` w
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from accuquant.core.coordinate import Coordinate
 from accuquant.errors import AccuQuantError, CacheError, CheckpointError, nearest
+from accuquant.runtime.attention import AttentionProducts, QuantizedInput, quantize_attention
 from accuquant.runtime.cache.attach import attach_cache
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import FITTED
@@ -26,17 +28,24 @@ from accuquant.runtime.checks import (
     check_fits,
     check_plain,
     check_tensors,
+    checked_attention,
     checked_cache,
     checked_coordinate,
     checked_edges,
     checked_layers,
+    checked_split,
+    refuse,
     shown,
 )
 from accuquant.runtime.clock import StepClock
 from accuquant.runtime.layer import GRID, QuantizedLayer, quantized_layers
 from accuquant.runtime.spec import Conv, LayerSpec, keep_float32, share_grids
+from accuquant.runtime.split import channels_read, split_modules
 
-KEYS = ("quant_method", "version", "timestep_edges", "timestep_argument", "timestep_falls", "layers", "cache")
+KEYS = (
+    *("quant_method", "version", "timestep_edges", "timestep_argument", "timestep_falls"),
+    *("split", "attention", "layers", "cache"),
+)
 
 
 class Method(StrEnum):
@@ -53,6 +62,9 @@ class AccuQuantConfig(QuantizationConfigMixin):
         timestep_edges: descending noise levels between groups of activation scales.
         timestep_argument: of the denoiser, says the level; timestep_falls: whether it falls from step to step, as a
             timestep does; one that rises is negated.
+        split: name of each module that is taken apart -> channels of its parts, see `SplitLayer`; they are among the
+            layers by their own names.
+        attention: name of each module that attends with quantized products -> fields of `AttentionSpec`.
         cache: of the feature cache that loading puts on the model, its `CachePlan` and what was `Fitted` to it; None
             loads it without.
         version: of the file format.
@@ -67,6 +79,8 @@ class AccuQuantConfig(QuantizationConfigMixin):
         timestep_edges: list[float] | None = None,
         timestep_argument: str = "timestep",
         timestep_falls: bool = True,
+        split: dict[str, list[int]] | None = None,
+        attention: dict[str, dict[str, str]] | None = None,
         cache: dict[str, Any] | None = None,
         version: int = FORMAT_VERSION,
         quant_method: str = Method.ACCUQUANT.value,
@@ -90,7 +104,8 @@ class AccuQuantConfig(QuantizationConfigMixin):
         self.timestep_edges = checked_edges(timestep_edges)
         self.coordinate = checked_coordinate(timestep_argument, timestep_falls)
         self._specs = checked_layers(layers)
-        self.layers = layers
+        self.layers, self.split = layers, checked_split(split, layers)
+        self.attention = checked_attention(attention)
         self.cache, self.fitted = checked_cache(cache)
 
     @classmethod
@@ -108,6 +123,10 @@ class AccuQuantConfig(QuantizationConfigMixin):
         stored["timestep_edges"] = self.timestep_edges
         if self.coordinate != Coordinate():  # of most models
             stored["timestep_argument"], stored["timestep_falls"] = self.coordinate.argument, self.coordinate.falls
+        if self.split:
+            stored["split"] = self.split
+        if self.attention:
+            stored["attention"] = {name: asdict(spec) for name, spec in self.attention.items()}
         stored["layers"] = self.layers
         if self.cache is not None:
             stored["cache"] = self.cache.to_dict() | self.fitted.to_dict(self.cache)
@@ -123,6 +142,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config: AccuQuantConfig = self.quantization_config
         clock = StepClock(list(config.timestep_edges), config.coordinate)
+        self._split(model, config.split)
         modules = dict(model.named_modules())
         for name, spec in config.specs().items():
             module = modules.get(name)
@@ -138,10 +158,29 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             except AccuQuantError as error:
                 raise CheckpointError(f"config.json: quantization_config.layers.{name}.{error}") from error
             model.set_submodule(name, layer)
+        for name, attention in config.attention.items():
+            if (attends := modules.get(name)) is None or next(attends.children(), None) is None:
+                found = "nothing" if attends is None else type(attends).__name__
+                raise refuse(f"quantization_config.attention.{name}", f"is no module that attends (found {found})")
+            with torch.device("meta"):
+                quantize_attention(attends, AttentionProducts(attention, lambda own: QuantizedInput(own, clock)))
         self.clock = clock
         if config.cache is not None and config.cache.uses_fitted:
             with torch.device("meta"):  # one of the model's own
                 setattr(model, FITTED, Fitted.from_dict(config.fitted.to_dict(config.cache)))
+
+    def _split(self, model: nn.Module, split: dict[str, list[int]]) -> None:
+        """Take modules apart, as they were when they were calibrated."""
+        modules = dict(model.named_modules())
+        for name, sizes in split.items():
+            module, key = modules.get(name), f"quantization_config.split.{name}"
+            if not isinstance(module, nn.Linear | nn.Conv2d):
+                found = "nothing" if module is None else type(module).__name__
+                raise refuse(key, f"is no module of {type(model).__name__} that can be split (found {found})")
+            if sum(sizes) != (channels := channels_read(module)):
+                raise refuse(key, f"must be parts of its {channels} channels (found {shown(sizes)} with {sum(sizes)})")
+            with torch.device("meta"):
+                split_modules(model, {name: sizes})
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, layer in quantized_layers(model).items():
@@ -154,7 +193,7 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             self.clock.attach(model)
         except AccuQuantError as error:
             raise CheckpointError(f"config.json: quantization_config.timestep_argument: {error}") from error
-        keep_float32(model, [*self.quantization_config.layers, FITTED])
+        keep_float32(model, [*self.quantization_config.layers, *self.quantization_config.attention, FITTED])
         if self.quantization_config.cache is not None:
             try:
                 controller = attach_cache(model, self.quantization_config.cache, measures=True)
@@ -185,7 +224,9 @@ class AccuQuantQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         owner = param_name.rpartition(".")[0]
-        return owner.partition(".")[0] == FITTED or isinstance(model.get_submodule(owner), QuantizedLayer)
+        return owner.partition(".")[0] == FITTED or isinstance(
+            model.get_submodule(owner), QuantizedLayer | QuantizedInput
+        )
 
     def create_quantized_param(
         self,

@@ -21,6 +21,7 @@ from accuquant.core.numerics import QType
 from accuquant.errors import AccuQuantError, CheckpointError, nearest
 from accuquant.recipe import Cache
 from accuquant.recipe.cache import cache_mistakes
+from accuquant.runtime.attention import AttentionSpec, QuantizedInput
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.layer import QuantizedLayer
@@ -117,6 +118,46 @@ def _layer(fields: Any, key: str) -> LayerSpec:
         return LayerSpec(**fields)
     except AccuQuantError as error:
         raise CheckpointError(f"config.json: {key}.{error}") from error
+
+
+def checked_split(split: Any, layers: dict[str, Any], key: str = "quantization_config.split") -> dict[str, list[int]]:
+    """The parts that modules are taken into, each of which is a layer.
+
+    Raises:
+        CheckpointError: they are no counts of channels, or a part is no layer.
+    """
+    if split is None:
+        return {}
+    if not isinstance(split, dict):
+        raise refuse(key, f"must be an object (found {shown(split)})")
+    for name, sizes in split.items():
+        counts = isinstance(sizes, list | tuple) and all(type(size) is int and 0 < size < 1 << 31 for size in sizes)
+        if not counts or len(sizes) < 2:
+            raise refuse(f"{key}.{name}", f"must be two counts of channels or more (found {shown(sizes)})")
+        if missing := [part for k in range(len(sizes)) if (part := f"{name}.{k}") not in layers]:
+            raise refuse(f"{key}.{name}", f"has a part that quantization_config.layers lacks, {missing[0]}")
+    return {name: list(sizes) for name, sizes in split.items()}
+
+
+def checked_attention(attention: Any, key: str = "quantization_config.attention") -> dict[str, AttentionSpec]:
+    """What the products of each attending module take.
+
+    Raises:
+        CheckpointError: a field is missing, unknown, or no integer type.
+    """
+    if attention is None:
+        return {}
+    if not isinstance(attention, dict):
+        raise refuse(key, f"must be an object (found {shown(attention)})")
+    found, fields = dict[str, AttentionSpec](), list(AttentionSpec.__dataclass_fields__)
+    for name, given in attention.items():
+        if not isinstance(given, dict) or sorted(given) != fields:
+            raise refuse(f"{key}.{name}", f"must be an object with {' and '.join(fields)} (found {shown(given)})")
+        try:
+            found[name] = AttentionSpec(**given)
+        except (AccuQuantError, TypeError) as error:
+            raise CheckpointError(f"config.json: {key}.{name}.{error}") from error
+    return found
 
 
 def checked_cache(fields: Any, key: str = "quantization_config.cache") -> tuple[CachePlan | None, Fitted]:
@@ -240,7 +281,7 @@ def check_tensors(model: nn.Module, files: Files, fitted: str) -> None:
         if key in files.path and files.shape[key] != tuple(expected.shape):
             words = f"has shape {files.shape[key]}, its config promises {tuple(expected.shape)}"
             raise CheckpointError(f"{files.path[key]}: {key} {words}")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer | QuantizedInput)}
     with ExitStack() as stack:
         opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in {*files.path.values()}}
         for key in sorted(promised.keys() & files.path.keys()):
@@ -251,7 +292,7 @@ def check_tensors(model: nn.Module, files: Files, fitted: str) -> None:
                 problem = f"is {found}, the model has floats there" if wrong else ""
             elif found != STORED[stored]:
                 problem = f"is {found}, its config promises {stored}"
-            elif layer is not None and leaf == "weight":
+            elif isinstance(layer, QuantizedLayer) and leaf == "weight":
                 problem = _padding(opened[files.path[key]], key, layer)
             else:
                 problem = _small(leaf, opened[files.path[key]].get_tensor(key), layer)
@@ -259,10 +300,12 @@ def check_tensors(model: nn.Module, files: Files, fitted: str) -> None:
                 raise CheckpointError(f"{files.path[key]}: {key} {problem}")
 
 
-def _small(leaf: str, value: Tensor, layer: QuantizedLayer | None) -> str:
+def _small(leaf: str, value: Tensor, layer: QuantizedLayer | QuantizedInput | None) -> str:
     """What is wrong with a tensor other than a weight."""
     if leaf.endswith("_zero_point") and layer is not None:
-        qtype = layer.spec.weight_type if leaf == "weight_zero_point" else layer.spec.activation_type
+        qtype = layer.spec.activation_type
+        if leaf == "weight_zero_point" and isinstance(layer, QuantizedLayer):
+            qtype = layer.spec.weight_type
         low, high = int(value.min()), int(value.max())
         return "" if qtype is None or (qtype.qmin <= low and high <= qtype.qmax) else _outside(low, high, qtype)
     bad = ~value.isfinite()

@@ -16,7 +16,7 @@ from accuquant.kernels import select
 from accuquant.kernels.backend import Backend, Facts, Grid, Operand, Weights, dequantized, integer_weight
 from accuquant.kernels.floating import REFERENCE
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.spec import Conv, Layer, LayerSpec, share_grids
+from accuquant.runtime.spec import Conv, Layer, LayerSpec, fixed, share_grids
 
 ARITHMETICS = ("integer", "reference")
 
@@ -44,12 +44,12 @@ class QuantizedLayer(Layer):
         storage = spec.weight_type.storage
         num_scales = clock.num_groups if spec.static else 1
         asymmetric = spec.static and not spec.activation_symmetric
-        self.bias = _fixed(rows) if bias else None  # before the weight: some ask a model's first parameter for its type
-        self.weight_scale = _fixed(rows, self.groups)
-        self.weight_zero_point = None if spec.symmetric else _fixed(rows, self.groups, dtype=torch.int8)
-        self.activation_scale = _fixed(num_scales) if spec.activation != "float" else None
-        self.activation_zero_point = _fixed(num_scales, dtype=torch.int8) if asymmetric else None
-        self.weight = _fixed(rows, packed_columns(columns, spec.weight_type), dtype=storage)
+        self.bias = fixed(rows) if bias else None  # before the weight: some ask a model's first parameter for its type
+        self.weight_scale = fixed(rows, self.groups)
+        self.weight_zero_point = None if spec.symmetric else fixed(rows, self.groups, dtype=torch.int8)
+        self.activation_scale = fixed(num_scales) if spec.activation != "float" else None
+        self.activation_zero_point = fixed(num_scales, dtype=torch.int8) if asymmetric else None
+        self.weight = fixed(rows, packed_columns(columns, spec.weight_type), dtype=storage)
         self.arithmetic = "integer"  # or "reference", or the name of a path that is fixed
         self.prepared = False
         self.facts = self.current_facts()
@@ -205,10 +205,6 @@ class QuantizedLayer(Layer):
         takes = self.backend.takes(self.current_facts())  # another machine may have made the copy
         self.take(self.backend if takes else select.unprepared(self.facts))
         self.why = why if takes else None
-
-
-def _fixed(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
 
 
 def prepare_layers(model: nn.Module) -> None:

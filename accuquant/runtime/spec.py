@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -170,7 +171,12 @@ class Layer(nn.Module):
         return f"{self.in_features}, {self.out_features}, weight={self.spec.weight}, activation={self.spec.activation}"
 
 
-def share_grids(layers: Iterable[Layer], scale: str, zero_point: str) -> int:
+def fixed(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """A tensor that loading fills and nothing learns."""
+    return nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
+
+
+def share_grids(layers: Iterable[Any], scale: str, zero_point: str) -> int:
     """Layers whose inputs' scales and zero points are the same to the last bit get the same tensors.
 
     Those that read one tensor find the same scales; what is known to be the same is then computed once.
@@ -181,7 +187,7 @@ def share_grids(layers: Iterable[Layer], scale: str, zero_point: str) -> int:
     Returns:
         How many layers have another's.
     """
-    first, shared = dict[Any, Layer](), 0
+    first, shared = dict[Any, Any](), 0
     for layer in layers:
         tensors = [getattr(layer, name) for name in (scale, zero_point)]
         if tensors[0] is None:

@@ -92,7 +92,7 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     plain, found = recipe.model_copy(update={"tune": None}), list[Combination]()
     model, planned = planned_model(recipe)
     planned = model.counted(planned)
-    macs, float32 = {p.name: p.macs for p in planned}, sum(p.macs for p in planned) * 32 * 32
+    float32 = sum(p.macs for p in planned) * 32 * 32
     least = Cache(**base_settings(recipe.cache), estimation="reuse", interval=1)
     skipped = skipped_modules(model.only.network, least)
     choices = [rule for each in recipe.tune.types for rule in each.choose]
@@ -100,11 +100,10 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
     for picks in itertools.product(*(range(len(c.choose)) for c in recipe.tune.types)):
         chosen = tuple(c.choose[k] for c, k in zip(recipe.tune.types, picks, strict=True))
         rules = (*chosen, *recipe.quantization.rules)
-        used = {deciding(rules, p.name, kinds.get(p.name, frozenset())) for p in planned}
+        used = {deciding(rules, p.module, kinds.get(p.module, frozenset())) for p in planned}
         kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in used)  # the rest is outdone
-        modules = [replace(p, macs=macs[p.name]) for p in model.plan(kept)]
-        operations = {p.name: p.bit_operations / float32 for p in modules}
         quantization, objective = recipe.quantization.model_copy(update={"rules": kept}), recipe.objective
+        operations = {p.name: p.bit_operations / float32 for p in model.counted(model.plan(quantization))}
         if not any(rule.tune and rule.activation != "float" for rule in kept):  # no such scale is there to be learned
             learn = tuple(kind for kind in objective.learn if kind != "activation_scale")
             objective = objective.model_copy(update={"learn": learn or objective.learn})
@@ -156,9 +155,11 @@ def error_tables(section: Tune, combinations: list[Combination], kept: KeptFiles
         picks = tuple(min(k, len(errors) - 1) for errors in types)
         session = open_session(next(c for c in combinations if c.picks == picks).recipe, reporter, kept)
         for i, each in enumerate(section.types):
+            for layer in session.layers.values():
+                layer.quantized = False
             for p in session.planned:
                 if p.name in session.layers:
-                    session.layers[p.name].quantized = matches(each.choose[0], p.name, p.kinds)
+                    session.layers[p.name].quantized = matches(each.choose[0], p.module, p.kinds)
             types[i][picks[i]] = validation_error(session)
     steps, cache = session.num_steps, list[tuple[int, float]]()
     settings = base_settings(combinations[0].recipe.cache)

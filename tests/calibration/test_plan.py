@@ -169,10 +169,12 @@ def test_macs_of_a_dit_by_hand(denoiser: nn.Module, batch: int) -> None:
         f"{BLOCK}.norm1.emb.timestep_embedder.linear_2": 2 * width * width,
         "proj_out_1": width * (2 * width),
         "proj_out_2": tokens * width * (4 * 2 * 2),
+        f"{BLOCK}.attn1": 2 * tokens * tokens * width,  # Q with K, and the softmax with V
     }
     counted = count_macs(denoiser, planned, run, batch)
     assert {p.name: p.macs for p in counted} == expected
-    assert [(p.spec, p.shape, p.kind, p.bias, p.tune) for p in counted] == [
+    assert counted[-1].kind == "attention" and not counted[-1].is_layer
+    assert [(p.spec, p.shape, p.kind, p.bias, p.tune) for p in counted[:-1]] == [
         (p.spec, p.shape, p.kind, p.bias, p.tune) for p in planned
     ]
 

@@ -26,11 +26,13 @@ from accuquant.calibration.reference import Reference
 from accuquant.calibration.session import Session, final_errors, find_activation_scales, quantize
 from accuquant.export.formats import write_format
 from accuquant.pipeline.data import Samples, Split
+from accuquant.pipeline.denoisers import joined
 from accuquant.pipeline.loading import left_out
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.rows import call_of
 from accuquant.progress import Reporter
-from accuquant.recipe import Cache, Data, Export, Model, Objective, Quantization, Recipe, Sampling
+from accuquant.recipe import Attention, Cache, Data, Export, Model, Objective, Quantization, Recipe, Sampling
+from accuquant.runtime.attention import quantized_attention
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.layer import quantized_layers
 from accuquant.runtime.spec import Layer
@@ -70,12 +72,15 @@ def opened(example: tuple[Example, Path]) -> tuple[OpenedModel, Recipe]:
 
 
 def session_of(example: tuple[Example, Path]) -> tuple[Session, Recipe]:
-    """Quantized, with its first scales."""
+    """Quantized, attention's own products among it, with its first scales."""
     model, recipe = opened(example)
     samples = Samples(model.split.calibration, [0, 1])
     reference = Reference(model.recorder.tapes(samples, 2, QUIET, "", False))
     validation = Reference(model.recorder.tapes(samples.first(1), 1, QUIET, "", False))
-    planned = model.plan(recipe.quantization.rules)
+    if model.products.attention:
+        quantization = recipe.quantization.model_copy(update={"attention": Attention()})
+        recipe = recipe.model_copy(update={"quantization": quantization})
+    planned = model.plan(recipe.quantization)
     session = quantize(model, planned, (reference, validation), recipe, QUIET)
     find_activation_scales(session, recipe.quantization, recipe.objective.batch_size, QUIET)
     return session, recipe
@@ -150,6 +155,7 @@ def test_end_to_end(example: tuple[Example, Path], request: pytest.FixtureReques
         # cached: full steps change nothing, forecasts do, and nothing is left of it
         networks = {one.name: getattr(loaded, one.name) for one in session.model.denoisers}
         assert denoisers_in(loaded).keys() == networks.keys()
+        assert set(quantized_attention(joined(networks))) == {p.module for p in session.planned if p.attention}
         for network in networks.values():
             assert quantized_layers(network)
             accuquant.enable_cache(network, FULL)
@@ -176,8 +182,8 @@ def test_end_to_end(example: tuple[Example, Path], request: pytest.FixtureReques
         denoisers=[one.name for one in session.model.denoisers],
         coordinates=sorted({one.coordinate.argument for one in session.model.denoisers}),
         scheduler=type(copy.copy(pipeline.scheduler)).__name__,
-        quantized=len(session.layers),
-        float=sum(p.spec is None for p in session.planned),
+        quantized=sum(p.spec is not None for p in session.planned),
+        float=sum(p.spec is None and p.is_layer for p in session.planned),
         before=before,
         after=after,
         cached=sum(len(s.modules) for s in stats),

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from accuquant.calibration.layers import TrainableLayer
+from accuquant.calibration.layers import Trainable, TrainableLayer
 
 
 class Method(ABC):
@@ -21,7 +21,7 @@ class Method(ABC):
         """Give one layer's weights, as they were in full precision, their scales."""
 
     @abstractmethod
-    def activations(self, layer: TrainableLayer, samples: list[Tensor]) -> None:
+    def activations(self, layer: Trainable, samples: list[Tensor]) -> None:
         """Give what one layer reads its static scales.
 
         Args:

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from accuquant.calibration.layers import TrainableLayer
+from accuquant.calibration.layers import Trainable, TrainableLayer
 from accuquant.calibration.methods.base import Method
 
 
@@ -17,5 +17,5 @@ class RoundToNearest(Method):
     def weights(self, layer: TrainableLayer) -> None:
         layer.set_weight_scale(search=False)
 
-    def activations(self, layer: TrainableLayer, samples: list[Tensor]) -> None:
+    def activations(self, layer: Trainable, samples: list[Tensor]) -> None:
         layer.set_activation_scale(samples, search=False)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import TrainableLayer, full_precision, trainable_layers
+from accuquant.calibration.layers import Trainable, TrainableLayer, full_precision, trainable_layers
 from accuquant.calibration.objectives.base import Cost, GradientSource, Job, Material
 from accuquant.core.rounding import decided
 from accuquant.pipeline.denoisers import Denoiser
@@ -128,7 +128,8 @@ class Blocks(GradientSource):
         sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in job.planned if p.spec}
         parts = parts_of(sizes, {p.name for p in job.planned if p.tune}).values()
         calls = len(spread_calls(job.timestep_groups, iterations))
-        widest = max(p.macs // max(p.shape) for p in job.planned)  # tokens and channels of a block's input
+        layers = [p for p in job.planned if p.is_layer]
+        widest = max(p.macs // max(p.shape) for p in layers)  # tokens and channels of a block's input
         kept = 4 * 2 * 2 * job.batch * widest * calls  # float32; with guidance; inputs and targets
         return Cost(evaluations_made(iterations * len(parts), iterations, calls, parts), kept)
 
@@ -202,7 +203,7 @@ class Blocks(GradientSource):
         """Of each quantized layer, in the order in which they run; a U-Net's modules are listed in another."""
         found, names = dict[str, int](), {layer: name for name, layer in self.layers.items()}
 
-        def count(layer: TrainableLayer, tokens: Tensor) -> None:
+        def count(layer: Trainable, tokens: Tensor) -> None:
             name = names[layer]
             found[name] = found.get(name, 0) + tokens.numel() * layer.out_features
 
