@@ -50,7 +50,7 @@ def recipe_tree(model: Path | str, output: Path | str, **changes: Any) -> dict[s
             ],
         },
         "objective": {"iterations": 4, "batch_size": 2, "steps_per_group": 2},
-        "evaluation": {"num_samples": 3, "batch_size": 3, "num_images": 2},
+        "evaluation": {"num_samples": 3, "batch_size": 3, "num_images": 2, "neighbours": 0},
         "export": {"output": str(output)},
     }
     return tree | changes

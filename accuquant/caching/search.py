@@ -334,7 +334,7 @@ def searched(
         half, published = CHOICE_SAMPLES // 2, config.measured_on == "full_precision"
 
         def choice() -> list[Tape]:  # by samples too that the weights are not fitted to
-            return [*session.reference.first(half), *session.validation.first(half)]
+            return [*session.reference.main.first(half), *session.validation.main.first(half)]
 
         runs = Runs(session.model.only.network, session.levels, samples_of(config, samples), session.few, choice)
         with session.full_precision() if published and config.schedule == "dps" else nullcontext():

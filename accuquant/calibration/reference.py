@@ -15,28 +15,56 @@ from accuquant.pipeline.tape import Tape
 
 @dataclass(frozen=True)
 class Reference:
-    """Full-precision runs of samples, one tape for each batch of them."""
+    """Full-precision runs of samples, one tape for each batch of them.
+
+    Attributes:
+        settings: number of the sampling setting that each tape is of; all of the first if it is empty.
+    """
 
     tapes: Sequence[Tape]
+    settings: Sequence[int] = ()
+
+    @cached_property
+    def main(self) -> Reference:
+        """Those of the first setting: what caches and their updates are for."""
+        return (
+            self
+            if not self.settings
+            else Reference([t for t, s in zip(self.tapes, self.settings, strict=True) if not s])
+        )
+
+    def of(self, setting: int) -> Tape:
+        """The first tape of a setting."""
+        return next(
+            tape for tape, of in zip(self.tapes, self.settings or [0] * len(self.tapes), strict=True) if of == setting
+        )
 
     @property
     def num_samples(self) -> int:
         return sum(tape.num_samples for tape in self.tapes)
 
+    def variances(self, like: Tape) -> list[Tensor]:
+        """What `gradient: variance` scales by: the mean square of each latent (T + 1,), over tapes of so many steps."""
+        if len(like) not in self._variances:
+            self._variances[len(like)] = self._of_steps(len(like))
+        return self._variances[len(like)]
+
     @cached_property
-    def variances(self) -> list[Tensor]:
-        """For each latent of a state (T + 1,), its mean square over all tapes: what `gradient: variance` scales by."""
-        states = list(zip(*(states_of(tape) for tape in self.tapes), strict=True))
+    def _variances(self) -> dict[int, list[Tensor]]:
+        return {}
+
+    def _of_steps(self, num_steps: int) -> list[Tensor]:
+        states = list(zip(*(states_of(tape) for tape in self.tapes if len(tape) == num_steps), strict=True))
         count = len(states[0][0].latents)
         return [torch.tensor([_mean_square([s.latents[k] for s in step]) for step in states]) for k in range(count)]
 
     def first(self, count: int) -> list[Tape]:
-        """As many tapes as hold the first ``count`` samples."""
-        found, held = list[Tape](), 0
-        for tape in self.tapes:
-            if held < count:
+        """As many tapes as hold the first ``count`` samples, of each setting."""
+        found, held = list[Tape](), dict[int, int]()
+        for tape, setting in zip(self.tapes, self.settings or [0] * len(self.tapes), strict=True):
+            if held.get(setting, 0) < count:
                 found.append(tape)
-            held += tape.num_samples
+            held[setting] = held.get(setting, 0) + tape.num_samples
         return found
 
 

@@ -25,20 +25,22 @@ from accuquant.calibration.objectives.base import Job
 from accuquant.calibration.opened import OpenedModel, planned_model
 from accuquant.calibration.plan import PlannedModule
 from accuquant.calibration.reference import Reference
+from accuquant.calibration.sampled import calibrated_for, sample_references
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
 from accuquant.files import KeptFiles
 from accuquant.pipeline.data import Samples, calibration_samples, validation_samples
+from accuquant.pipeline.denoisers import Denoiser, denoisers_of
 from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import Data, Objective, Quantization, Recipe
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.envelope import Calibrated
 from accuquant.runtime.spec import share_grids
 from accuquant.runtime.split import split_modules
 
-REFERENCE = "reference"  # a folder of what full precision gave, a file for each tape
 OBSERVED_VALUES = 16384  # activations kept per module and timestep group for the scale search
 
 
@@ -84,7 +86,8 @@ class Session:
     ) -> UpdateLoop:
         """Updates of the layers as they are now, none of them made yet."""
         tuned = {name: self.layers[name] for p in self.planned if p.tune for name in p.layers}
-        given = (self.reference, objective, self.seed, steps_per_group, cache, fitted)
+        reference = self.reference if cache is None else self.reference.main
+        given = (reference, objective, self.seed, steps_per_group, cache, fitted)
         return UpdateLoop(self.model.denoisers, self.groups, tuned, *given)
 
     def few(self, count: int, batch_size: int) -> list[Tape]:
@@ -95,6 +98,10 @@ class Session:
                 given = (self.samples.first(count), batch_size, Reporter(quiet=True), "")
                 self.recorded[key] = self.model.recorder.tapes(*given, images=True)
         return self.recorded[key]
+
+    def calibrated_for(self, denoiser: Denoiser) -> list[Calibrated]:
+        """The settings that it was calibrated for, as an export keeps them."""
+        return calibrated_for(self.model, self.reference, denoiser)
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Everything calibration may change."""
@@ -198,36 +205,6 @@ def further_validation(
         )
 
 
-def sample_references(
-    model: OpenedModel, recipe: Recipe, reporter: Reporter, kept: KeptFiles | None = None
-) -> tuple[Reference, Reference]:
-    """Full-precision trajectories of the calibration samples, and of those that choices are made by.
-
-    Args:
-        kept: keeps them in a folder, so that a resumed run need not sample them again.
-    """
-    data, size = recipe.data, recipe.objective.batch_size
-    calibration = calibration_samples(model.split, data)
-    validation = validation_samples(model.split, data, data.validation_samples)
-    folder = None if kept is None else kept.inside(REFERENCE)
-    tapes = [
-        model.recorder.tapes(
-            samples,
-            size,
-            reporter,
-            f"{what}, full precision",
-            images,
-            folder and folder.inside(what.split()[0]),
-            between,
-        )
-        for samples, what, images, between in (
-            (calibration, "calibration set", False, True),
-            (validation, "validation set", recipe.tune is not None, False),
-        )
-    ]
-    return Reference(tapes[0]), Reference(tapes[1])
-
-
 def quantize(
     model: OpenedModel,
     planned: list[PlannedModule],
@@ -281,10 +258,13 @@ def _activation_scales(session: Session, tapes: list[Tape], method: Method, repo
         return
     values: dict[str, list[list[Tensor]]] = {n: [[] for _ in range(x.clock.num_groups)] for n, x in observed.items()}
     names = {layer: name for name, layer in observed.items()}
-    shares = {}
-    for one, clock in zip(session.model.denoisers, session.clocks, strict=True):
-        of = clock.groups(one.levels.values())
-        shares[clock] = [max(1, OBSERVED_VALUES // (of.count(g) * len(tapes))) for g in range(clock.num_groups)]
+    shares = dict[StepClock, list[int]]()
+    of_each = (
+        [denoisers_of(tape) for tape in tapes] if session.reference.settings else [session.model.denoisers] * len(tapes)
+    )
+    for k, clock in enumerate(session.clocks):
+        of = [group for denoisers in of_each for group in clock.groups(denoisers[k].levels.values())]
+        shares[clock] = [max(1, OBSERVED_VALUES // max(1, of.count(g))) for g in range(clock.num_groups)]
 
     def observe(layer: Trainable, tokens: Tensor) -> None:
         flat, group = tokens.flatten(), layer.clock.group
@@ -295,7 +275,7 @@ def _activation_scales(session: Session, tapes: list[Tape], method: Method, repo
 
     for layer in observed.values():
         layer.observer = observe
-    with session.full_precision(), reporter.bar("activation scales", session.num_steps * len(tapes)) as advance:
+    with session.full_precision(), reporter.bar("activation scales", sum(map(len, tapes))) as advance:
         for tape in tapes:
             for i in range(len(tape)):
                 tape.step(i, tape.state(i))

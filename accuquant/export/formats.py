@@ -62,4 +62,4 @@ def write_format(session: Session, format: Format, dimensions: dict[str, int], d
             own = {n.removeprefix(one.prefix): d for n, d in dimensions.items() if n.startswith(one.prefix)}
             convert_model(one.network, own, dtype)
         else:
-            harden_model(one.network, clock)
+            harden_model(one.network, clock, session.calibrated_for(one))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,19 +13,25 @@ from accuquant.runtime.cache.hooks import FITTED
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.checkpoint import AccuQuantConfig, AccuQuantQuantizer, Method
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.envelope import Calibrated
 from accuquant.runtime.layer import prepare_layers, quantized_layers
 from accuquant.runtime.split import split_layers
 
 
-def harden_model(model: Any, clock: StepClock) -> None:
-    """Turn trainable layers into exported ones in place; ``model.save_pretrained`` then writes them packed."""
+def harden_model(model: Any, clock: StepClock, calibrated_for: Sequence[Calibrated] = ()) -> None:
+    """Turn trainable layers into exported ones in place; ``model.save_pretrained`` then writes them packed.
+
+    Args:
+        calibrated_for: what is stored of the settings; calls of the loaded model outside of them are warned of.
+    """
     for name, layer in trainable_layers(model).items():
         model.set_submodule(name, layer.harden())
     prepare_layers(model)
     specs, coordinate = {n: q.spec.to_dict() for n, q in quantized_layers(model).items()}, clock.coordinate
     split = {name: list(layer.sizes) for name, layer in split_layers(model).items()}
     attention = {name: asdict(products.spec) for name, products in quantized_attention(model).items()}
-    config = AccuQuantConfig(specs, clock.edges, coordinate.argument, coordinate.falls, split, attention)
+    settings = [asdict(one) for one in calibrated_for]
+    config = AccuQuantConfig(specs, clock.edges, coordinate.argument, coordinate.falls, split, attention, settings)
     model.hf_quantizer = AccuQuantQuantizer(config)
     model.is_quantized = True
     model.quantization_method = Method.ACCUQUANT

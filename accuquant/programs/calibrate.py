@@ -22,7 +22,8 @@ from accuquant.calibration.choice import Trial
 from accuquant.calibration.layers import adopt_dynamic_scales
 from accuquant.calibration.loop import UpdateLoop
 from accuquant.calibration.opened import planned_model
-from accuquant.calibration.session import Session, find_activation_scales, quantize, sample_references
+from accuquant.calibration.sampled import sample_references
+from accuquant.calibration.session import Session, find_activation_scales, quantize
 from accuquant.calibration.updates import (
     CACHED_STATE,
     calibrate_alone,

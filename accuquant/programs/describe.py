@@ -13,6 +13,7 @@ from accuquant.calibration.session import job_of
 from accuquant.calibration.updates import cached_cost
 from accuquant.evaluation.costs import call_seconds
 from accuquant.evaluation.measure import evaluation_calls
+from accuquant.evaluation.neighbours import neighbours_calls
 from accuquant.export.formats import check_format
 from accuquant.pipeline.data import calibration_samples
 from accuquant.programs.calibrate import check_sections
@@ -42,7 +43,10 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     if cache is not None and objective.cached_iterations:
         tuning += cached_cost(job, cache).evaluations
     referred = data.num_samples + data.validation_samples
-    sampling = round((referred * steps + evaluation_calls(recipe.evaluation, cache is not None, steps)) / batch)
+    settings = [one.num_inference_steps for one in recipe.sampling.each]
+    mean_steps = steps * sum(settings) / len(settings) / settings[0]
+    sampling = round((referred * mean_steps + evaluation_calls(recipe.evaluation, cache is not None, steps)) / batch)
+    sampling += round(neighbours_calls(recipe.evaluation, steps) / batch)
     sampling += round(len(trial_budgets(job)) * data.validation_samples * steps / batch)
     sampling += search_calls(cache, steps, batch) if cache else 0
     sampling += fit_calls(cache, steps, batch) if cache else 0

@@ -24,6 +24,7 @@ from accuquant.evaluation.measure import (
     module_errors,
     sample,
 )
+from accuquant.evaluation.neighbours import at_neighbours
 from accuquant.evaluation.report import write_report
 from accuquant.export.load import exported_layers, load_export, recipe_of
 from accuquant.export.torchao import stored_tensors
@@ -97,6 +98,8 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         learned = controller.fitted if controller.plan.learned else None
         seconds = step_seconds(held_out.tapes[0], quantized)
         metrics |= cache_metrics(controller, traces, planned, seconds, errors_of_input, learned)
+    if recipe.evaluation.neighbours:
+        metrics["neighbours"] = at_neighbours(full, quantized, held_out, made.errors[-1], recipe.evaluation, reporter)
     full_images, quantized_images = None, None
     if recipe.evaluation.reconstruct:
         full_images, quantized_images = held_out.frames(held_out.finals), held_out.frames(made.finals)

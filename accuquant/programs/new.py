@@ -156,9 +156,7 @@ def never(network: nn.Module) -> dict[str, int]:
     return {name: count for name, count in Counter(names).items() if "Norm" not in name}
 
 
-def as_yaml(
-    recipe: Recipe, data: str, found: list[Caught], planned: list[PlannedModule], never: dict[str, int]
-) -> str:
+def as_yaml(recipe: Recipe, data: str, found: list[Caught], planned: list[PlannedModule], never: dict[str, int]) -> str:
     """The recipe as a person would write it, with what is known of it in comments."""
     rules = list[str]()
     for one in found:

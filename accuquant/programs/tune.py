@@ -27,7 +27,8 @@ from typing import Any
 from accuquant.calibration.choice import TRIED
 from accuquant.calibration.loop import UpdateLoop
 from accuquant.calibration.objectives.cached import CachedTrajectory
-from accuquant.calibration.session import REFERENCE, open_session
+from accuquant.calibration.sampled import REFERENCE
+from accuquant.calibration.session import open_session
 from accuquant.calibration.updates import CACHED_STATE, STATE, calibrate_alone, calibrate_cached
 from accuquant.errors import RecipeError
 from accuquant.export.run_folder import RunFolder

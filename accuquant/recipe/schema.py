@@ -39,6 +39,21 @@ class Model(Section):
     device: str = Field("auto", description="`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`")
 
 
+class Setting(Section):
+    """How images are sampled besides: what is left out is as in `sampling`."""
+
+    num_inference_steps: int | None = Field(None, ge=2, le=1000)
+    guidance_scale: Number | None = Field(None, ge=0.0)
+    arguments: dict[str, Any] = Field({}, description="in the place of, or besides, those of `sampling.arguments`")
+
+    def of(self, sampling: Sampling) -> Sampling:
+        """The whole setting."""
+        given = {
+            key: value for key in ("num_inference_steps", "guidance_scale") if (value := getattr(self, key)) is not None
+        }
+        return sampling.model_copy(update={"also": (), "arguments": sampling.arguments | self.arguments} | given)
+
+
 class Sampling(Section):
     """How images are sampled, during calibration and later."""
 
@@ -51,6 +66,29 @@ class Sampling(Section):
     arguments: dict[str, Any] = Field(
         {}, description="further arguments of the pipeline's call, for all samples: `{height: 512, width: 512}`"
     )
+
+    also: tuple[Setting, ...] = Field(
+        (),
+        description="further settings that are calibrated for at once: calibration and validation samples are of each "
+        "in turn; cache, tune and evaluation are for the one above",
+    )
+
+    @model_validator(mode="after")
+    def _differ(self) -> Sampling:
+        for i, one in enumerate(self.also):
+            if one.of(self) in [self.only, *(other.of(self) for other in self.also[:i])]:
+                raise ValueError(f"also.{i}: is a setting that is there already; change something in it or drop it")
+        return self
+
+    @property
+    def only(self) -> Sampling:
+        """Without the further settings."""
+        return self.model_copy(update={"also": ()})
+
+    @property
+    def each(self) -> list[Sampling]:
+        """All settings that are calibrated for, this one first."""
+        return [self.only, *(one.of(self) for one in self.also)]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -197,6 +235,9 @@ class Evaluation(Section):
     batch_size: int = Field(30, ge=1)
     num_images: int = Field(6, ge=1, description="rows of the image grid")
     reconstruct: bool = Field(True, description="decode to images; False compares latents only")
+    neighbours: int = Field(
+        8, ge=0, description="held-out samples of half and twice the steps, and of half and 1.5 times the guidance"
+    )
 
 
 class Recipe(Section):
@@ -245,6 +286,8 @@ class Recipe(Section):
             )
         if none and "activation_scale" in (self.objective.cached_learn or ()):
             raise ValueError("objective.cached_learn: 'activation_scale' needs a tuned rule with an integer activation")
+        if self.tune is not None and self.sampling.also:
+            raise ValueError("sampling.also: the search of a tune section is at one setting; leave one of the two out")
         if self.tune is not None and self.objective.cached_learn is not None:
             raise ValueError("objective.cached_learn: under a tune section tune.learning says it; leave this out")
         if self.export.format == "torchao":

@@ -75,10 +75,16 @@ def follow(pipeline: DiffusionPipeline) -> None:
 
 def calling_pipeline() -> DiffusionPipeline | None:
     """The pipeline whose call this is in, by the frames: of a denoiser that was loaded before its pipeline was made."""
+    frame = calling_frame()
+    return None if frame is None else frame.f_locals["self"]
+
+
+def calling_frame() -> FrameType | None:
+    """That of the innermost call of a pipeline which this is in."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "__call__" and isinstance(found := frame.f_locals.get("self"), DiffusionPipeline):
-            return found
+        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return frame
         frame = frame.f_back
     return None
 

@@ -33,18 +33,20 @@ from accuquant.runtime.checks import (
     checked_coordinate,
     checked_edges,
     checked_layers,
+    checked_settings,
     checked_split,
     refuse,
     shown,
 )
 from accuquant.runtime.clock import StepClock
+from accuquant.runtime.envelope import watch
 from accuquant.runtime.layer import GRID, QuantizedLayer, quantized_layers
 from accuquant.runtime.spec import Conv, LayerSpec, keep_float32, share_grids
 from accuquant.runtime.split import channels_read, split_modules
 
 KEYS = (
     *("quant_method", "version", "timestep_edges", "timestep_argument", "timestep_falls"),
-    *("split", "attention", "layers", "cache"),
+    *("split", "attention", "calibrated_for", "layers", "cache"),
 )
 
 
@@ -65,6 +67,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
         split: name of each module that is taken apart -> channels of its parts, see `SplitLayer`; they are among the
             layers by their own names.
         attention: name of each module that attends with quantized products -> fields of `AttentionSpec`.
+        calibrated_for: fields of `Calibrated` for each setting; calls outside are warned of.
         cache: of the feature cache that loading puts on the model, its `CachePlan` and what was `Fitted` to it; None
             loads it without.
         version: of the file format.
@@ -81,6 +84,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
         timestep_falls: bool = True,
         split: dict[str, list[int]] | None = None,
         attention: dict[str, dict[str, str]] | None = None,
+        calibrated_for: list[dict[str, Any]] | None = None,
         cache: dict[str, Any] | None = None,
         version: int = FORMAT_VERSION,
         quant_method: str = Method.ACCUQUANT.value,
@@ -106,6 +110,7 @@ class AccuQuantConfig(QuantizationConfigMixin):
         self._specs = checked_layers(layers)
         self.layers, self.split = layers, checked_split(split, layers)
         self.attention = checked_attention(attention)
+        self.calibrated_for = checked_settings(calibrated_for)
         self.cache, self.fitted = checked_cache(cache)
 
     @classmethod
@@ -127,6 +132,8 @@ class AccuQuantConfig(QuantizationConfigMixin):
             stored["split"] = self.split
         if self.attention:
             stored["attention"] = {name: asdict(spec) for name, spec in self.attention.items()}
+        if self.calibrated_for:
+            stored["calibrated_for"] = [asdict(one) | {"size": list(one.size)} for one in self.calibrated_for]
         stored["layers"] = self.layers
         if self.cache is not None:
             stored["cache"] = self.cache.to_dict() | self.fitted.to_dict(self.cache)
@@ -193,6 +200,8 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             self.clock.attach(model)
         except AccuQuantError as error:
             raise CheckpointError(f"config.json: quantization_config.timestep_argument: {error}") from error
+        if self.quantization_config.calibrated_for:
+            watch(model, self.quantization_config.calibrated_for)
         keep_float32(model, [*self.quantization_config.layers, *self.quantization_config.attention, FITTED])
         if self.quantization_config.cache is not None:
             try:

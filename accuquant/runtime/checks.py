@@ -24,6 +24,7 @@ from accuquant.recipe.cache import cache_mistakes
 from accuquant.runtime.attention import AttentionSpec, QuantizedInput
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
+from accuquant.runtime.envelope import Calibrated
 from accuquant.runtime.layer import QuantizedLayer
 from accuquant.runtime.spec import LayerSpec
 
@@ -137,6 +138,32 @@ def checked_split(split: Any, layers: dict[str, Any], key: str = "quantization_c
         if missing := [part for k in range(len(sizes)) if (part := f"{name}.{k}") not in layers]:
             raise refuse(f"{key}.{name}", f"has a part that quantization_config.layers lacks, {missing[0]}")
     return {name: list(sizes) for name, sizes in split.items()}
+
+
+def checked_settings(settings: Any, key: str = "quantization_config.calibrated_for") -> list[Calibrated]:
+    """What a denoiser was calibrated for.
+
+    Raises:
+        CheckpointError: a field is missing, unknown, or no number.
+    """
+    if settings is None:
+        return []
+    if not isinstance(settings, list | tuple):
+        raise refuse(key, f"must be a list (found {shown(settings)})")
+    found, fields = list[Calibrated](), list(Calibrated.__dataclass_fields__)
+    for i, given in enumerate(settings):
+        if not isinstance(given, dict) or sorted(given) != sorted(fields):
+            raise refuse(f"{key}.{i}", f"must be an object with {', '.join(fields)} (found {shown(given)})")
+        check_plain(given, f"{key}.{i}", 2)
+        steps, guidance, size = (given[field] for field in fields)
+        if type(steps) is not int or steps < 1:
+            raise refuse(f"{key}.{i}.num_inference_steps", f"must be a whole number from 1 on (found {shown(steps)})")
+        if guidance is not None and type(guidance) not in (int, float):
+            raise refuse(f"{key}.{i}.guidance_scale", f"must be a number or null (found {shown(guidance)})")
+        if not isinstance(size, list | tuple) or not all(type(n) is int and n > 0 for n in size):
+            raise refuse(f"{key}.{i}.size", f"must be a list of whole numbers (found {shown(size)})")
+        found.append(Calibrated(steps, guidance, tuple(size)))
+    return found
 
 
 def checked_attention(attention: Any, key: str = "quantization_config.attention") -> dict[str, AttentionSpec]:

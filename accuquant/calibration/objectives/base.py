@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from accuquant.calibration.plan import PlannedModule
 from accuquant.calibration.reference import Draws, Reference
-from accuquant.pipeline.denoisers import Denoiser, joined, step_levels
+from accuquant.pipeline.denoisers import Denoiser, denoisers_of, joined, step_levels
 from accuquant.pipeline.tape import Tape
 from accuquant.recipe import Cache, Objective
 from accuquant.runtime.cache.fitted import Fitted
@@ -63,6 +63,17 @@ class Material:
     @property
     def num_steps(self) -> int:
         return len(self.timestep_groups)
+
+    def step_of(self, tape: Tape, step: int, denoiser: Denoiser) -> tuple[int, float]:
+        """The step of a tape at the noise level of a step, or next to it, where a denoiser works, and its level.
+
+        A tape may be of another setting, with other steps.
+        """
+        if not self.reference.settings:
+            return step, self.levels[step]
+        levels = next(one.levels for one in denoisers_of(tape) if one.name == denoiser.name)
+        nearest = min(levels, key=lambda i: abs(levels[i] - self.levels[step]))
+        return nearest, levels[nearest]
 
     def tape(self, update: int) -> Tape:
         """The batch that an update is of."""

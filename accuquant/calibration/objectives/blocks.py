@@ -79,9 +79,9 @@ def parts_of(macs: dict[str, int], learning: Collection[str]) -> dict[str, tuple
 
 @dataclass
 class BlockCall:
-    """One call of a block: the step it was made at, what it was given, what it has to give, and how far that is."""
+    """One call of a block: the noise level it was made at, what it was given and has to give, and how far that is."""
 
-    step: int
+    level: float
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: list[Tensor]
@@ -157,7 +157,7 @@ class Blocks(GradientSource):
             self.gather(index)
         call = self.calls[self.material.draws.one_of(position, len(self.calls))]
         for clock in {layer.clock for layer in self.layers.values()}:
-            clock.set(self.material.levels[call.step])
+            clock.set(call.level)
         outputs = _tensors(self._module(index)(*call.args, **call.kwargs))
         known = zip(outputs, call.targets, call.scales, strict=True)
         loss = torch.stack([(o - t).float().square().mean() / scale for o, t, scale in known]).mean()
@@ -187,6 +187,7 @@ class Blocks(GradientSource):
         denoiser, self.calls = self._denoiser(block), []
         for k, step in enumerate(self.steps[block]):
             tape = of.reference.tapes[of.draws.tape(index * len(self.steps[block]) + k, stream=INPUTS)]
+            step, level = of.step_of(tape, step, denoiser)
             # guidance may call the network more than once in a step: each call in its turn
             times = k % max(1, sum(one.component == denoiser.name for one in tape.steps[step].calls))
             run = partial(tape.step, step, tape.state(step))
@@ -195,7 +196,7 @@ class Blocks(GradientSource):
             call = run_until(module, run, times)
             entered = next((t for t in (*call.args, *call.kwargs.values()) if isinstance(t, Tensor)), None)
             scales = [_displacement(module, entered, target) for target in targets]
-            calls.append(BlockCall(step, call.args, call.kwargs, targets, scales))
+            calls.append(BlockCall(level, call.args, call.kwargs, targets, scales))
         self.gathered, self.calls = index, calls
 
     @torch.no_grad()

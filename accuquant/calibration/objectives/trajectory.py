@@ -59,7 +59,7 @@ class Trajectory(GradientSource):
             gradient=of.objective.gradient,
             loss=of.objective.loss,
             scale=self.scale,
-            variances=of.reference.variances if of.objective.gradient == "variance" else None,
+            variances=of.reference.variances(tape) if of.objective.gradient == "variance" else None,
             initial=self.drifted[of.draws.tape(update)][start] if self.drifted else None,
         )
         self.scaled_back(self.scale)
@@ -92,7 +92,7 @@ class Trajectory(GradientSource):
         """Groups in random order, each once before any comes again."""
         of = self.material
         warm = update < of.objective.warmup_fraction * of.objective.iterations
-        cut = groups(of.num_steps, 1 if warm else of.steps_per_group)
+        cut = groups(len(of.tape(update)), 1 if warm else of.steps_per_group)
         return cut[of.draws.one_of(update, len(cut))]
 
     def _refresh(self, update: int) -> None:
@@ -100,7 +100,7 @@ class Trajectory(GradientSource):
         of = self.material
         if not self.drifted or update % max(1, of.objective.iterations // REFRESHES) == 0:
             self.drifted = [tape.rolled() for tape in of.reference.tapes]
-            self.network_evaluations += of.num_steps * len(self.drifted)
+            self.network_evaluations += sum(map(len, of.reference.tapes))
 
 
 def _numbers(state: State) -> tuple[range, range]:
