@@ -67,7 +67,7 @@ SMALL = {"orders": [1], "trials": 2, "finalists": 1, "levels": [1.0], "schedules
 
 def tune_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
     """A search of seconds, over the types of attention and MLP."""
-    given = {"bit_operations": 0.13, "types": TYPES, "combinations": 2} | SMALL | section
+    given = {"bit_operations": 0.16, "types": TYPES, "combinations": 2} | SMALL | section
     objective = {"iterations": 4, "cached_iterations": 2, "batch_size": 2}
     sampling = {"num_inference_steps": 8, "guidance_scale": 1.5}
     return parse_recipe(recipe_tree(model, output, tune=given, objective=objective, sampling=sampling), "test")

@@ -27,13 +27,13 @@ def print_plan(recipe: Recipe, planned: list[PlannedModule], costs: dict[str, An
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("module", "kind", "shape", "weight", "activation", "tuned", "float kB", "export kB"):
         table.add_column(column)
-    for p in planned:
+    layers_planned = [p for p in planned if p.is_layer]
+    for p in layers_planned:
         sizes = (f"{p.float_bytes / 1e3:.1f}", f"{p.quantized_bytes(groups) / 1e3:.1f}")
-        shape, tuned = f"{p.shape[0]}x{p.shape[1]}" if p.is_layer else "", "yes" if p.tune else ""
+        shape, tuned = f"{p.shape[0]}x{p.shape[1]}", "yes" if p.tune else ""
         table.add_row(p.name, p.kind, shape, *_types(p), tuned, *sizes)
     out.print(table)
     inside = [p for p in planned if p.spec]
-    layers_planned = [p for p in planned if p.is_layer]
     before, after = sum(p.float_bytes for p in planned), sum(p.quantized_bytes(groups) for p in planned)
     layers = sum(p.quantized_bytes(groups) for p in inside) / sum(p.float_bytes for p in inside)
     operations = sum(p.bit_operations for p in planned) / max(1, sum(p.macs * 32 * 32 for p in planned))
@@ -44,6 +44,7 @@ def print_plan(recipe: Recipe, planned: list[PlannedModule], costs: dict[str, An
             "size of these modules",
             f"{before / 1e6:.2f} MB -> {after / 1e6:.2f} MB (quantized ones {layers:.3f} of float32)",
         ),
+        ("attention's own products", _attention_words(planned)),
         ("bit-operations", f"{operations:.3f} of float32"),
         *([("cache", _cache_words(recipe.cache, costs["saved"]))] if recipe.cache else []),
         ("network evaluations", f"{evaluations['tuning']} tuning + {evaluations['sampling']} sampling"),
@@ -58,13 +59,20 @@ def print_plan(recipe: Recipe, planned: list[PlannedModule], costs: dict[str, An
 
 
 def _types(p: PlannedModule) -> tuple[str, str]:
-    """What weight and activation become; of attention's products Q x K, P x V."""
-    if (attention := p.attention) is not None:
-        return "", f"{attention.activation} x {attention.activation}, {attention.softmax} x {attention.activation}"
+    """What weight and activation become."""
     if (spec := p.spec) is None:
-        return "float" if p.is_layer else "", "float"
+        return "float", "float"
     weight = spec.weight + (f"/{spec.group_size}" if spec.group_size else "")
     return weight, "float" if spec.activation == "float" else f"{spec.activation} {spec.activation_scale}"
+
+
+def _attention_words(planned: list[PlannedModule]) -> str:
+    """What share of all they are, and what Q with K and the softmax with V become."""
+    own = [p for p in planned if p.kind == "attention"]
+    share = sum(p.macs for p in own) / max(1, sum(p.macs for p in planned))
+    types = {f"{of.activation} x {of.activation}, {of.softmax} x {of.activation}" for p in own if (of := p.attention)}
+    count = sum(p.attention is not None for p in own)
+    return f"{share:.0%} of all; " + (f"{' and '.join(sorted(types))} in {count} of {len(own)}" if types else "float")
 
 
 def print_caught(found: list[Any]) -> None:

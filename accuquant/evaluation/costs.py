@@ -26,6 +26,8 @@ def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[
     """Size of the whole denoiser and of its quantized layers, whose bytes are ``sizes``; bit-operations of one call."""
     inside = [p for p in planned if p.spec is not None or p.attention is not None]
     float_layers, packed = sum(p.float_bytes for p in inside), sum(sizes[p.name] for p in inside)
+    macs = {kind: sum(p.macs for p in planned if p.kind == kind) for kind in ("attention", "other")}
+    quantized = [p for p in planned if p.attention is not None]
     float_bytes = sum(4 * p.numel() for p in denoiser.parameters())
     operations, planned_operations = sum(p.macs * 32 * 32 for p in planned), sum(p.bit_operations for p in planned)
     return {
@@ -40,6 +42,9 @@ def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[
             "quantized": planned_operations,
             "ratio": planned_operations / max(operations, 1),
         },
+        # shares of all multiply-adds that are of no layer; modules whose own products are quantized
+        "products": {kind: 32 * 32 * n / max(operations, 1) for kind, n in macs.items()}
+        | {"quantized_attention": len(quantized)},
     }
 
 
@@ -145,8 +150,8 @@ def module_row(p: PlannedModule, error: float | None, size: int | None) -> dict[
     return {
         "name": p.name,
         "kind": p.kind,
-        "weight": p.spec.weight if p.spec else "float" if p.is_layer else "none",
-        "activation": p.spec.activation if p.spec else p.attention.activation if p.attention else "float",
+        "weight": p.spec.weight if p.spec else "float",
+        "activation": p.spec.activation if p.spec else "float",
         "group_size": p.spec.group_size if p.spec else None,
         "relative_error": error,
         "float_bytes": p.float_bytes,

@@ -88,7 +88,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         "held_out": sorted(set(held_out.inputs), key=str),
         **latent_metrics(made, held_out.latents),
         **cost_metrics(planned, full.network, sizes),
-        "modules": [module_row(p, errors.get(p.module), sizes.get(p.name)) for p in planned],
+        "modules": [module_row(p, errors.get(p.module), sizes.get(p.name)) for p in planned if p.is_layer],
     }
     if quantized_layers(network):
         metrics["arithmetic"] = arithmetic_used(network)

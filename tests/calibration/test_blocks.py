@@ -93,15 +93,16 @@ def test_inputs_are_of_the_quantized_network_and_targets_of_the_original(model_f
         tuner.history.append(tuner.update(update))
     networks = {"original": make_pipeline().transformer, "quantized": session.network}
     second, steps = "transformer_blocks.1", tuner.source.steps["transformer_blocks.1"]
-    assert tuner.source.gathered == 1 and [call.step for call in tuner.source.calls] == steps and len(steps) == 12
+    levels = [session.levels[step] for step in steps]
+    assert tuner.source.gathered == 1 and [call.level for call in tuner.source.calls] == levels and len(steps) == 12
     drawn = set[int]()
-    for k, call in enumerate(tuner.source.calls):
+    for k, (step, call) in enumerate(zip(steps, tuner.source.calls, strict=True)):
         number = tuner.source.material.draws.tape(12 + k, stream=INPUTS)
         drawn.add(number)
         tape, seen = session.reference.tapes[number], dict[str, Call]()
         for name, network in networks.items():
             with torch.no_grad(), observed(network, [second]) as found:
-                tape.step(call.step, tape.state(call.step), {"transformer": network})
+                tape.step(step, tape.state(step), {"transformer": network})
             seen[name] = found[second]
         assert torch.equal(call.targets[0], seen["original"].returned)
         assert torch.equal(call.args[0], seen["quantized"].args[0])

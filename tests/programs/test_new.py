@@ -33,7 +33,7 @@ def test_the_recipe_can_be_run(folder: Path, tmp_path: Path, preset: str) -> Non
     recipe = load_recipe(file)
     assert recipe.sampling.num_inference_steps == recipe.quantization.timestep_groups == 4
     planned, _ = describe(recipe)
-    assert {p.name: p.spec for p in planned} == {p.name: p.spec for one in caught for p in one.modules}
+    assert {p.name: p.spec for p in planned if p.is_layer} == {p.name: p.spec for one in caught for p in one.modules}
     assert sum(one.products for one in caught) == pytest.approx(1) == sum(one.weights for one in caught)
     assert max(caught, key=lambda one: one.products).rule is not None
     assert (tmp_path / "mine.jsonl").read_text().splitlines() == [json.dumps({"class_labels": i}) for i in range(10)]
@@ -45,6 +45,16 @@ def test_the_comments_say_what_is_caught_and_why_the_rest_stays(folder: Path, tm
     assert "# float: first reads the latents, last writes the output, embedding embeds conditions" in text
     assert "# 12 modules, " in text and "% of the products" in text
     assert "# always float, since only Linear and Conv2d are quantized: 2 Embedding" in text
+    assert "# attention: {activation: int8}  # its own products, " in text and "split_inputs" not in text
+
+
+def test_a_unet_s_recipe_splits_what_reads_its_skip_connections(tmp_path: Path) -> None:
+    new_recipe("bundled:emoji-unet", "w8a8", tmp_path / "mine.yaml", steps=4)
+    assert (
+        "split_inputs: true  # 8 modules read a concatenation: up_blocks.0.resnets.0.conv1 ..."
+        in (tmp_path / "mine.yaml").read_text()
+    )
+    assert load_recipe(tmp_path / "mine.yaml").quantization.split_inputs is True
 
 
 def test_prompts_come_from_what_is_shipped(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_the_chosen_point_keeps_to_the_budget_and_is_the_best(tuned: Path) -> No
     found = record(tuned)
     rows = [row for row in found["tried"] if row["nfc"] <= row["asked_nfc"]]
     (chosen,) = [row for row in rows if row["chosen"]]
-    assert chosen["bit_operations"] <= 0.13
+    assert chosen["bit_operations"] <= 0.16
     assert len({row["types"] for row in rows}) == 2
     equal = [row for row in found["tried"] if row["equal"]]
     assert chosen in equal and {row["samples"] for row in equal} == {found["leaders_samples"]}

@@ -27,9 +27,10 @@ def test_every_combination_has_its_rules_and_costs(model_folder: Path, tmp_path:
     # the recipe's own rule for both classes decides nothing any more; that for adaLN still does
     assert [len(c.recipe.quantization.rules) for c in found] == [3] * 4
     assert found[1].recipe.quantization.rules[1].weight == "int4"
-    # int4 weights halve the operations of a class, and both classes are all that is skipped
+    # int4 weights halve the operations of a class, and both classes are all that is skipped but attention's products
     both, attention, mlp = found[0].inside, found[0].inside - found[2].inside, found[0].inside - found[1].inside
-    assert attention + mlp == pytest.approx(both / 2)
+    products = sum(found[0].operations[f"transformer_blocks.{i}.attn1"] for i in range(2))
+    assert attention + mlp == pytest.approx((both - products) / 2) and products > 0
     assert found[0].outside == pytest.approx(found[3].outside)
 
 
@@ -38,8 +39,8 @@ def test_the_most_full_steps_that_the_budgets_pay_for(model_folder: Path, tmp_pa
     assert recipe.tune is not None
     for combination in type_combinations(recipe):
         nfc = combination.full_steps(recipe.tune)
-        assert combination.bit_operations(nfc) <= 0.13
-        assert nfc == 8 or combination.bit_operations(nfc + 1) > 0.13
+        assert combination.bit_operations(nfc) <= 0.16
+        assert nfc == 8 or combination.bit_operations(nfc + 1) > 0.16
         assert combination.full_steps(recipe.tune.model_copy(update={"nfc": 3})) == 3
         timed = recipe.tune.model_copy(update={"seconds": 1.0, "bit_operations": None})
         assert combination.full_steps(timed, (0.2, 0.05)) == 4  # 4 * 0.2 + 4 * 0.05
@@ -92,7 +93,7 @@ def test_tables_order_by_error_and_by_what_is_left_for_the_cache(model_folder: P
     assert (found[0].picks, found[-1].picks) == ((0, 0), (1, 1))
     # with free quantization the cheaper types win, for they leave more full steps
     (tmp_path / "tables.json").write_text(json.dumps(tables | {"types": [[1e-9, 1e-9]] * 2}))
-    cheap = tune_recipe(model_folder, tmp_path / "o", bit_operations=combinations[0].bit_operations(3))
+    cheap = tune_recipe(model_folder, tmp_path / "o", bit_operations=combinations[0].bit_operations(4))
     assert cheap.tune is not None
     assert ordered(cheap.tune, combinations, kept, QUIET)[0].picks == (1, 1)
 
@@ -108,5 +109,5 @@ def test_the_dry_run_counts_the_further_samples_of_leaders(model_folder: Path, t
 def test_the_shipped_recipe_is_a_real_choice() -> None:
     rows, costs = describe_tuning(load_recipe("dit_tune"))
     assert len(rows) == 4
-    assert all(nfc >= LEAST_NFC and operations <= 0.03 for _, nfc, operations in rows)
+    assert all(nfc >= LEAST_NFC and operations <= 0.037 for _, nfc, operations in rows)
     assert costs["combinations"] == 2

@@ -153,6 +153,8 @@ def in_cache(name: str, cached: tuple[str, ...]) -> bool:
     """Whether a module does not run where the cached ones are forecast: it is inside one, or fused into its input."""
     for outer in cached:
         block = outer.removesuffix(".proj_out")
-        if name == outer or name.startswith(f"{outer}.") or name.startswith((f"{block}.proj_mlp", f"{block}.attn.")):
+        if name == outer or name.startswith((f"{outer}.", f"{block}.proj_mlp", f"{block}.attn.")):
+            return True
+        if name == f"{block}.attn":
             return True
     return False
