@@ -89,7 +89,7 @@ def _watching(settings: Sequence[Calibrated], names: list[str]) -> Callable[...,
             warnings.warn(
                 f"{type(denoiser).__name__} is called with {words}: its error there is not what the report says; "
                 "sampling.also in a recipe calibrates for several settings at once",
-                stacklevel=2,
+                stacklevel=1,
             )
 
     return look
