@@ -15,7 +15,7 @@ from accuquant.errors import AccuQuantError, RecipeError, closest
 from accuquant.kernels.select import fixed
 from accuquant.recipe import Attention, Rule
 from accuquant.recipe.rule import patterns_of
-from accuquant.runtime.attention import INPUTS, PRODUCTS, AttentionSpec
+from accuquant.runtime.attention import PRODUCTS, AttentionSpec
 from accuquant.runtime.spec import Conv, LayerSpec
 
 FLOAT_BITS = 32
@@ -61,7 +61,7 @@ class PlannedModule:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of what is calibrated: the layer, or the inputs of the products."""
-        return tuple(f"{self.name}.{name}" for name in INPUTS) if self.attention else (self.name,)
+        return tuple(f"{self.name}.{name}" for name in self.attention.inputs()) if self.attention else (self.name,)
 
     @property
     def float_bytes(self) -> int:
@@ -71,7 +71,7 @@ class PlannedModule:
     def quantized_bytes(self, timestep_groups: int) -> int:
         """Bytes in the export: packed weights, scales, zero points, bias."""
         if self.attention is not None:
-            return len(INPUTS) * (4 + 1) * timestep_groups
+            return len(self.attention.inputs()) * (4 + 1) * timestep_groups
         if self.spec is None:
             return self.float_bytes
         rows, columns = self.shape

@@ -117,7 +117,7 @@ class Attention(Section):
 
     modules: str = Field(".*", min_length=1, description="regular expression of modules that attend; by default all")
     activation: Literal["int8", "int6", "int4", "int3"] = Field("int8", description="of Q, K and V")
-    softmax: Literal["int8", "int6", "int4", "int3"] | None = Field(
+    softmax: Literal["int8", "int6", "int4", "int3", "float"] | None = Field(
         None, description="of the softmax, whose range is its own; as `activation` if absent"
     )
     tune: bool = Field(True, description="calibration may change their scales")

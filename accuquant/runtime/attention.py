@@ -54,16 +54,20 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         for key in ("activation", "softmax"):
             value: Any = getattr(self, key)
-            if value not in INTEGERS:
-                hint = nearest(str(value), INTEGERS)
-                raise AccuQuantError(f"{key}: must be one of {', '.join(INTEGERS)} (found {value!r}){hint}")
+            known = INTEGERS if key == "activation" else (*INTEGERS, "float")
+            if value not in known:
+                hint = nearest(str(value), known)
+                raise AccuQuantError(f"{key}: must be one of {', '.join(known)} (found {value!r}){hint}")
 
     def inputs(self) -> dict[str, InputSpec]:
-        return {name: InputSpec(self.softmax if name == "softmax" else self.activation) for name in INPUTS}
+        """Those that are quantized, by name."""
+        types = dict.fromkeys(INPUTS, self.activation) | {"softmax": self.softmax}
+        return {name: InputSpec(kind) for name, kind in types.items() if kind != "float"}
 
     def bit_operations(self, macs: int) -> int:
         """Of both products, which take as many multiply-adds each."""
-        bits, softmax = QTYPES[self.activation].bits, QTYPES[self.softmax].bits
+        bits = QTYPES[self.activation].bits
+        softmax = 32 if self.softmax == "float" else QTYPES[self.softmax].bits
         return macs * bits * (bits + softmax) // 2
 
 
@@ -136,7 +140,9 @@ class AttentionProducts(nn.Module):
         if attn_mask is not None:
             is_bool = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
-        p: Tensor = self.get_submodule("softmax")(scores.softmax(-1))
+        p = scores.softmax(-1)
+        if self.spec.softmax != "float":
+            p = self.get_submodule("softmax")(p)
         made: Tensor = p @ v
         return made.to(query.dtype)
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from accuquant.calibration.concatenated import concatenated_inputs
 from accuquant.calibration.kinds import kinds_of
-from accuquant.calibration.plan import PlannedModule, count_macs, plan_modules
+from accuquant.calibration.plan import PlannedModule, counted, plan_attention, plan_modules
+from accuquant.calibration.products import count_products
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import list_shipped, load_recipe
 from accuquant.runtime.cache.features import cached_features, in_cache
@@ -187,10 +189,20 @@ def planned(name: str) -> tuple[Recipe, nn.Module, list[PlannedModule]]:
             model = real.make()
         model = model.to("meta").eval()
         with torch.no_grad():
-            PLANS[id(real)] = model, kinds_of(model, lambda: model(**real.call()))
-    model, kinds = PLANS[id(real)]
-    found = plan_modules(model, recipe.quantization.rules, kinds=lambda: kinds)
-    return recipe, model, count_macs(model, found, lambda: model(**real.call()), 1)
+            run = lambda: model(**real.call())  # noqa: E731
+            PLANS[id(real)] = (
+                model,
+                kinds_of(model, run),
+                concatenated_inputs(model, run),
+                count_products(model, run, 1),
+            )
+    model, kinds, concatenated, products = PLANS[id(real)]
+    section = recipe.quantization
+    parts = concatenated if section.split_inputs else {}
+    found = plan_modules(model, section.rules, kinds=lambda: kinds, parts=parts)
+    if section.attention is not None:
+        found += plan_attention(section.attention, products.attention)
+    return recipe, model, counted(found, products)
 
 
 def test_every_recipe_of_a_model_on_a_hub_is_here() -> None:
@@ -202,6 +214,12 @@ def test_every_recipe_of_a_model_on_a_hub_is_here() -> None:
 def test_what_costs_is_quantized(name: str) -> None:
     recipe, model, modules = planned(name)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(REAL[name].billions, rel=0.02)
+    is_unet = hasattr(model, "up_blocks")
+    assert recipe.quantization.split_inputs in ((True, "auto") if is_unet else (False, "auto"))
+    assert any(p.split for p in modules) or not is_unet
+    assert (
+        all(p.attention is not None for p in modules if p.kind == "attention") or recipe.quantization.attention is None
+    )
     layers = [p for p in modules if p.is_layer]
     products = sum(p.macs for p in layers)
     inside = sum(p.macs for p in modules if p.spec is not None and p.spec.activation != "float")

@@ -61,11 +61,11 @@ def products(spec: AttentionSpec, *args: Tensor, **kwargs: Any) -> AttentionProd
     clock = StepClock([500.0])
     made = AttentionProducts(spec, lambda own: TrainableInput(own, clock))
     seen: dict[str, Tensor] = {}
-    for name in INPUTS:
+    for name in spec.inputs():
         part: Any = made.get_submodule(name)
         part.observer, part.quantized = (lambda _, x, name=name: seen.__setitem__(name, x)), False
     made(*args, **kwargs)
-    for name in INPUTS:
+    for name in spec.inputs():
         part = made.get_submodule(name)
         part.set_activation_scale([torch.tensor([1e3]), seen[name].flatten()], search=False)
         made.set_submodule(name, part.harden())
@@ -74,7 +74,9 @@ def products(spec: AttentionSpec, *args: Tensor, **kwargs: Any) -> AttentionProd
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec("int6", "int4")], ids=str)
+@pytest.mark.parametrize(
+    "spec", [AttentionSpec(), AttentionSpec("int6", "int4"), AttentionSpec("int8", "float")], ids=str
+)
 def test_as_integers_would_give_it(name: str, spec: AttentionSpec) -> None:
     """In int64 with zero points taken off, scales after: Q with K, and the softmax with V."""
     (q, k, v), call = given(name), dict(CALLS[name])
@@ -96,7 +98,11 @@ def test_as_integers_would_give_it(name: str, spec: AttentionSpec) -> None:
         mask = torch.ones(7, 5, dtype=torch.bool).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    p, ps = integers("softmax", scores.softmax(-1).float())
+    p, ps = scores.softmax(-1), torch.tensor(1.0)
+    if spec.softmax == "float":
+        vi = vi.double()
+    else:
+        p, ps = integers("softmax", p.float())
     expected = (p @ vi).double() * ps * vs
     step = float(ps * vs) * float(vi.abs().max())  # where a softmax lies between two integers, either is right
     assert float((made(q, k, v, **call).double() - expected).abs().max()) <= 1.01 * step
