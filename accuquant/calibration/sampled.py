@@ -39,10 +39,10 @@ def sample_references(
 
     given = (model, recipe.sampling.each, size, reporter)
     inside = [folder and folder.inside(name) for name in ("calibration", "validation")]
-    judged = {"images": recipe.tune is not None, "between": False}
+    what, images = "validation set, full precision", recipe.tune is not None
     return (
         referred(*given, calibration, "calibration set, full precision", inside[0]),
-        referred(*given, validation, "validation set, full precision", inside[1], **judged),
+        referred(*given, validation, what, inside[1], images, between=False),
     )
 
 
