@@ -63,7 +63,7 @@ def test_folder_is_whole(export: Path) -> None:
 def test_loads_with_plain_diffusers_and_generates(export: Path) -> None:
     pipeline = DiTPipeline.from_pretrained(export)
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline([1], num_inference_steps=3, generator=torch.manual_seed(0), output_type="pt").images
+    image = pipeline([1], 1.5, generator=torch.manual_seed(0), num_inference_steps=6, output_type="pt").images
     assert image.shape == (1, 1, 16, 16) and bool(image.isfinite().all())
 
 
@@ -142,7 +142,7 @@ def test_half_precision_models_are_calibrated_too(model_folder: Path, tmp_path: 
     assert json.loads((folder / "metrics.json").read_text())["final_relative_l2"]["mean"] < 0.5
     pipeline = DiTPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline([1], num_inference_steps=2)
+    pipeline([1], guidance_scale=1.5, num_inference_steps=6)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
