@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 from diffusers import DiffusionPipeline
@@ -20,7 +20,7 @@ from accuquant.pipeline.denoisers import Denoiser, denoisers_of, joined, several
 from accuquant.pipeline.loading import load_pipeline, set_scheduler
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.tape import Tape
-from accuquant.recipe import Quantization, Recipe
+from accuquant.recipe import Quantization, Recipe, Sampling
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
 
@@ -95,7 +95,8 @@ class OpenedModel:
         if section.split_inputs is True and not any(p.split for p in planned):
             raise RecipeError("quantization.split_inputs: no module with a quantized input reads a concatenation")
         if section.attention is not None:
-            planned += plan_attention(section.attention, self.products.attention, prefixes)
+            attending = [n for n in self.products.attention if n and has_parameters(self.network.get_submodule(n))]
+            planned += plan_attention(section.attention, attending, prefixes)
         return planned
 
     @cached_property
@@ -150,6 +151,10 @@ class OpenedModel:
         return [found[i] for i in sorted(found)]
 
 
+def has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 def _check_name(key: str, name: str, known: list[str]) -> None:
     if name not in known:
         raise RecipeError(f"{key}: must be {' or '.join(map(repr, known))} (found {name!r}){nearest(name, known)}")
@@ -198,4 +203,26 @@ def planned_model(recipe: Recipe) -> tuple[OpenedModel, list[PlannedModule]]:
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    for i, setting in enumerate(recipe.sampling.also):
+        _rehearse(model, recipe, i, setting.of(recipe.sampling))
     return model, planned
+
+
+def _rehearse(model: OpenedModel, recipe: Recipe, number: int, setting: Sampling) -> None:
+    """See to it that a further setting can be sampled, and is of the same denoisers.
+
+    Raises:
+        RecipeError: it cannot, has too few steps, or other denoisers work in it.
+    """
+    where, first = f"sampling.also.{number}", Samples(model.split.calibration[:1], [0])
+    try:
+        tape = replace(model.recorder, sampling=setting).tape(first, rehearsed=True)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    names = [[one.name for one in of] for of in (model.denoisers, denoisers_of(tape))]
+    if names[0] != names[1]:
+        own, others = (" and ".join(each) for each in names)
+        raise RecipeError(f"{where}: {others} would work there, and {own} in `sampling`; calibrate them apart")
+    asked, steps = recipe.objective.steps_per_group, len(tape)
+    if isinstance(asked, int) and asked > steps:
+        raise RecipeError(f"{where}: objective.steps_per_group is {asked}, and the pipeline makes {steps} steps there")

@@ -135,7 +135,8 @@ def plan_modules(
         try:
             planned += _quantized(_whole(name, module, own), module, rule, parts.get(name, ()))
         except AccuQuantError as error:
-            raise RecipeError(f"quantization.rules.{index}: {error}") from error
+            hint = "; split_inputs: false keeps it whole" if name in parts and rule.activation != "float" else ""
+            raise RecipeError(f"quantization.rules.{index}: {error}{hint}") from error
     for i, rule in enumerate(rules):
         for one in patterns_of(rule.modules) if not rule.optional else ():
             if not any(names(one, p.module, p.kinds, prefixes) for p in planned):

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from accuquant.runtime.attention import attention_macs
 from accuquant.runtime.spec import Layer
+from accuquant.runtime.split import SplitLayer
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class _Counting(TorchFunctionMode):
 
 def is_layer(module: nn.Module) -> bool:
     """Whether it is counted by its rows: it is planned, or was quantized as planned."""
-    return isinstance(module, nn.Linear | nn.Conv2d | Layer)
+    return isinstance(module, nn.Linear | nn.Conv2d | Layer | SplitLayer)
 
 
 def _outputs(module: Any) -> int:

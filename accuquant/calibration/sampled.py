@@ -10,7 +10,6 @@ import torch
 
 from accuquant.calibration.opened import OpenedModel
 from accuquant.calibration.reference import Reference
-from accuquant.errors import RecipeError
 from accuquant.files import KeptFiles
 from accuquant.pipeline.data import Samples, calibration_samples, validation_samples
 from accuquant.pipeline.denoisers import Denoiser, denoisers_of
@@ -57,18 +56,9 @@ def referred(
     images: bool = False,
     between: bool = True,
 ) -> Reference:
-    """Full-precision runs of samples, which are of each setting in turn, batch by batch.
-
-    Raises:
-        RecipeError: there are fewer samples than settings.
-    """
+    """Full-precision runs of samples, which are of each setting in turn, batch by batch."""
     if len(settings) == 1:
         return Reference(model.recorder.tapes(samples, size, reporter, what, images, kept, between))
-    if len(samples) < len(settings):
-        raise RecipeError(
-            f"sampling.also: {len(settings)} settings, and the {what.partition(',')[0]} has {len(samples)} samples; "
-            "give each setting one at least, by data.num_samples and data.validation_samples"
-        )
     batches = model.recorder.batches(samples, min(size, len(samples) // len(settings)))
     tapes = dict[int, tuple[int, Tape]]()
     for k, setting in enumerate(settings):

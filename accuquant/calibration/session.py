@@ -292,7 +292,7 @@ def _activation_scales(session: Session, tapes: list[Tape], method: Method, repo
 
 def _share_activation_scales(session: Session, reporter: Reporter) -> None:
     """Before anything is learned, modules have the same scales in all timestep groups if they read the same tensor."""
-    static = [layer for layer in session.layers.values() if layer.spec.static]
+    static = [layer for layer in session.layers.values() if isinstance(layer, TrainableLayer) and layer.spec.static]
     shared = share_grids(static, "log_activation_scale", "activation_zero_point")
     if not shared:
         raise RecipeError("quantization.share_activation_scales: no two quantized modules read the same tensor")

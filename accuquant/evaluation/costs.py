@@ -42,7 +42,7 @@ def cost_metrics(planned: list[PlannedModule], denoiser: nn.Module, sizes: dict[
             "quantized": planned_operations,
             "ratio": planned_operations / max(operations, 1),
         },
-        # shares of all multiply-adds that are of no layer; modules whose own products are quantized
+        # shares of all multiply-adds that are of no layer, and how many modules have quantized products of their own
         "products": {kind: 32 * 32 * n / max(operations, 1) for kind, n in macs.items()}
         | {"quantized_attention": len(quantized)},
     }

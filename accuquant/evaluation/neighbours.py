@@ -62,7 +62,7 @@ def at_neighbours(
     guidance = default_of(recorder.pipeline, "guidance_scale")
     for name, setting in neighbours_of(recorder.sampling, guidance).items():
         try:
-            given = (samples, evaluation.batch_size, reporter, f"{name}, full precision")
+            given = (samples, held_out.tapes[0].num_samples, reporter, f"{name}, full precision")
             tapes = replace(recorder, sampling=setting).tapes(*given)
             made = sample(tapes, reporter, f"{name}, quantized", quantized)
         except AccuQuantError as error:

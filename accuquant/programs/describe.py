@@ -51,11 +51,12 @@ def describe(recipe: Recipe) -> tuple[list[PlannedModule], dict[str, Any]]:
     sampling += search_calls(cache, steps, batch) if cache else 0
     sampling += fit_calls(cache, steps, batch) if cache else 0
 
-    saved = None  # by a skipped step, of all products
+    saved = None  # by a skipped step, of the products of layers, as `cache_stats` counts them
     if cache is not None:
         skipped = skipped_modules(model.only.network, cache)
-        inside = sum(p.macs for p in planned if in_cache(p.name, skipped))
-        saved = inside / max(1, sum(p.macs for p in planned))
+        layers = [p for p in planned if p.is_layer]
+        inside = sum(p.macs for p in layers if in_cache(p.name, skipped))
+        saved = inside / max(1, sum(p.macs for p in layers))
     trainable = sum(p.shape[0] * p.shape[1] for p in planned if p.spec)
     kept += round(tape.nbytes / batch * (referred + recipe.evaluation.num_samples))
     return planned, {

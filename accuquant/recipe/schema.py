@@ -268,7 +268,8 @@ class Recipe(Section):
         if not quantized:
             raise ValueError("quantization.rules: every weight stays float; there is nothing to do")
         tuned = [rule for rule in quantized if rule.tune]
-        if self.objective.iterations and not tuned:
+        attention = self.quantization.attention
+        if self.objective.iterations and not tuned and not (attention and attention.tune):
             raise ValueError("objective.iterations: no rule leaves anything to tune (tune: false); set it to 0")
         if "rounding" in (*self.objective.learn, *(self.objective.cached_learn or ())):
             for i, rule in enumerate(self.quantization.rules):
@@ -277,7 +278,6 @@ class Recipe(Section):
                         "objective.learn: 'rounding' (AdaRound) needs evenly spaced integers, and "
                         f"quantization.rules.{i} has weight: fp8; write learn: [weight, weight_scale, activation_scale]"
                     )
-        attention = self.quantization.attention
         none = all(rule.activation == "float" for rule in tuned) and not (attention and attention.tune)
         if self.objective.iterations and none and "activation_scale" in self.objective.learn:
             raise ValueError(
@@ -286,6 +286,12 @@ class Recipe(Section):
             )
         if none and "activation_scale" in (self.objective.cached_learn or ()):
             raise ValueError("objective.cached_learn: 'activation_scale' needs a tuned rule with an integer activation")
+        if (settings := len(self.sampling.each)) > 1:
+            for key in ("num_samples", "validation_samples"):
+                if (count := getattr(self.data, key)) < settings:
+                    raise ValueError(
+                        f"data.{key} is {count}, and sampling.also makes {settings} settings: each needs a sample"
+                    )
         if self.tune is not None and self.sampling.also:
             raise ValueError("sampling.also: the search of a tune section is at one setting; leave one of the two out")
         if self.tune is not None and self.objective.cached_learn is not None:

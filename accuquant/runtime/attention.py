@@ -90,11 +90,12 @@ class QuantizedInput(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedInput:
         """The model's type is not theirs."""
-        types = {name: parameter.dtype for name, parameter in self.named_parameters(recurse=False)}
+        before = {name: parameter.data for name, parameter in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
-        for name, dtype in types.items():
+        for name, data in before.items():
             parameter = self.get_parameter(name)
-            parameter.data = parameter.data.to(dtype)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         return self
 
 
@@ -140,7 +141,7 @@ class AttentionProducts(nn.Module):
         if attn_mask is not None:
             is_bool = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
-        p = scores.softmax(-1)
+        p = scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)  # a row that sees nothing
         if self.spec.softmax != "float":
             p = self.get_submodule("softmax")(p)
         made: Tensor = p @ v
@@ -173,11 +174,13 @@ def quantize_attention(module: nn.Module, products: AttentionProducts) -> None:
 
 @functools.cache
 def _diverting(of: Any) -> Any:
-    @functools.wraps(of.forward)
+    inner = of.forward
+
+    @functools.wraps(inner)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls: list[bool] = []
         with _Diverted(self.products, calls):
-            made = of.forward(self, *args, **kwargs)
+            made = inner(self, *args, **kwargs)
         if not calls:
             raise AccuQuantError(
                 f"{of.__name__} has not called scaled_dot_product_attention, and its products are to be quantized: "
@@ -185,7 +188,16 @@ def _diverting(of: Any) -> Any:
             )
         return made
 
-    return type(of.__name__, (of,), {"forward": forward, "__module__": of.__module__})
+    def reduced(self: Any, protocol: Any) -> Any:
+        return _empty, (of,), vars(self)
+
+    return type(of.__name__, (of,), {"forward": forward, "__reduce_ex__": reduced, "__module__": of.__module__})
+
+
+def _empty(of: Any) -> Any:
+    """For copies: a name finds the class that was derived from, and not the derived one."""
+    derived = _diverting(of)
+    return derived.__new__(derived)
 
 
 def attention_macs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -197,4 +209,4 @@ def attention_macs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
 def quantized_attention(model: nn.Module) -> dict[str, AttentionProducts]:
     """The products by name of the module that attends."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, AttentionProducts)}
-    return {name.removesuffix(f".{PRODUCTS}"): products for name, products in found.items()}
+    return {name.removesuffix(PRODUCTS).removesuffix("."): products for name, products in found.items()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from accuquant.core.coordinate import Coordinate
 from accuquant.errors import AccuQuantError, CacheError, CheckpointError, nearest
-from accuquant.runtime.attention import AttentionProducts, QuantizedInput, quantize_attention
+from accuquant.runtime.attention import PRODUCTS, AttentionProducts, QuantizedInput, quantize_attention
 from accuquant.runtime.cache.attach import attach_cache
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.hooks import FITTED
@@ -202,7 +202,8 @@ class AccuQuantQuantizer(DiffusersQuantizer):
             raise CheckpointError(f"config.json: quantization_config.timestep_argument: {error}") from error
         if self.quantization_config.calibrated_for:
             watch(model, self.quantization_config.calibrated_for)
-        keep_float32(model, [*self.quantization_config.layers, *self.quantization_config.attention, FITTED])
+        products = [f"{name}.{PRODUCTS}" for name in self.quantization_config.attention]
+        keep_float32(model, [*self.quantization_config.layers, *products, FITTED])
         if self.quantization_config.cache is not None:
             try:
                 controller = attach_cache(model, self.quantization_config.cache, measures=True)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from accuquant.runtime.calls import calling_frame
 
@@ -63,36 +63,47 @@ def latents_of(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, An
     return next((v for v in ordered if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
 
 
-def watch(denoiser: nn.Module, settings: Sequence[Calibrated]) -> None:
-    """Warn of the first call of a denoiser that is outside of what it was calibrated for."""
-    denoiser.register_forward_pre_hook(
-        _watching(settings, list(inspect.signature(denoiser.forward).parameters)), with_kwargs=True
-    )
+class Envelope:
+    """Looks at the calls of a denoiser until one was outside of what it was calibrated for; a copy looks anew."""
 
+    def __init__(self, settings: Sequence[Calibrated], names: list[str]) -> None:
+        self.settings, self.names = settings, names
+        self.said = False
 
-def _watching(settings: Sequence[Calibrated], names: list[str]) -> Callable[..., None]:
-    said = list[str]()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Envelope:
+        return Envelope(self.settings, self.names)
 
-    def look(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if said or torch.compiler.is_compiling():
-            return
-        latents = latents_of(names, args, kwargs)
-        size = settings[0].size if latents is None else tuple(latents.shape[1:])
-        steps = guidance = None
+    def look(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Warn of a call that is outside, the first time."""
+        latents = latents_of(self.names, args, kwargs)
+        size = self.settings[0].size if latents is None else tuple(latents.shape[1:])
+        steps, guidance = list[int](), None
         if (frame := calling_frame()) is not None:
             own = frame.f_locals
-            steps = getattr(getattr(own["self"], "scheduler", None), "num_inference_steps", None)
-            guidance = own.get("guidance_scale")
-        words = outside(settings, _number(steps), _number(guidance), size)
+            scheduler = getattr(own["self"], "scheduler", None)
+            # a pipeline may begin in the middle, and a scheduler count other steps than it was asked for
+            asked = (own.get("num_inference_steps"), getattr(scheduler, "num_inference_steps", None))
+            steps = [n for n in map(_number, asked) if n is not None]
+            guidance = _number(own.get("guidance_scale"))
+        words = outside(self.settings, max(steps, default=None), guidance, size)
         if words:
-            said.append(words)
+            self.said = True
             warnings.warn(
-                f"{type(denoiser).__name__} is called with {words}: its error there is not what the report says; "
-                "sampling.also in a recipe calibrates for several settings at once",
+                f"{name} is called with {words}: its error there is not what the report says; sampling.also in a "
+                "recipe calibrates for several settings at once",
                 stacklevel=1,
             )
 
-    return look
+
+def watch(denoiser: Any, settings: Sequence[Calibrated]) -> None:
+    """Warn of the first call of a denoiser that is outside of what it was calibrated for."""
+    denoiser.envelope = Envelope(settings, list(inspect.signature(denoiser.forward).parameters))
+    denoiser.register_forward_pre_hook(_look, with_kwargs=True)
+
+
+def _look(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling() and not denoiser.envelope.said:
+        denoiser.envelope.look(type(denoiser).__name__, args, kwargs)
 
 
 def _number(value: Any) -> Any:

@@ -26,6 +26,7 @@ class SplitLayer(nn.Module):
     def __init__(self, module: nn.Linear | nn.Conv2d, sizes: Sequence[int]) -> None:
         super().__init__()
         self.sizes = tuple(sizes)
+        self.in_features, self.out_features = sum(sizes), len(module.weight)
         self.dim = -1 if isinstance(module, nn.Linear) else -3
         for k, weight in enumerate(module.weight.detach().split(self.sizes, 1)):
             self.add_module(str(k), _part(module, weight, module.bias if k == 0 else None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -13,8 +14,10 @@ import torch
 from helpers import recipe_tree
 from torch import Tensor
 
+from accuquant.calibration.opened import planned_model
 from accuquant.calibration.plan import PlannedModule
-from accuquant.calibration.session import Session, open_session
+from accuquant.calibration.reference import Reference
+from accuquant.calibration.session import Session, find_activation_scales, open_session
 from accuquant.core.metrics import relative_l2
 from accuquant.core.trajectory import State
 from accuquant.errors import CheckpointError, RecipeError
@@ -78,6 +81,10 @@ def test_samples_are_of_each_setting_in_turn(session: Session, model_folder: Pat
 def test_scales_are_measured_at_all_of_them(session: Session, model_folder: Path) -> None:
     """A guidance of 4 drives the latents farther: what reads them needs a wider range than at 1.5."""
     alone = open_session(make_recipe(model_folder, Path("unused"), also=False), QUIET)
+    alone.reference = Reference(
+        [session.reference.tapes[k].bound(alone.model.recorder.pipeline) for k in (0, 3, 0)]
+    )  # as many tapes, of one setting
+    find_activation_scales(alone, make_recipe(model_folder, Path("unused")).quantization, 3, QUIET)
     wider = [
         bool((layer.log_activation_scale > alone.layers[name].log_activation_scale).any())
         for name, layer in session.layers.items()
@@ -145,6 +152,17 @@ def test_a_call_outside_is_warned_of_once(export: Path, call: dict[str, Any], sa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run()
+
+
+def test_a_copy_looks_for_itself(export: Path) -> None:
+    model = load_pipeline(Model(id=str(export), device="cpu")).transformer
+    call = {"timestep": torch.tensor([10]), "class_labels": torch.tensor([1])}
+    with pytest.warns(UserWarning, match="latents of 4 x 4 x 4"):
+        model(torch.zeros(1, 4, 4, 4), **call)
+    # another process finds by name what a copy there calls
+    assert all("<locals>" not in hook.__qualname__ for hook in model._forward_pre_hooks.values())
+    with pytest.warns(UserWarning, match="latents of 4 x 4 x 4"):
+        copy.deepcopy(model)(torch.zeros(1, 4, 4, 4), **call)
 
 
 def test_another_size_is_warned_of_outside_of_a_pipeline_too(export: Path) -> None:
@@ -235,9 +253,13 @@ def test_mistakes_are_named(model_folder: Path, tmp_path: Path) -> None:
         parsed([{}])
     with pytest.raises(RecipeError, match=r"sampling\.also\.0\.steps"):
         parsed([{"steps": 4}])
-    five = parsed([{"num_inference_steps": n} for n in (2, 3, 4, 5)])
-    with pytest.raises(RecipeError, match=r"sampling\.also: 5 settings, and the calibration set has 4 samples"):
-        open_session(five, QUIET)
+    with pytest.raises(RecipeError, match=r"data\.num_samples is 4, and sampling\.also makes 5 settings"):
+        parsed([{"num_inference_steps": n} for n in (2, 3, 4, 5)])
+    with pytest.raises(RecipeError, match=r"sampling\.also\.0: .*takes no 'heigth'"):
+        planned_model(parsed([{"arguments": {"heigth": 64}}]))
+    long = {"steps_per_group": 5, "iterations": 4, "batch_size": 2}
+    with pytest.raises(RecipeError, match=r"sampling\.also\.0: objective\.steps_per_group is 5, .* 4 steps there"):
+        planned_model(parsed([{"num_inference_steps": 4}], objective=long))
     tuned = {"tune": {"nfc": 4, "types": []}}
     with pytest.raises(RecipeError, match=r"sampling\.also: the search of a tune section is at one setting"):
         parsed(ALSO, **tuned)

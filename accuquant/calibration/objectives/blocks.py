@@ -19,10 +19,11 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from accuquant.calibration.layers import Trainable, TrainableLayer, full_precision, trainable_layers
+from accuquant.calibration.layers import Trainable, full_precision, trainable_layers
 from accuquant.calibration.objectives.base import Cost, GradientSource, Job, Material
 from accuquant.core.rounding import decided
 from accuquant.pipeline.denoisers import Denoiser
+from accuquant.runtime.attention import PRODUCTS
 from accuquant.runtime.observe import run_until
 
 # of a transformer, or of one inside a U-Net, and a U-Net's residual blocks
@@ -35,7 +36,7 @@ INPUTS = 3  # stream of the draws
 def block_of(layer: str) -> str:
     """The block a layer belongs to; one outside of all blocks is reconstructed by itself."""
     found = BLOCK.match(layer)
-    return found[0] if found else layer
+    return found[0] if found else layer.partition(f".{PRODUCTS}.")[0]  # of an input of products, what attends
 
 
 def spread_calls(groups: list[int], iterations: int) -> list[int]:
@@ -126,7 +127,11 @@ class Blocks(GradientSource):
         if not iterations:
             return Cost(0)
         sizes = {p.name: p.macs or p.shape[0] * p.shape[1] for p in job.planned if p.spec}
-        parts = parts_of(sizes, {p.name for p in job.planned if p.tune}).values()
+        for p in (p for p in job.planned if p.attention):  # where they run, among the layers of what attends
+            names = list(sizes)
+            place = max((i for i, n in enumerate(names) if n.startswith(f"{p.module}.")), default=len(names) - 1)
+            sizes = {n: sizes.get(n, 0) for n in (*names[: place + 1], *p.layers, *names[place + 1 :])}
+        parts = parts_of(sizes, {name for p in job.planned if p.tune for name in p.layers}).values()
         calls = len(spread_calls(job.timestep_groups, iterations))
         layers = [p for p in job.planned if p.is_layer]
         widest = max(p.macs // max(p.shape) for p in layers)  # tokens and channels of a block's input
@@ -235,6 +240,6 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _displacement(module: nn.Module, given: Tensor | None, target: Tensor) -> Tensor:
     """Mean square of what a block adds to its input; of the output, where that is another tensor altogether."""
-    if given is not None and given.shape == target.shape and not isinstance(module, TrainableLayer):
+    if given is not None and given.shape == target.shape and not isinstance(module, Trainable):
         target = target - given
     return target.float().square().mean().clamp_min(1e-20)

@@ -18,11 +18,12 @@ from accuquant.errors import CacheError
 from accuquant.recipe import Cache
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.spec import Layer
+from accuquant.runtime.split import SplitLayer
 
 ATTENDS = re.compile(r"Attention|Attn")
 NO_MLP = re.compile(r"Norm|Embed|Resnet|ResBlock|Modulat|Ada(LN|Group)|Attention|Attn|Transformer|Sampl")
 CONDITIONS = re.compile(r"[Ee]mbed")  # what is around attention that serves conditions: refiners of text
-LAYERS = (nn.Linear, _ConvNd, Layer)
+LAYERS = (nn.Linear, _ConvNd, Layer, SplitLayer)
 FUSED = {"norm", "attn", "proj_mlp", "proj_out"}  # attention and MLP side by side, and one projection of both
 
 
@@ -104,8 +105,13 @@ def attends(module: nn.Module) -> bool:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    several = sum(is_layer(inner) for inner in module.modules()) > 1
+    several = not is_layer(module) and _num_layers(module) > 1
     return several and not isinstance(module, nn.ModuleList) and NO_MLP.search(type(module).__name__) is None
+
+
+def _num_layers(module: nn.Module) -> int:
+    """One that is split, or has an adapter around it, is one."""
+    return 1 if is_layer(module) else sum(map(_num_layers, module.children()))
 
 
 def is_layer(module: nn.Module) -> bool:
