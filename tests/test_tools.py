@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,14 +31,27 @@ def recipe(model_folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def run(tool: str, *arguments: str) -> str:
-    command = [sys.executable, "-m", f"tools.benchmarks.{tool}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Run = Callable[..., str]
 
 
-def test_memory_is_flat_for_us_and_grows_for_plain_backpropagation(recipe: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a benchmark as `python -m` does, but in this process, which has imported most of it; what it prints."""
+    monkeypatch.syspath_prepend(str(ROOT))
+
+    def run(tool: str, *arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        threads = torch.get_num_threads()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(f"tools.benchmarks.{tool}", run_name="__main__")
+        torch.set_num_threads(threads)
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_memory_is_flat_for_us_and_grows_for_plain_backpropagation(run: Run, recipe: Path, tmp_path: Path) -> None:
     run("memory.run", "--recipe", str(recipe), "--out", str(tmp_path / "memory"))
     rows = json.loads((tmp_path / "memory" / "memory.json").read_text())
     saved = {(r["mode"], r["steps_per_group"]): r["saved_bytes"] for r in rows}
@@ -48,7 +61,7 @@ def test_memory_is_flat_for_us_and_grows_for_plain_backpropagation(recipe: Path,
     assert saved["full back-propagation", 5] > 2 * saved["full back-propagation", 2]
 
 
-def test_accuracy_benchmark_resumes_and_tabulates(recipe: Path, tmp_path: Path) -> None:
+def test_accuracy_benchmark_resumes_and_tabulates(run: Run, recipe: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "bench")
     small = ["--configs", "W8A8", "--seeds", "0", "--evaluations", "40", "--samples", "4", "--batch", "2"]
     arguments = ["run", "--recipe", str(recipe), "--out", out, *small]
@@ -62,7 +75,7 @@ def test_accuracy_benchmark_resumes_and_tabulates(recipe: Path, tmp_path: Path) 
     assert (row["method"], row["made"], row["updates"]) == ("blocks", 40, 4)  # the others pay for inputs and outputs
 
 
-def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) -> None:
+def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(run: Run, tmp_path: Path) -> None:
     figures = {"psnr": 40.0, "frechet_distance": 0.001}
     rows = [{"part": "run", "types": "W4A4", "seed": s, "nfc": 0, "method": "E_q", "relative_l2": 0.1} for s in (0, 1)]
     for seed, error in ((0, 0.2), (1, 0.3)):
@@ -96,7 +109,7 @@ def test_joint_benchmark_tabulates_and_draws_what_it_has_kept(tmp_path: Path) ->
     assert (tmp_path / "joint.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_regret_of_a_choice_is_looked_up_on_held_out_samples(tmp_path: Path) -> None:
+def test_regret_of_a_choice_is_looked_up_on_held_out_samples(run: Run, tmp_path: Path) -> None:
     """One candidate is a little worse in images and much better in latents; another is cheaper and worse in both."""
     candidates = {"naive": (0.04, 0.02), "both": (0.0216, 0.0162), "images": (0.0275, 0.0145), "cheap": (0.05, 0.05)}
     rows = list[dict[str, Any]]()
