@@ -75,11 +75,12 @@ def data_uri(buffer: io.BytesIO) -> str:
 
 def _themed(draw: Callable[[Axes, dict[str, str]], None], height: float = 3.5) -> Chart:
     """The same chart for light and for dark pages, as data URIs."""
-    drawn = {}
+    drawn, place = {}, None
     for name, theme in THEMES.items():
-        figure = Figure(figsize=(9.2, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(9.2, height), dpi=170, facecolor="none", layout=None if place else "constrained")
+        canvas, axes = FigureCanvasAgg(figure), figure.add_subplot(facecolor="none")
+        if place:  # what takes as much room in both themes need not be laid out twice
+            axes.set_position(place)
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         draw(axes, theme)
         axes.grid(axis="y", color=theme["grid"], linewidth=0.8)
@@ -94,8 +95,8 @@ def _themed(draw: Callable[[Axes, dict[str, str]], None], height: float = 3.5) -
         for text in legend.get_texts():
             text.set_parse_math(False)  # names may hold dollar signs
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=170, transparent=True, metadata={"Software": None})
-        drawn[name] = data_uri(buffer)
+        canvas.print_png(buffer, metadata={"Software": None})  # `savefig` would draw all of it twice
+        drawn[name], place = data_uri(buffer), axes.get_position()
     return drawn
 
 
