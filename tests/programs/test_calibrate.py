@@ -14,9 +14,11 @@ import torch
 import yaml
 from diffusers import DiTPipeline
 from helpers import as_allocated, assert_same_weights, finals, importable, recipe_tree, recorded_finals
+from typer.testing import CliRunner
 
 from accuquant.calibration.opened import open_model
 from accuquant.calibration.session import open_session
+from accuquant.cli.main import app
 from accuquant.errors import RecipeError
 from accuquant.programs.calibrate import calibrate
 from accuquant.progress import Reporter
@@ -145,24 +147,36 @@ def test_half_precision_models_are_calibrated_too(model_folder: Path, tmp_path: 
     pipeline([1], guidance_scale=1.5, num_inference_steps=6)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path: Path, how: signal.Signals) -> None:
-    objective = {"iterations": 150, "batch_size": 2, "steps_per_group": 2}
-    whole = calibrate(make_recipe(model_folder, tmp_path / "whole", objective=objective), QUIET)
+LONG = {"iterations": 40, "batch_size": 2, "steps_per_group": 2}
+SLOWLY = """
+import time
+import accuquant.calibration.loop as loop
+from accuquant.cli.main import main
 
+def slow(*given, update=loop.UpdateLoop.update):
+    time.sleep(0.1)  # there has to be time for an interruption
+    return update(*given)
+
+loop.SAVE_EVERY_SECONDS, loop.UpdateLoop.update = 0.3, slow
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What comes of a run that nothing has interrupted."""
+    return calibrate(make_recipe(model_folder, tmp_path_factory.mktemp("whole") / "out", objective=LONG), QUIET)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_run_resumes_to_the_same_result(
+    model_folder: Path, whole: Path, tmp_path: Path, how: signal.Signals
+) -> None:
     output = tmp_path / "interrupted"
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_tree(model_folder, output, objective=objective)))
-    command = [
-        sys.executable,
-        "-c",
-        "import accuquant.calibration.loop as o; o.SAVE_EVERY_SECONDS = 0.3\n"
-        "from accuquant.cli.main import main; main()",
-        "calibrate",
-        str(recipe),
-    ]
+    recipe.write_text(yaml.safe_dump(recipe_tree(model_folder, output, objective=LONG)))
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-c", SLOWLY, "calibrate", str(recipe)],
         stderr=subprocess.PIPE,
         env=importable(Path.cwd()),
         # shells start background jobs with Ctrl-C ignored, and children inherit that
@@ -177,8 +191,8 @@ def test_interrupted_run_resumes_to_the_same_result(model_folder: Path, tmp_path
     assert not output.exists(), "it finished before it could be interrupted"
     assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL), errors.decode()
 
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["calibrate", str(recipe), "--resume"])
+    assert done.exit_code == 0, done.stderr
     assert "resuming at update" in done.stderr
     assert_same_weights(whole, output)
 
