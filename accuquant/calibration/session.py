@@ -92,10 +92,11 @@ class Session:
 
     def few(self, count: int, batch_size: int) -> list[Tape]:
         """Full-precision tapes of the first calibration samples, with their images, for a search."""
-        key = (min(count, len(self.samples)), batch_size)
+        samples = self.samples.first(count)
+        key = (len(samples), min(batch_size, len(samples)))
         if key not in self.recorded:
             with self.full_precision():
-                given = (self.samples.first(count), batch_size, Reporter(quiet=True), "")
+                given = (samples, batch_size, Reporter(quiet=True), "")
                 self.recorded[key] = self.model.recorder.tapes(*given, images=True)
         return self.recorded[key]
 

@@ -82,6 +82,13 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
     return (q - zero_point) * scale
 
 
+def _fake_quantized(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+    if qtype.floating is not None:
+        return _nearest_float(x / scale, qtype).mul_(scale)
+    # clamp(round + zero_point) - zero_point, with the integers' own exact arithmetic moved into the bounds
+    return torch.round(x / scale).clamp_(qtype.qmin - zero_point, qtype.qmax - zero_point).mul_(scale)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize with the straight-through gradient in ``x`` and the LSQ gradient in ``scale``.
 
@@ -92,11 +99,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.qtype, qmin, qmax = qtype, qtype.qmin, qtype.qmax
-        if qtype.floating is not None:
-            return _nearest_float(x / scale, qtype).mul_(scale)
-        # clamp(round + zero_point) - zero_point, with the integers' own exact arithmetic moved into the bounds
-        return torch.round(x / scale).clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
+        ctx.qtype = qtype
+        return _fake_quantized(x, scale, zero_point, qtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -129,6 +133,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) ->
         zero_point: integer-valued float tensor broadcastable to ``x``; never trained; zero for a float type.
         qtype: the number type.
     """
+    if not torch.is_grad_enabled():  # autograd's bookkeeping takes longer than a small tensor
+        return _fake_quantized(x, scale, zero_point, qtype)
     out: Tensor = _FakeQuantize.apply(x, scale, zero_point, qtype)
     return out
 
@@ -151,6 +157,8 @@ class _ScaleGradient(torch.autograd.Function):
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """``x`` itself, whose gradient is multiplied with ``factor`` on its way back."""
+    if not torch.is_grad_enabled():
+        return x
     out: Tensor = _ScaleGradient.apply(x, factor)
     return out
 

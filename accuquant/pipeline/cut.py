@@ -190,6 +190,8 @@ def _with_initial_latents(code: list[Instruction], count: int) -> tuple[list[Ins
     slots = {id(tensor): Slot(number) for number, tensor in first.items()}
 
     def replaced(template: Template) -> Template:
+        if not any(id(leaf) in slots for leaf in template.leaves):
+            return template
         leaves = [slots.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in template.leaves]
         return Template(tree_unflatten(leaves, template.spec))
 
