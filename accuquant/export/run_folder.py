@@ -16,10 +16,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from diffusers import DiffusionPipeline
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from accuquant.errors import RecipeError
@@ -27,6 +26,9 @@ from accuquant.files import TEMPORARY, KeptFiles, errors_named, flush
 from accuquant.progress import Reporter
 from accuquant.recipe import Recipe
 from accuquant.recipe.file import dump_recipe
+
+if TYPE_CHECKING:  # a lock is asked for sooner than diffusers is imported
+    from diffusers import DiffusionPipeline
 
 RECIPE, PUBLISHED = "recipe.yaml", "published.json"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
