@@ -68,9 +68,13 @@ SMALL = {"orders": [1], "trials": 2, "finalists": 1, "levels": [1.0], "schedules
 def tune_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
     """A search of seconds, over the types of attention and MLP."""
     given = {"bit_operations": 0.16, "types": TYPES, "combinations": 2} | SMALL | section
-    objective = {"iterations": 4, "cached_iterations": 2, "batch_size": 2}
-    sampling = {"num_inference_steps": 8, "guidance_scale": 1.5}
-    return parse_recipe(recipe_tree(model, output, tune=given, objective=objective, sampling=sampling), "test")
+    changes: dict[str, Any] = {
+        "sampling": {"num_inference_steps": 8, "guidance_scale": 1.5},
+        "data": {"path": "digits.jsonl", "num_samples": 8},
+        "objective": {"iterations": 4, "cached_iterations": 2, "batch_size": 4},  # two tapes, and two of validation
+        "evaluation": {"num_samples": 3, "batch_size": 8, "num_images": 2, "neighbours": 0},  # two more for those that lead
+    }
+    return parse_recipe(recipe_tree(model, output, tune=given, **changes), "test")
 
 
 def sampled(

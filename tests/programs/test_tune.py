@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ from accuquant.core.schedule import DIFFUSERS_OFFSET, filled_interval_steps
 from accuquant.errors import RecipeError
 from accuquant.export.run_folder import RunFolder
 from accuquant.files import KeptFiles
+from accuquant.programs import calibrate as calibrating
 from accuquant.programs import tune as tuning
 from accuquant.programs.calibrate import calibrate
 from accuquant.programs.tune import chosen_recipe, hand_over, kept_in, tune
@@ -39,12 +41,31 @@ QUICK: dict[str, Any] = {
     "estimations": ["taylor"],
     "corrections": ["none", "both"],
     "learning": ["forecast"],
+    "more_samples": 2,
 }
 
 
+Search = tuple[Recipe, Path, Path]
+
+
 @pytest.fixture(scope="module")
-def tuned(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tune(tune_recipe(model_folder, tmp_path_factory.mktemp("tune") / "out"), QUIET)
+def search(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Search:
+    """A recipe, what the search made of it, and a copy of the search's folder when all was tried."""
+    place = tmp_path_factory.mktemp("tune")
+    recipe = tune_recipe(model_folder, place / "out")
+
+    def copy_and_calibrate(*given: Any) -> Path:
+        shutil.copytree(place / "out.tuning", place / "kept")
+        return calibrate(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "calibrate", copy_and_calibrate)
+        return recipe, tune(recipe, QUIET), place / "kept"
+
+
+@pytest.fixture(scope="module")
+def tuned(search: Search) -> Path:
+    return search[1]
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -178,22 +199,11 @@ def test_the_written_recipe_makes_the_same_export(tuned: Path, tmp_path: Path) -
     assert configs[0] == configs[1]
 
 
-@pytest.fixture(scope="module")
-def searched(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
-    """A search that was stopped when all was tried; its folder is still there."""
-    recipe = tune_recipe(model_folder, tmp_path_factory.mktemp("searched") / "out", combinations=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "calibrate", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            tune(recipe, QUIET)
-    return recipe, Path(f"{recipe.export.output}.tuning")
-
-
 @pytest.mark.parametrize("calibrated", ["alone", LEARNED["forecast"], LEARNED["both"]])
 def test_what_the_search_has_calibrated_is_what_the_recipe_calibrates(
-    searched: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: str
+    search: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrated: str
 ) -> None:
-    recipe, work = searched
+    recipe, _, work = search
     ours = [c for c in Tried(work / "tried.jsonl").candidates if c.calibrated == calibrated and not c.rival]
     best = choose(c for c in ours if c.asked_nfc == max(other.asked_nfc for other in ours)).best
     combination = next(c for c in type_combinations(recipe) if c.name == best.types)
@@ -204,10 +214,13 @@ def test_what_the_search_has_calibrated_is_what_the_recipe_calibrates(
     ]
     kept = KeptFiles(work, QUIET)
     hand_over(finals[1], best, kept, kept_in(kept, combination), RunFolder(tmp_path / "handed", QUIET))
-    afresh = calibrate(finals[0], QUIET)
-    with monkeypatch.context() as patch:
-        patch.setattr(UpdateLoop, "update", Mock(side_effect=AssertionError("an update was made again")))
-        handed = calibrate(finals[1], QUIET, resume=True)
+    monkeypatch.setattr(calibrating, "evaluate", Mock(side_effect=KeyboardInterrupt))  # all that counts is saved then
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(finals[0], QUIET)
+    monkeypatch.setattr(UpdateLoop, "update", Mock(side_effect=AssertionError("an update was made again")))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(finals[1], QUIET, resume=True)
+    afresh, handed = (Path(f"{final.export.output}.partial") / "export" for final in finals)
     assert_same_weights(afresh, handed)
     counted = [json.loads((f / "calibration.json").read_text())["calibration"]["history"] for f in (afresh, handed)]
     assert [{k: v for k, v in entry.items() if k != "seconds"} for entry in counted[0]] == [
@@ -239,42 +252,37 @@ def test_a_budget_for_every_step_is_no_mistake(model_folder: Path, tmp_path: Pat
 # ---- interruption
 
 
-@pytest.mark.parametrize("stopped_at", [39, "leaders"])
 def test_an_interrupted_search_goes_on_and_repeats_nothing(
-    tuned: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int | str
+    tuned: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After 39 candidates; and after three leaders have got more samples."""
+    """After three leaders of the first types have got more samples; and once more after 39 candidates."""
     recipe, add = tune_recipe(model_folder, tmp_path / "out"), Tried.add
-    before, after = list[tuple[str, int]](), list[tuple[str, int]]()
+    made, more = list[str](), list[str]()  # candidates, and leaders
+    stops = [lambda: len(more) == 3, lambda: len(made) == 39]
 
     def stop(self: Tried, candidate: Candidate) -> Candidate:
-        further = sum(samples > 8 for _, samples in before)
-        if len(before) == stopped_at or (stopped_at == "leaders" and further == 3):
+        if stops and stops[0]():
             raise KeyboardInterrupt
-        before.append((candidate.key, candidate.samples))
+        (more if candidate.samples > 8 else made).append(f"{candidate.key}, {candidate.samples} samples")
         return add(self, candidate)
 
     monkeypatch.setattr(Tried, "add", stop)
-    with pytest.raises(KeyboardInterrupt):
-        tune(recipe, QUIET)
-    assert not (tmp_path / "out").exists()
-    with (tmp_path / "out.tuning" / "tried.jsonl").open("a") as file:
-        file.write('{"key": "cut o')  # as a kill in the middle of a line leaves it
-    with pytest.raises(RecipeError, match="holds an interrupted search; --resume continues it"):
-        tune(recipe, QUIET)
-    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seed": 1})})
-    with pytest.raises(RecipeError, match="the recipe has changed"):
-        tune(changed, QUIET, resume=True)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            tune(recipe, QUIET, resume=resume)
+        stops.pop(0)
+        assert not (tmp_path / "out").exists()
+        with (tmp_path / "out.tuning" / "tried.jsonl").open("a") as file:
+            file.write('{"key": "cut o')  # as a kill in the middle of a line leaves it
+        with pytest.raises(RecipeError, match="holds an interrupted search; --resume continues it"):
+            tune(recipe, QUIET)
+        changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seed": 1})})
+        with pytest.raises(RecipeError, match="the recipe has changed"):
+            tune(changed, QUIET, resume=True)
 
-    def count(self: Tried, candidate: Candidate) -> Candidate:
-        after.append((candidate.key, candidate.samples))
-        return add(self, candidate)
-
-    monkeypatch.setattr(Tried, "add", count)
     folder = tune(recipe, QUIET, resume=True)
     ours, theirs = record(folder)["tried"], record(tuned)["tried"]
-    made = before + after
-    assert len(set(made)) == len(made) and len({key for key, _ in made}) == len(theirs)
+    assert len({*made, *more}) == len(made + more) and len(made) == len(theirs)
     timed = ("elapsed", "seconds")
     assert [{k: v for k, v in r.items() if k not in timed} for r in ours] == [
         {k: v for k, v in r.items() if k not in timed} for r in theirs
@@ -330,7 +338,7 @@ def test_nothing_to_resume_and_nothing_overwritten(tuned: Path, model_folder: Pa
 
 
 def test_the_command_prints_plan_and_front(model_folder: Path, tmp_path: Path) -> None:
-    recipe = tune_recipe(model_folder, tmp_path / "out", types=[], nfc=3, bit_operations=None, noise_aware=[False])
+    recipe = tune_recipe(model_folder, tmp_path / "out", nfc=3, noise_aware=[False], **QUICK)
     path = tmp_path / "r.yaml"
     path.write_text(dump_recipe(recipe))
     plan = CliRunner().invoke(app, ["tune", str(path), "--dry-run"])
@@ -355,14 +363,10 @@ def test_the_command_prints_plan_and_front(model_folder: Path, tmp_path: Path) -
 
 
 def test_tau_may_be_searched_too(model_folder: Path, tmp_path: Path) -> None:
-    only = {
-        "schedules": ["rcs"],
-        "estimations": ["taylor"],
-        "noise_aware": [False],
-        "finalists": 1,
-        "learning": ["forecast"],
-    }
-    folder = tune(tune_recipe(model_folder, tmp_path / "out", types=[], bit_operations=None, nfc=4, **only), QUIET)
+    only = {"schedules": ["rcs"], "noise_aware": [False], "corrections": ["none", "cache", "quantization", "both"]}
+    recipe = tune_recipe(model_folder, tmp_path / "out", nfc=4, **(QUICK | only))
+    few = recipe.data.model_copy(update={"num_samples": 4})  # each is a trajectory of its own
+    folder = tune(recipe.model_copy(update={"data": few}), QUIET)
     rows = record(folder)["tried"]
     found = [row for row in rows if row["cache"] == "taylor 1, rcs steps"]
     assert [abs(row["nfc"] - 4) <= 0.5 for row in found] == [True]
