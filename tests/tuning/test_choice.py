@@ -137,7 +137,9 @@ def test_costs_decide_among_equals_only() -> None:
 @pytest.fixture
 def place(model_folder: Path, tmp_path: Path) -> Place:
     recipe = tune_recipe(model_folder, tmp_path / "o", types=[], bit_operations=None, nfc=4, noise_aware=[False])
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"validation_samples": 4})})
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"num_samples": 4, "validation_samples": 4})}
+    )
     combination, section = type_combinations(recipe)[0], recipe.tune
     assert section is not None
     kept = KeptFiles(tmp_path, QUIET)
