@@ -6,6 +6,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def module_name(path: Path) -> str:
 PACKAGE = {module_name(path): path for path in sources("accuquant")}
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -45,6 +47,7 @@ def imports(tree: ast.Module, module: str = "", is_package: bool = False) -> Ite
                 yield inner if inner in PACKAGE else base
 
 
+@cache
 def imports_of(module: str) -> set[str]:
     path = PACKAGE[module]
     return set(imports(parse(path), module, path.name == "__init__.py"))
