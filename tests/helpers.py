@@ -72,7 +72,7 @@ def tune_recipe(model: Path | str, output: Path, **section: Any) -> Recipe:
         "sampling": {"num_inference_steps": 8, "guidance_scale": 1.5},
         "data": {"path": "digits.jsonl", "num_samples": 8},
         "objective": {"iterations": 4, "cached_iterations": 2, "batch_size": 4},  # two tapes, and two of validation
-        "evaluation": {"num_samples": 3, "batch_size": 8, "num_images": 2, "neighbours": 0},  # two more for those that lead
+        "evaluation": {"num_samples": 3, "batch_size": 8, "num_images": 2, "neighbours": 0},  # two more of leaders
     }
     return parse_recipe(recipe_tree(model, output, tune=given, **changes), "test")
 
