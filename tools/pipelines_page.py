@@ -28,7 +28,8 @@ HEAD = """# Pipelines
 
 Any diffusers pipeline is recorded in one call and replayed step by step; no class is listed in the package.
 Those below are proven end to end in the tests. Every recorded step is equal to the pipeline's own, bit for bit.
-Calibration at 4-bit weights and 8-bit activations (`preset: w4a8`, {updates} updates, M = 1) brings the final
+Calibration at 4-bit weights and 8-bit activations (`preset: w4a8`, which splits what reads a concatenation, and
+`attention: {{activation: int8}}` for attention's own products; {updates} updates, M = 1) brings the final
 latents of its own samples nearer to full precision than round-to-nearest, in every denoiser. The export, loaded
 by `from_pretrained`, gives the same latents to the last bit. A feature cache that is full at every step changes
 nothing; one that reuses every second step does, the second time as the first, and leaves nothing behind; and

@@ -141,7 +141,9 @@ class AttentionProducts(nn.Module):
         if attn_mask is not None:
             is_bool = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
-        p = scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)  # a row that sees nothing
+        p = scores.softmax(-1)
+        if attn_mask is not None:  # a row that sees nothing
+            p = p.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
         if self.spec.softmax != "float":
             p = self.get_submodule("softmax")(p)
         made: Tensor = p @ v
