@@ -258,3 +258,16 @@ def test_fewer_steps_the_second_time_are_refused() -> None:
     pipeline.scheduler = Hurries()
     with pytest.raises(TapeError, match="it steps its schedulers 5 times, and 4 times when it is called again"):
         record(pipeline, num_inference_steps=5)
+
+
+def test_attention_processors_that_a_pipeline_sets_for_its_call_are_of_the_tape() -> None:
+    """Perturbed attention guidance: without them a replay would attend as usual, and draw something else."""
+    parts = make_stable_diffusion().components
+    pipeline = diffusers.StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers=["down"])
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"prompt": "a cat", "height": 16, "width": 16, "num_inference_steps": 3, "pag_scale": 3.0}
+    tape = record(pipeline, **call(given))
+    expected = latents_of(pipeline, given)
+    assert torch.equal(replayed(tape)[-1].latents[0], expected[-1])
+    plain = latents_of(pipeline, given | {"pag_scale": 0.0})
+    assert not torch.equal(plain[-1], expected[-1])
