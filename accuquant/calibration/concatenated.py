@@ -6,7 +6,6 @@ A concatenation is followed through what treats each channel by itself: norms, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from accuquant.runtime.observe import Call
+from accuquant.runtime.observe import Call, observed
 from accuquant.runtime.spec import Conv
 from accuquant.runtime.split import channels_read
 
@@ -57,17 +56,15 @@ class _Joined(TorchFunctionMode):
 def concatenated_inputs(network: nn.Module, run: Callable[[], object]) -> dict[str, tuple[int, ...]]:
     """Channels of each part of what a Linear or Conv2d reads, where at every call in ``run`` they are the same."""
     joined, found, others = _Joined(), dict[str, tuple[int, ...]](), set[str]()
+    modules = dict(network.named_modules())
 
-    def see(name: str, module: Any, call: Call) -> None:
+    def see(name: str, call: Call) -> None:
+        module: Any = modules[name]
         sizes = joined.of(call.input, module)
         if sizes is None or sum(sizes) != channels_read(module) or found.setdefault(name, sizes) != sizes:
             others.add(name)
 
-    with torch.no_grad(), ExitStack() as handles:
-        for name, module in network.named_modules():
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and Conv.holds(module)):
-                before = lambda m, args, kwargs, name=name: see(name, m, Call(args, kwargs, None))  # noqa: E731
-                handles.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        with joined:
-            run()
+    layers = [n for n, m in modules.items() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and Conv.holds(m))]
+    with torch.no_grad(), observed(network, layers, see), joined:
+        run()
     return {name: sizes for name, sizes in found.items() if name not in others}

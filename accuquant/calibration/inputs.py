@@ -12,8 +12,37 @@ from accuquant.runtime.attention import AttentionProducts, AttentionSpec, InputS
 from accuquant.runtime.clock import StepClock
 
 
-class TrainableInput(nn.Module):
-    """Fake-quantized, with learnable scales: ``log_activation_scale`` (timestep groups,).
+class LearnedScales:
+    """Learns static scales of its input: ``log_activation_scale``, (timestep groups,), beside fixed zero points."""
+
+    spec: Any
+    clock: StepClock
+    log_activation_scale: nn.Parameter
+    activation_zero_point: Tensor
+
+    def statically(self, x: Tensor) -> Tensor:
+        """Fake-quantized by the scale of the current group."""
+        qtype, group = self.spec.activation_type, self.clock.group
+        log_scale = scale_gradient(self.log_activation_scale, lsq_gradient_scale(x.numel(), qtype))[group]
+        return fake_quantize(x, log_scale.exp(), self.activation_zero_point[group], qtype)
+
+    @torch.no_grad()
+    def set_activation_scale(self, samples: list[Tensor], search: bool) -> None:
+        """Static scales from observed values, one 1-d tensor per timestep group."""
+        for group, values in enumerate(samples):
+            symmetric = self.spec.activation_symmetric
+            scale, zero = search_scale(values.view(1, -1), self.spec.activation_type, symmetric, search)
+            self.log_activation_scale[group] = scale[0, 0].log()
+            self.activation_zero_point[group] = zero[0, 0]
+
+    def activation_step_unit(self) -> float:
+        """How far the logarithm of a scale moves when the end of its range moves by one step."""
+        qtype = self.spec.activation_type
+        return float(qtype.step / qtype.qmax)
+
+
+class TrainableInput(nn.Module, LearnedScales):
+    """Fake-quantized, with learnable scales.
 
     ``observer``, when set, receives each call's values. What it shares with `TrainableLayer` serves the same loops; it
     has no weights.
@@ -27,7 +56,6 @@ class TrainableInput(nn.Module):
         self.spec, self.clock = spec, clock
         self.log_activation_scale = nn.Parameter(torch.zeros(clock.num_groups))
         self.register_buffer("activation_zero_point", torch.zeros(clock.num_groups))
-        self.activation_zero_point: Tensor
         self.observer: Any = None
         self.quantized = True
 
@@ -35,24 +63,12 @@ class TrainableInput(nn.Module):
         return self.log_activation_scale if kind == "activation_scale" else None
 
     def step_unit(self, kind: str) -> float:
-        return self.spec.activation_type.step / self.spec.activation_type.qmax
+        return self.activation_step_unit()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer(self, x)
-        if not self.quantized:
-            return x
-        qtype, group = self.spec.activation_type, self.clock.group
-        log_scale = scale_gradient(self.log_activation_scale, lsq_gradient_scale(x.numel(), qtype))[group]
-        return fake_quantize(x, log_scale.exp(), self.activation_zero_point[group], qtype)
-
-    @torch.no_grad()
-    def set_activation_scale(self, samples: list[Tensor], search: bool) -> None:
-        """Scales from observed values, one 1-d tensor per timestep group."""
-        for group, values in enumerate(samples):
-            scale, zero = search_scale(values.view(1, -1), self.spec.activation_type, False, search)
-            self.log_activation_scale[group] = scale[0, 0].log()
-            self.activation_zero_point[group] = zero[0, 0]
+        return self.statically(x) if self.quantized else x
 
     @torch.no_grad()
     def harden(self) -> QuantizedInput:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from accuquant.recipe.rule import Kind
 from accuquant.runtime.cache.features import attends
+from accuquant.runtime.observe import entered
 from accuquant.runtime.spec import Conv
 
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -79,13 +79,8 @@ def kinds_of(network: nn.Module, run: Callable[[], object]) -> dict[str, frozens
     What does not run, or cannot be quantized, has none.
     """
     seen = _Seen()
-    with torch.no_grad(), ExitStack() as handles:
-        for name, module in network.named_modules():
-            before = lambda m, args, kwargs, name=name: seen.enter(name, m, args, kwargs)  # noqa: E731
-            handles.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            handles.callback(module.register_forward_hook(seen.leave, always_call=True).remove)
-        with seen:
-            run()
+    with torch.no_grad(), entered(network, seen.enter, seen.leave), seen:
+        run()
     return _Kinds(network, seen).found()
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accuquant.calibration.inputs import TrainableInput
+from accuquant.calibration.inputs import LearnedScales, TrainableInput
 from accuquant.core import rounding
 from accuquant.core.numerics import (
     at_least_float32,
@@ -34,7 +34,7 @@ from accuquant.runtime.layer import QuantizedLayer
 from accuquant.runtime.spec import Conv, Layer, LayerSpec, keep_float32
 
 
-class TrainableLayer(Layer):
+class TrainableLayer(Layer, LearnedScales):
     """Fake-quantized layer with learnable weights, weight scales, activation scales, rounding and bias.
 
     Scales are parametrised by their logarithm. ``log_activation_scale`` is (timestep groups,) for static scales and
@@ -97,7 +97,7 @@ class TrainableLayer(Layer):
         if kind == "weight_scale":
             return self.spec.weight_type.step / self.spec.weight_type.qmax
         if kind == "activation_scale" and self.spec.activation_type:
-            return self.spec.activation_type.step / self.spec.activation_type.qmax
+            return self.activation_step_unit()
         return 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,9 +125,7 @@ class TrainableLayer(Layer):
         if qtype is None:
             return tokens
         if self.spec.static:
-            factor = lsq_gradient_scale(tokens.numel(), qtype)
-            log_scale = scale_gradient(self.log_activation_scale, factor)[self.clock.group]
-            return fake_quantize(tokens, log_scale.exp(), self.activation_zero_point[self.clock.group], qtype)
+            return self.statically(tokens)
         scale = dynamic_scale(tokens, qtype, self.log_activation_scale.exp())
         return fake_quantize(tokens, scale, self.activation_zero_point[0], qtype)
 
@@ -142,16 +140,6 @@ class TrainableLayer(Layer):
         scale, zero = search_scale(rows, self.spec.weight_type, self.spec.symmetric, search)
         self.log_weight_scale.copy_(scale.view(-1, self.groups).log())
         self.weight_zero_point.copy_(zero.view(-1, self.groups))
-
-    @torch.no_grad()
-    def set_activation_scale(self, samples: list[Tensor], search: bool) -> None:
-        """Static scales from observed values, one 1-d tensor per timestep group."""
-        qtype = self.spec.activation_type
-        assert qtype is not None and self.spec.static
-        for group, values in enumerate(samples):
-            scale, zero = search_scale(values.view(1, -1), qtype, self.spec.activation_symmetric, search)
-            self.log_activation_scale[group] = scale[0, 0].log()
-            self.activation_zero_point[group] = zero[0, 0]
 
     @torch.no_grad()
     def harden(self) -> QuantizedLayer:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import TypeVar
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -20,9 +22,11 @@ from accuquant.pipeline.denoisers import Denoiser, denoisers_of, joined, several
 from accuquant.pipeline.loading import load_pipeline, set_scheduler
 from accuquant.pipeline.recorder import Recorder
 from accuquant.pipeline.tape import Tape
-from accuquant.recipe import Quantization, Recipe, Sampling
+from accuquant.recipe import Recipe, Sampling
 from accuquant.runtime.cache.features import cached_features
 from accuquant.runtime.clock import StepClock
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,15 @@ class OpenedModel:
             raise RecipeError(f"{section}: {said}; leave the section out")
         return self.denoisers[0]
 
-    def plan(self, section: Quantization, splits: bool = True) -> list[PlannedModule]:
-        """What the section makes of the denoisers' modules, see `plan_modules` and `plan_attention`.
-
-        Args:
-            splits: whether what is planned may hold parts of modules.
+    def plan(self, recipe: Recipe) -> list[PlannedModule]:
+        """What a recipe makes of the denoisers' modules, see `plan_modules` and `plan_attention`.
 
         Raises:
             RecipeError: also if no module reads a concatenation that is to be split.
         """
-        prefixes = [one.prefix for one in self.denoisers if one.prefix]
-        parts = self.concatenated if section.split_inputs and splits else {}
+        section, prefixes = recipe.quantization, [one.prefix for one in self.denoisers if one.prefix]
+        splits = section.split_inputs and recipe.export.format != "torchao"  # which holds no parts
+        parts = self.concatenated if splits else {}
         planned = plan_modules(self.network, section.rules, prefixes, lambda: self.kinds, parts)
         if section.split_inputs is True and not any(p.split for p in planned):
             raise RecipeError("quantization.split_inputs: no module with a quantized input reads a concatenation")
@@ -102,19 +104,19 @@ class OpenedModel:
     @cached_property
     def kinds(self) -> dict[str, frozenset[str]]:
         """What the modules of the denoisers are for, see `kinds_of`."""
-        found = dict[str, frozenset[str]]()
-        for one in self.denoisers:
-            own = kinds_of(one.network, partial(self._step, min(one.levels)))
-            found |= {one.prefix + name: kinds for name, kinds in own.items()}
-        return found
+        return self._of_each(kinds_of)
 
     @cached_property
     def concatenated(self) -> dict[str, tuple[int, ...]]:
         """The parts of the inputs of those modules that read a concatenation, see `concatenated_inputs`."""
-        found = dict[str, tuple[int, ...]]()
+        return self._of_each(concatenated_inputs)
+
+    def _of_each(self, look: Callable[[nn.Module, Callable[[], object]], dict[str, T]]) -> dict[str, T]:
+        """What is found in the first step of each denoiser, by names of modules."""
+        found = dict[str, T]()
         for one in self.denoisers:
-            own = concatenated_inputs(one.network, partial(self._step, min(one.levels)))
-            found |= {one.prefix + name: sizes for name, sizes in own.items()}
+            own = look(one.network, partial(self._step, min(one.levels)))
+            found |= {one.prefix + name: value for name, value in own.items()}
         return found
 
     def counted(self, planned: list[PlannedModule]) -> list[PlannedModule]:
@@ -189,7 +191,7 @@ def planned_model(recipe: Recipe) -> tuple[OpenedModel, list[PlannedModule]]:
     _check_name("objective.target", recipe.objective.target, [*OBJECTIVES, AUTO])
     _check_name("quantization.initialization", recipe.quantization.initialization, list(METHODS))
     model = open_model(recipe)
-    planned = model.plan(recipe.quantization, splits=recipe.export.format != "torchao")
+    planned = model.plan(recipe)
     if recipe.tune is not None:
         model.only_for("tune")
     if recipe.cache is not None:

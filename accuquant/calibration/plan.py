@@ -124,16 +124,14 @@ def plan_modules(
     for name, module in layers.items():
         own = known.get(name, frozenset())
         index = deciding(rules, name, own, prefixes)
-        if index is None:
-            planned.append(_whole(name, module, own))
-            continue
-        rule = rules[index]
-        decided[index] += 1
-        if rule.weight == "float":
-            planned.append(_whole(name, module, own))
+        whole = _whole(name, module, own)
+        if index is not None:
+            decided[index] += 1
+        if index is None or (rule := rules[index]).weight == "float":
+            planned.append(whole)
             continue
         try:
-            planned += _quantized(_whole(name, module, own), module, rule, parts.get(name, ()))
+            planned += _quantized(whole, module, rule, parts.get(name, ()))
         except AccuQuantError as error:
             hint = "; split_inputs: false keeps it whole" if name in parts and rule.activation != "float" else ""
             raise RecipeError(f"quantization.rules.{index}: {error}{hint}") from error

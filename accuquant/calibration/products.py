@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from accuquant.runtime.attention import attention_macs
+from accuquant.runtime.observe import entered
 from accuquant.runtime.spec import Layer
 from accuquant.runtime.split import SplitLayer
+
+LAYERS = (nn.Linear, nn.Conv2d, Layer, SplitLayer)  # counted by their rows: planned, or quantized as planned
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class _Counting(TorchFunctionMode):
             inner.known += self.flops.get_total_flops() - before
         return made
 
-    def enter(self, name: str) -> None:
+    def enter(self, name: str, *_: Any) -> None:
         self.running.append(_Running(name, self.flops.get_total_flops()))
 
     def leave(self, module: nn.Module, made: Any) -> None:
@@ -79,32 +80,26 @@ class _Counting(TorchFunctionMode):
         total = self.flops.get_total_flops() - inner.before
         if self.running:
             self.running[-1].known += total
-        if is_layer(module):
+        if isinstance(module, LAYERS) and made is not None:  # it has not failed
             self.rows[inner.name] += made.numel() // _outputs(module)
         elif total > inner.known:
             self.rest[inner.name] += (total - inner.known) // 2
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether it is counted by its rows: it is planned, or was quantized as planned."""
-    return isinstance(module, nn.Linear | nn.Conv2d | Layer | SplitLayer)
 
 
 def _outputs(module: Any) -> int:
     return int(module.out_channels if isinstance(module, nn.Conv2d) else module.out_features)
 
 
+def attention_macs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Multiply-adds of one call of ``scaled_dot_product_attention``: (..., L, E), (..., S, E), (..., S, Ev)."""
+    width = query.shape[-1] + value.shape[-1]
+    return query.numel() // query.shape[-1] * key.shape[-2] * width
+
+
 def count_products(network: nn.Module, run: Callable[[], object], samples: int) -> Products:
     """Count in the calls that ``run`` makes for ``samples`` samples."""
     flops = FlopCounterMode(display=False)
     counting = _Counting(flops)
-    with torch.no_grad(), ExitStack() as stack:
-        for name, module in network.named_modules():
-            before = lambda *_, name=name: counting.enter(name)  # noqa: E731
-            after = lambda m, args, made: counting.leave(m, made)  # noqa: E731
-            stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
-            stack.callback(module.register_forward_hook(after).remove)
-        stack.enter_context(flops)
-        stack.enter_context(counting)
+    with torch.no_grad(), entered(network, counting.enter, counting.leave), flops, counting:
         run()
     return Products(dict(counting.rows), dict(counting.attention), dict(counting.rest), samples)

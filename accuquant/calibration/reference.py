@@ -24,36 +24,30 @@ class Reference:
     tapes: Sequence[Tape]
     settings: Sequence[int] = ()
 
+    @property
+    def numbered(self) -> list[tuple[int, Tape]]:
+        """Each tape behind the number of its setting."""
+        return list(zip(self.settings or [0] * len(self.tapes), self.tapes, strict=True))
+
     @cached_property
     def main(self) -> Reference:
         """Those of the first setting: what caches and their updates are for."""
-        return (
-            self
-            if not self.settings
-            else Reference([t for t, s in zip(self.tapes, self.settings, strict=True) if not s])
-        )
+        return Reference([tape for setting, tape in self.numbered if setting == 0])
 
     def of(self, setting: int) -> Tape:
         """The first tape of a setting."""
-        return next(
-            tape for tape, of in zip(self.tapes, self.settings or [0] * len(self.tapes), strict=True) if of == setting
-        )
+        return next(tape for own, tape in self.numbered if own == setting)
 
     @property
     def num_samples(self) -> int:
         return sum(tape.num_samples for tape in self.tapes)
 
-    def variances(self, like: Tape) -> list[Tensor]:
-        """What `gradient: variance` scales by: the mean square of each latent (T + 1,), over tapes of so many steps."""
-        if len(like) not in self._variances:
-            self._variances[len(like)] = self._of_steps(len(like))
-        return self._variances[len(like)]
-
     @cached_property
-    def _variances(self) -> dict[int, list[Tensor]]:
-        return {}
+    def variances(self) -> dict[int, list[Tensor]]:
+        """What `gradient: variance` scales by, for each T: mean squares of latents (T + 1,) over tapes of T steps."""
+        return {steps: self._variances(steps) for steps in {len(tape) for tape in self.tapes}}
 
-    def _of_steps(self, num_steps: int) -> list[Tensor]:
+    def _variances(self, num_steps: int) -> list[Tensor]:
         states = list(zip(*(states_of(tape) for tape in self.tapes if len(tape) == num_steps), strict=True))
         count = len(states[0][0].latents)
         return [torch.tensor([_mean_square([s.latents[k] for s in step]) for step in states]) for k in range(count)]
@@ -61,7 +55,7 @@ class Reference:
     def first(self, count: int) -> list[Tape]:
         """As many tapes as hold the first ``count`` samples, of each setting."""
         found, held = list[Tape](), dict[int, int]()
-        for tape, setting in zip(self.tapes, self.settings or [0] * len(self.tapes), strict=True):
+        for setting, tape in self.numbered:
             if held.get(setting, 0) < count:
                 found.append(tape)
             held[setting] = held.get(setting, 0) + tape.num_samples

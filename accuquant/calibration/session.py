@@ -25,19 +25,18 @@ from accuquant.calibration.objectives.base import Job
 from accuquant.calibration.opened import OpenedModel, planned_model
 from accuquant.calibration.plan import PlannedModule
 from accuquant.calibration.reference import Reference
-from accuquant.calibration.sampled import calibrated_for, sample_references
+from accuquant.calibration.sampled import sample_references
 from accuquant.core.metrics import relative_l2
 from accuquant.errors import RecipeError
 from accuquant.files import KeptFiles
 from accuquant.pipeline.data import Samples, calibration_samples, validation_samples
-from accuquant.pipeline.denoisers import Denoiser, denoisers_of
+from accuquant.pipeline.denoisers import denoisers_of
 from accuquant.pipeline.tape import Tape
 from accuquant.progress import Reporter
 from accuquant.recipe import Data, Objective, Quantization, Recipe
 from accuquant.runtime.cache.fitted import Fitted
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.envelope import Calibrated
 from accuquant.runtime.spec import share_grids
 from accuquant.runtime.split import split_modules
 
@@ -99,10 +98,6 @@ class Session:
                 given = (samples, batch_size, Reporter(quiet=True), "")
                 self.recorded[key] = self.model.recorder.tapes(*given, images=True)
         return self.recorded[key]
-
-    def calibrated_for(self, denoiser: Denoiser) -> list[Calibrated]:
-        """The settings that it was calibrated for, as an export keeps them."""
-        return calibrated_for(self.model, self.reference, denoiser)
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
         """Everything calibration may change."""

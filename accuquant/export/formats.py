@@ -10,6 +10,7 @@ from torch import nn
 from accuquant.calibration.layers import trainable_layers
 from accuquant.calibration.opened import OpenedModel
 from accuquant.calibration.plan import PlannedModule
+from accuquant.calibration.sampled import calibrated_for
 from accuquant.calibration.session import Session
 from accuquant.errors import AccuQuantError, RecipeError
 from accuquant.export.native import harden_model
@@ -62,4 +63,4 @@ def write_format(session: Session, format: Format, dimensions: dict[str, int], d
             own = {n.removeprefix(one.prefix): d for n, d in dimensions.items() if n.startswith(one.prefix)}
             convert_model(one.network, own, dtype)
         else:
-            harden_model(one.network, clock, session.calibrated_for(one))
+            harden_model(one.network, clock, calibrated_for(session.model, session.reference, one))

@@ -70,7 +70,7 @@ def evaluate(folder: Path, recipe: Recipe, reporter: Reporter, held_out: HeldOut
         lambda: traces.append(controller.stats()) if controller else None,
     )
 
-    planned = full.counted(full.plan(recipe.quantization, recipe.export.format != "torchao"))
+    planned = full.counted(full.plan(recipe))
     with uncached(network):  # a pattern may cache the very layers that are looked at
         layers = exported_layers(network)
         clocks = [clock for one in quantized.values() if (clock := getattr(one, "step_clock", None)) is not None]

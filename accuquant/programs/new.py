@@ -75,7 +75,7 @@ def new_recipe(
     }
     recipe = parse_recipe(tree, f"a recipe for {model_id}")
     model = opened(pipeline, recipe)
-    planned = model.counted(model.plan(recipe.quantization))
+    planned = model.counted(model.plan(recipe))
     found = caught(planned, recipe.quantization.rules)
     write_text(output, as_yaml(recipe, name, found, planned, never(model.network)))
     load_recipe(output)

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from accuquant.core.numerics import QTYPES, QType, at_least_float32, fake_quantize
 from accuquant.errors import AccuQuantError, nearest
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.spec import fixed
+from accuquant.runtime.spec import fixed, types_kept
 
 PRODUCTS = "products"  # what the submodule of an attention is called
 INPUTS = ("query", "key", "value", "softmax")
@@ -84,18 +84,12 @@ class QuantizedInput(nn.Module):
         self.activation_zero_point = fixed(clock.num_groups, dtype=torch.int8)
 
     def forward(self, x: Tensor) -> Tensor:
-        group = self.clock.index.to(self.activation_scale.device)
-        zero = self.activation_zero_point.index_select(0, group).to(x.dtype)
-        return fake_quantize(x, self.activation_scale.index_select(0, group), zero, self.spec.activation_type)
+        zero = self.clock.own(self.activation_zero_point).to(x.dtype)
+        return fake_quantize(x, self.clock.own(self.activation_scale), zero, self.spec.activation_type)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedInput:
-        """The model's type is not theirs."""
-        before = {name: parameter.data for name, parameter in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, data in before.items():
-            parameter = self.get_parameter(name)
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
+        with types_kept(self):
+            super()._apply(fn, recurse)
         return self
 
 
@@ -132,7 +126,7 @@ class AttentionProducts(nn.Module):
             raise AccuQuantError(f"attention with quantized products has no dropout (found {dropout_p})")
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-        given = zip(INPUTS, (query, key, value), strict=False)
+        given = {"query": query, "key": key, "value": value}.items()
         q, k, v = (self.get_submodule(name)(at_least_float32(x)) for name, x in given)
         scores = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
@@ -200,12 +194,6 @@ def _empty(of: Any) -> Any:
     """For copies: a name finds the class that was derived from, and not the derived one."""
     derived = _diverting(of)
     return derived.__new__(derived)
-
-
-def attention_macs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Multiply-adds of one call of ``scaled_dot_product_attention``: (..., L, E), (..., S, E), (..., S, Ev)."""
-    width = query.shape[-1] + value.shape[-1]
-    return query.numel() // query.shape[-1] * key.shape[-2] * width
 
 
 def quantized_attention(model: nn.Module) -> dict[str, AttentionProducts]:

@@ -103,6 +103,10 @@ class StepClock:
         index: Tensor = getattr(self._of_thread, "index", self._in_graphs)
         return index
 
+    def own(self, values: Tensor) -> Tensor:
+        """(1,) that of the current group, of (groups,) values."""
+        return values.index_select(0, self.index.to(values.device))
+
     @property
     def group(self) -> int:
         """The current group; the device is asked once."""

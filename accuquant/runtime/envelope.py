@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from accuquant.runtime.calls import calling_frame
+from accuquant.runtime.observe import by_name
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ def _shape(size: Iterable[int]) -> str:
 
 def latents_of(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The first floating-point tensor of more than a number each that a denoiser is given, in its own order."""
-    given = dict(zip(names, args, strict=False)) | kwargs
-    ordered = (given[name] for name in names if name in given)
-    return next((v for v in ordered if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
+    given = by_name(names, args, kwargs).values()
+    return next((v for v in given if isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 1), None)
 
 
 class Envelope:

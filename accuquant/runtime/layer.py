@@ -16,7 +16,7 @@ from accuquant.kernels import select
 from accuquant.kernels.backend import Backend, Facts, Grid, Operand, Weights, dequantized, integer_weight
 from accuquant.kernels.floating import REFERENCE
 from accuquant.runtime.clock import StepClock
-from accuquant.runtime.spec import Conv, Layer, LayerSpec, fixed, share_grids
+from accuquant.runtime.spec import Conv, Layer, LayerSpec, fixed, share_grids, types_kept
 
 ARITHMETICS = ("integer", "reference")
 
@@ -118,9 +118,8 @@ class QuantizedLayer(Layer):
         """Of the current group of timesteps."""
         if self.activation_scale is None or not self.spec.static:
             return None if self.activation_scale is None else Grid(self.activation_scale, None)
-        group = self.clock.index.to(self.activation_scale.device)
         zero = self.activation_zero_point
-        return Grid(self.activation_scale.index_select(0, group), None if zero is None else zero.index_select(0, group))
+        return Grid(self.clock.own(self.activation_scale), None if zero is None else self.clock.own(zero))
 
     def integer_weight(self) -> Tensor:
         """(O, I) int8."""
@@ -168,12 +167,8 @@ class QuantizedLayer(Layer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
         self.weight, self.weight_sums, self.backend = self._stored(), None, select.unprepared(self.facts)
-        before = {name: parameter.data for name, parameter in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, data in before.items():
-            parameter = self.get_parameter(name)
-            if parameter.dtype != data.dtype:  # the model's type is not theirs; in place, for layers share grids
-                parameter.data = data.to(parameter.device)
+        with types_kept(self):
+            super()._apply(fn, recurse)
         self.facts = self.current_facts()
         if self.prepared:
             self.prepare()

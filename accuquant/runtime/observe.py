@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,28 @@ class Call:
         """The first of what it returned."""
         first: Tensor = self.returned[0] if isinstance(self.returned, tuple) else self.returned
         return first
+
+
+def by_name(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module is given, in the order of its forward's ``names``, however the caller ordered it."""
+    given = dict(zip(names[: len(args)], args, strict=True)) | kwargs
+    return {name: given[name] for name in names if name in given}
+
+
+@contextmanager
+def entered(
+    network: nn.Module,
+    enter: Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None],
+    leave: Callable[[nn.Module, Any], None],
+) -> Iterator[None]:
+    """Every module says in the block when it begins, with its name and what it is given, and when it has ended."""
+    with ExitStack() as handles:
+        for name, module in network.named_modules():
+            before = lambda m, args, kwargs, name=name: enter(name, m, args, kwargs)  # noqa: E731
+            handles.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            after = lambda m, args, returned: leave(m, returned)  # noqa: E731
+            handles.callback(module.register_forward_hook(after, always_call=True).remove)
+        yield
 
 
 @contextmanager

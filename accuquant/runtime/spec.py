@@ -5,7 +5,8 @@ A Conv2d is a Linear over its unfolded patches: weights are kept as (O, I) with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -174,6 +175,20 @@ class Layer(nn.Module):
 def fixed(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     """A tensor that loading fills and nothing learns."""
     return nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
+
+
+@contextmanager
+def types_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever the block makes of a module, its own parameters have the types that they had: the model's is not theirs.
+
+    In place, for layers share grids.
+    """
+    before = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
+    yield
+    for name, data in before.items():
+        parameter = module.get_parameter(name)
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
 
 
 def share_grids(layers: Iterable[Any], scale: str, zero_point: str) -> int:

@@ -103,15 +103,15 @@ def type_combinations(recipe: Recipe) -> list[Combination]:
         used = {deciding(rules, p.module, kinds.get(p.module, frozenset())) for p in planned if p.is_layer}
         kept = tuple(rule for i, rule in enumerate(rules) if i < len(chosen) or i in used)  # the rest is outdone
         quantization, objective = recipe.quantization.model_copy(update={"rules": kept}), recipe.objective
-        operations = dict[str, float]()
-        for p in model.counted(model.plan(quantization)):
-            operations[p.name] = operations.get(p.name, 0.0) + p.bit_operations / float32
         attention = recipe.quantization.attention
         scales = any(rule.tune and rule.activation != "float" for rule in kept) or (attention and attention.tune)
         if not scales:  # there is none to be learned
             learn = tuple(kind for kind in objective.learn if kind != "activation_scale")
             objective = objective.model_copy(update={"learn": learn or objective.learn})
         with_types = plain.model_copy(update={"quantization": quantization, "objective": objective})
+        operations = dict[str, float]()
+        for p in model.counted(model.plan(with_types)):
+            operations[p.name] = operations.get(p.name, 0.0) + p.bit_operations / float32
         name = " + ".join(_words(rule) for rule in chosen or kept[:1])
         found.append(Combination(name, picks, with_types, operations, skipped, model.num_steps))
     return found

@@ -82,7 +82,7 @@ def session_of(example: tuple[Example, Path]) -> tuple[Session, Recipe]:
     if 0 < max(model.products.attention.values(), default=0) < LARGEST_ATTENTION:
         quantization = recipe.quantization.model_copy(update={"attention": Attention()})
         recipe = recipe.model_copy(update={"quantization": quantization})
-    planned = model.plan(recipe.quantization)
+    planned = model.plan(recipe)
     session = quantize(model, planned, (reference, validation), recipe, QUIET)
     find_activation_scales(session, recipe.quantization, recipe.objective.batch_size, QUIET)
     return session, recipe

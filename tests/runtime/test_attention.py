@@ -90,7 +90,7 @@ def test_as_integers_would_give_it(name: str, spec: AttentionSpec) -> None:
         stored = (torch.round(x.float() / scale.float()).long() + zero).clamp(kind.qmin, kind.qmax)
         return stored - zero, scale
 
-    (qi, qs), (ki, ks), (vi, vs) = (integers(part, x) for part, x in zip(INPUTS, (q, k, v), strict=False))
+    (qi, qs), (ki, ks), (vi, vs) = (integers(part, x) for part, x in zip(INPUTS[:3], (q, k, v), strict=True))
     if name == "groups of heads":
         ki, vi = ki.repeat_interleave(2, 1), vi.repeat_interleave(2, 1)
     scores = (qi @ ki.transpose(-1, -2)).double() * qs * ks * call.get("scale", 8**-0.5)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import Flux2Transformer2DModel, HunyuanDiT2DModel
+from diffusers import HunyuanDiT2DModel
 from pipelines import flux_arguments, make_flux, make_unet
 from torch import Tensor, nn
+from zoo import others
 
 from accuquant.calibration.concatenated import concatenated_inputs
 from accuquant.calibration.layers import TrainableLayer, quantize_model
@@ -157,16 +158,7 @@ def test_counted_alike_once_they_are_split() -> None:
 
 
 def flux_2() -> tuple[nn.Module, Callable[[], Any]]:
-    model = Flux2Transformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
+    model: Any = others.flux_2()[0].transformer
     ids = {"img_ids": torch.zeros(2, 6, 4), "txt_ids": torch.zeros(2, 5, 4)}
     given = {"timestep": torch.tensor([0.5, 0.5]), "guidance": torch.ones(2), **ids}
     return model, lambda: model(torch.randn(2, 6, 4), torch.randn(2, 5, 16), **given)

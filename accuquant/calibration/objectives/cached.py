@@ -75,7 +75,7 @@ class CachedTrajectory(GradientSource):
             gradient=of.objective.gradient,
             loss=of.objective.loss,
             scale=self.scale,
-            variances=of.reference.variances(tape) if of.objective.gradient == "variance" else None,
+            variances=of.reference.variances[len(tape)] if of.objective.gradient == "variance" else None,
             initial=steps.before(start, reference),
         )
         self.scaled_back(self.scale)

@@ -59,7 +59,7 @@ class Trajectory(GradientSource):
             gradient=of.objective.gradient,
             loss=of.objective.loss,
             scale=self.scale,
-            variances=of.reference.variances(tape) if of.objective.gradient == "variance" else None,
+            variances=of.reference.variances[len(tape)] if of.objective.gradient == "variance" else None,
             initial=self.drifted[of.draws.tape(update)][start] if self.drifted else None,
         )
         self.scaled_back(self.scale)

@@ -159,8 +159,6 @@ def in_cache(name: str, cached: tuple[str, ...]) -> bool:
     """Whether a module does not run where the cached ones are forecast: it is inside one, or fused into its input."""
     for outer in cached:
         block = outer.removesuffix(".proj_out")
-        if name == outer or name.startswith((f"{outer}.", f"{block}.proj_mlp", f"{block}.attn.")):
-            return True
-        if name == f"{block}.attn":
+        if name in (outer, f"{block}.attn") or name.startswith((f"{outer}.", f"{block}.proj_mlp", f"{block}.attn.")):
             return True
     return False

@@ -24,6 +24,7 @@ from accuquant.runtime.cache.controller import Controller
 from accuquant.runtime.cache.plan import CachePlan
 from accuquant.runtime.cache.share import Share, is_compiled
 from accuquant.runtime.calls import calling_pipeline, current_run, follow
+from accuquant.runtime.observe import by_name
 
 HOOK = "accuquant_cache"
 FITTED = "cache_correction"  # the denoiser's submodule that holds what was fitted, to be saved with the weights
@@ -94,10 +95,9 @@ class Calls(Hook):
 
     @_outside_graphs
     def follow(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = dict(zip(self.names[: len(args)], args, strict=True)) | kwargs
+        given = by_name(self.names, args, kwargs)
         level = self.coordinate.of(given.pop(self.coordinate.argument))
-        ordered = {name: given[name] for name in self.names if name in given}  # however the caller ordered them
-        latent = next(leaf for leaf in tree_leaves(ordered) if isinstance(leaf, Tensor))
+        latent = next(leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
         self.controller.end_measuring()
         if self.measures:
             self.measures = False
@@ -108,7 +108,7 @@ class Calls(Hook):
             follow(pipeline)  # its next call is known as one
         self.hook_parts(module)
         context = self.controller.state.given_context
-        self.controller.enter(context.name if context else None, level, latent, _flags(ordered))
+        self.controller.enter(context.name if context else None, level, latent, _flags(given))
 
     def hook_parts(self, denoiser: nn.Module) -> None:
         """Have the hooks on the modules that are there now."""
